@@ -1,0 +1,23 @@
+// defines: one function for each subcommand of the program; each adds its CLI11 subcommand to `app`.
+// The work happens in the callback: it throws Error (exit code 2 for Fault::input, else 1) or sets exit_code.
+#pragma once
+#include <string>
+
+namespace CLI { class App; }
+
+namespace capstan::program {
+
+struct Program {
+  std::string executable;  ///< absolute path of this program
+  int exit_code = 0;
+};
+
+void add_train(CLI::App& app, Program& program);
+void add_generate(CLI::App& app, Program& program);
+void add_recipe(CLI::App& app, Program& program);      // recipe show|check
+void add_plugin(CLI::App& app, Program& program);      // plugin list|info|new
+void add_data(CLI::App& app, Program& program);        // data build|info
+void add_checkpoint(CLI::App& app, Program& program);  // checkpoint info|verify
+void add_bench(CLI::App& app, Program& program);
+
+}  // namespace capstan::program
