@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -69,6 +70,12 @@ class CAPSTAN_API Registrar {
   virtual void add(std::string_view kind, std::string_view name, const Schema& schema, Factory factory) = 0;
   /// Makes what a recipe chose, loading its library on first use. Prefer make_as<T>().
   virtual std::shared_ptr<void> make(const PluginChoice& choice) = 0;
+
+  /// The choice that a recipe would make by naming plugin (kind, name) with `overrides`: option names with their
+  /// values as YAML text; every other option has its default. For plugins that make others of their own accord: a
+  /// decoder without a pattern chooses its attention and MLP so. Error(input) on an unknown name, option or value.
+  virtual PluginChoice choice(std::string_view kind, std::string_view name,
+                              std::span<const std::pair<std::string, std::string>> overrides) = 0;
 
   /// T must be the interface class of the choice's kind (Model for "model", Optimizer for "optimizer").
   template <class T>
