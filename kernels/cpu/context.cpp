@@ -1,0 +1,37 @@
+#include <kernels/cpu/context.h>
+#include <kernels/cpu/gemm_cache.h>
+
+#include <cstdlib>
+#include <new>
+
+namespace capstan::kernels::cpu {
+
+struct Context::Scratch {
+  void* data = nullptr;
+  std::size_t bytes = 0;
+  ~Scratch() { std::free(data); }
+};
+
+Context::Context(int threads)
+    : threads_(threads < 1 ? 1 : threads),
+      scratch_(new Scratch[static_cast<std::size_t>(threads_)]),
+      gemms_(std::make_unique<GemmCache>()) {}
+
+Context::~Context() = default;
+
+void* Context::scratch(int thread, std::size_t bytes) {
+  Scratch& s = scratch_[static_cast<std::size_t>(thread)];
+  if (s.bytes < bytes) {
+    std::free(s.data);
+    const std::size_t rounded = (bytes + 4095) / 4096 * 4096;
+    s.data = std::aligned_alloc(64, rounded);
+    if (s.data == nullptr) {
+      s.bytes = 0;
+      throw std::bad_alloc();
+    }
+    s.bytes = rounded;
+  }
+  return s.data;
+}
+
+}  // namespace capstan::kernels::cpu

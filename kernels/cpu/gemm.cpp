@@ -1,0 +1,179 @@
+// Matrix products: oneDNN for f32 and bf16, a plain loop for the f64 reference. Why which path: see
+// docs/maintainers/numerics.md (row invariance) and performance.md (rates).
+#include <kernels/cpu/gemm.h>
+#include <kernels/cpu/gemm_cache.h>
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace capstan::kernels::cpu {
+
+namespace {
+
+using dnnl::memory;
+
+memory::data_type type_of(Num n) { return n == Num::bf16 ? memory::data_type::bf16 : memory::data_type::f32; }
+
+memory::desc matrix(const Gemm& g, Num num, std::int64_t rows, std::int64_t cols, std::int64_t row_stride, std::int64_t col_stride,
+                    std::int64_t batch_stride) {
+  if (g.batch == 1) return memory::desc({rows, cols}, type_of(num), memory::dims{row_stride, col_stride});
+  return memory::desc({g.batch, rows, cols}, type_of(num), memory::dims{batch_stride, row_stride, col_stride});
+}
+
+const GemmCache::Entry& matmul_for(GemmCache& cache, const Gemm& g) {
+  const GemmCache::Key key{static_cast<int>(g.a) * 16 + static_cast<int>(g.b) * 4 + static_cast<int>(g.c),
+                           g.trans_a * 2 + g.trans_b, g.accumulate, g.bias, g.m, g.n, g.k, g.lda, g.ldb, g.ldc,
+                           g.batch, g.stride_a, g.stride_b, g.stride_c};
+  if (auto it = cache.entries.find(key); it != cache.entries.end()) return it->second;
+  GemmCache::Entry e;
+  e.a = matrix(g, g.a, g.m, g.k, g.trans_a ? 1 : g.lda, g.trans_a ? g.lda : 1, g.stride_a);
+  e.b = matrix(g, g.b, g.k, g.n, g.trans_b ? 1 : g.ldb, g.trans_b ? g.ldb : 1, g.stride_b);
+  e.c = matrix(g, g.c, g.m, g.n, g.ldc, 1, g.stride_c);
+  dnnl::primitive_attr attr;
+  if (g.accumulate) {
+    dnnl::post_ops ops;
+    ops.append_sum(1.0f);
+    attr.set_post_ops(ops);
+  }
+  if (g.bias) e.bias = g.batch == 1 ? memory::desc({1, g.n}, memory::data_type::f32, memory::dims{g.n, 1})
+                                    : memory::desc({1, 1, g.n}, memory::data_type::f32, memory::dims{g.n, g.n, 1});
+#if DNNL_VERSION_MAJOR >= 3
+  const auto pd = g.bias ? dnnl::matmul::primitive_desc(cache.engine, e.a, e.b, e.bias, e.c, attr)
+                         : dnnl::matmul::primitive_desc(cache.engine, e.a, e.b, e.c, attr);
+#else
+  const auto pd = g.bias ? dnnl::matmul::primitive_desc({e.a, e.b, e.bias, e.c}, attr, cache.engine)
+                         : dnnl::matmul::primitive_desc({e.a, e.b, e.c}, attr, cache.engine);
+#endif
+  e.primitive = dnnl::matmul(pd);
+  // Shapes of inference vary without end; primitives are cheap to make again.
+  if (cache.entries.size() > 4096) cache.entries.clear();
+  return cache.entries.emplace(key, std::move(e)).first->second;
+}
+
+void run_matmul(GemmCache& cache, const Gemm& g, const void* a, const void* b, void* c, const void* bias) {
+  const GemmCache::Entry& e = matmul_for(cache, g);
+  std::unordered_map<int, memory> args{{DNNL_ARG_SRC, memory(e.a, cache.engine, const_cast<void*>(a))},
+                                       {DNNL_ARG_WEIGHTS, memory(e.b, cache.engine, const_cast<void*>(b))},
+                                       {DNNL_ARG_DST, memory(e.c, cache.engine, c)}};
+  if (g.bias) args.emplace(DNNL_ARG_BIAS, memory(e.bias, cache.engine, const_cast<void*>(bias)));
+  e.primitive.execute(cache.stream, args);
+  cache.stream.wait();
+}
+
+void reference(Context& context, const Gemm& g, const double* a, const double* b, double* c, const double* bias) {
+  std::vector<double> packed;
+  for (std::int64_t z = 0; z < g.batch; ++z, a += g.stride_a, b += g.stride_b, c += g.stride_c) {
+    const double* rows = b;
+    std::int64_t ld = g.ldb;
+    if (g.trans_b) {  // one layout of B, so that one loop serves
+      packed.resize(static_cast<std::size_t>(g.k * g.n));
+      for (std::int64_t j = 0; j < g.n; ++j)
+        for (std::int64_t p = 0; p < g.k; ++p) packed[static_cast<std::size_t>(p * g.n + j)] = b[j * g.ldb + p];
+      rows = packed.data(), ld = g.n;
+    }
+#pragma omp parallel for num_threads(context.threads()) if (g.m * g.n * g.k > 32768)
+    for (std::int64_t i = 0; i < g.m; ++i) {
+      double* out = c + i * g.ldc;
+      if (!g.accumulate) std::fill(out, out + g.n, 0.0);
+      for (std::int64_t p = 0; p < g.k; ++p) {
+        const double x = g.trans_a ? a[p * g.lda + i] : a[i * g.lda + p];
+        const double* row = rows + p * ld;
+        for (std::int64_t j = 0; j < g.n; ++j) out[j] += x * row[j];
+      }
+      if (g.bias) for (std::int64_t j = 0; j < g.n; ++j) out[j] += bias[j];
+    }
+  }
+}
+
+/// Whether this CPU's matmul gives a row other bits for other row counts. Found by trying: on AVX-512 it
+/// does not, on AVX2 it does.
+bool rows_depend_on_count(GemmCache& cache) {
+  if (cache.probed) return cache.rows_depend;
+  bool depend = false;
+  for (const auto& [k, n] : {std::pair<std::int64_t, std::int64_t>{64, 64}, {384, 192}, {96, 257}}) {
+    const std::int64_t most = 96;
+    std::vector<float> a(static_cast<std::size_t>(most * k)), b(static_cast<std::size_t>(n * k)), whole(static_cast<std::size_t>(most * n)), part;
+    std::uint32_t x = 12345;
+    auto next = [&] { return static_cast<float>((x = x * 1664525u + 1013904223u) >> 8) * 0x1p-24f - 0.5f; };
+    for (float& v : a) v = next();
+    for (float& v : b) v = next();
+    Gemm g;
+    g.trans_b = true, g.m = most, g.n = n, g.k = k, g.lda = k, g.ldb = k, g.ldc = n;
+    run_matmul(cache, g, a.data(), b.data(), whole.data(), nullptr);
+    part.resize(whole.size());
+    for (std::int64_t m : {1, 2, 3, 7, 16, 33, 64}) {
+      g.m = m;
+      run_matmul(cache, g, a.data(), b.data(), part.data(), nullptr);
+      depend |= std::memcmp(part.data(), whole.data(), static_cast<std::size_t>(m * n) * sizeof(float)) != 0;
+    }
+  }
+  cache.probed = true;
+  cache.rows_depend = depend;
+  return depend;
+}
+
+/// Rows in blocks of one fixed count, the last one padded: every row takes the same path.
+void run_in_row_blocks(GemmCache& cache, const Gemm& whole, const char* a, const char* b, char* c, const void* bias) {
+  constexpr std::int64_t block = 16;
+  const std::size_t size_a = whole.a == Num::bf16 ? 2 : 4, size_c = whole.c == Num::bf16 ? 2 : 4;
+  std::vector<char> in(static_cast<std::size_t>(block * whole.k) * size_a), out(static_cast<std::size_t>(block * whole.n) * size_c);
+  Gemm g = whole;
+  g.m = block, g.lda = whole.k, g.ldc = whole.n, g.batch = 1;
+  for (std::int64_t row = 0; row < whole.m; row += block) {
+    const std::int64_t rows = std::min(block, whole.m - row);
+    std::fill(in.begin(), in.end(), 0);
+    for (std::int64_t r = 0; r < rows; ++r)
+      std::memcpy(in.data() + static_cast<std::size_t>(r * whole.k) * size_a, a + static_cast<std::size_t>((row + r) * whole.lda) * size_a,
+                  static_cast<std::size_t>(whole.k) * size_a);
+    if (g.accumulate)
+      for (std::int64_t r = 0; r < rows; ++r)
+        std::memcpy(out.data() + static_cast<std::size_t>(r * whole.n) * size_c, c + static_cast<std::size_t>((row + r) * whole.ldc) * size_c,
+                    static_cast<std::size_t>(whole.n) * size_c);
+    run_matmul(cache, g, in.data(), b, out.data(), bias);
+    for (std::int64_t r = 0; r < rows; ++r)
+      std::memcpy(c + static_cast<std::size_t>((row + r) * whole.ldc) * size_c, out.data() + static_cast<std::size_t>(r * whole.n) * size_c,
+                  static_cast<std::size_t>(whole.n) * size_c);
+  }
+}
+
+}  // namespace
+
+void gemm(Context& context, const Gemm& g, const void* a, const void* b, void* c, const void* bias) {
+  if (g.m == 0 || g.n == 0 || g.batch == 0) return;
+  if (g.a == Num::f64) {
+    reference(context, g, static_cast<const double*>(a), static_cast<const double*>(b), static_cast<double*>(c), static_cast<const double*>(bias));
+    return;
+  }
+  GemmCache& cache = context.gemms();
+  std::lock_guard lock(cache.mutex);
+  const int before = omp_get_max_threads();  // this thread's setting, which oneDNN reads when it makes and runs a primitive
+  omp_set_num_threads(context.threads());
+  struct Restore { int n; ~Restore() { omp_set_num_threads(n); } } restore{before};
+  try {
+    if (g.k == 0) throw std::invalid_argument("an inner dimension of 0");
+    const bool f32 = g.a == Num::f32 && g.b == Num::f32 && g.c == Num::f32;
+    if (g.invariant) {
+      if (g.batch == 1 && rows_depend_on_count(cache))
+        return run_in_row_blocks(cache, g, static_cast<const char*>(a), static_cast<const char*>(b), static_cast<char*>(c), bias);
+      return run_matmul(cache, g, a, b, c, bias);
+    }
+    // sgemm is the faster path where A is read along its rows (gradients of activations).
+    if (f32 && g.batch == 1 && !g.bias && !g.trans_a && g.m >= 16) {
+      const auto status = dnnl_sgemm('N', g.trans_b ? 'T' : 'N', g.m, g.n, g.k, 1.0f, static_cast<const float*>(a), g.lda,
+                                     static_cast<const float*>(b), g.ldb, g.accumulate ? 1.0f : 0.0f, static_cast<float*>(c), g.ldc);
+      if (status != dnnl_success) throw std::runtime_error("dnnl_sgemm returned " + std::to_string(static_cast<int>(status)));
+      return;
+    }
+    run_matmul(cache, g, a, b, c, bias);
+  } catch (const std::exception& e) {
+    throw std::runtime_error("[gemm] " + std::to_string(g.m) + " x " + std::to_string(g.n) + " x " + std::to_string(g.k) +
+                             " failed in oneDNN: " + e.what());
+  }
+}
+
+}  // namespace capstan::kernels::cpu
