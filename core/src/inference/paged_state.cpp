@@ -1,0 +1,240 @@
+// PagedState: pages, block tables, copy on write. Keys and values are written by rows: a page holds, for each head, 64
+// consecutive rows of head_size elements, which is what attention reads as one tile.
+#include <capstan/paged_state.h>
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <set>
+
+namespace capstan {
+
+PagedState::~PagedState() = default;
+
+PagedState::PagedState(Device& device, DType dtype, std::span<const StateSpec> specs, std::int64_t tokens)
+    : device_(device.shared_from_this()) {
+  if (tokens < 1) fail(Fault::programming, "PagedState", "expected room for at least one token, got " + std::to_string(tokens));
+  const std::int64_t pages = pages_of(tokens);
+  references_.assign(static_cast<std::size_t>(pages), 0);
+  // Taken from the back: low pages are used again first, and pages never needed are never touched.
+  for (std::int64_t p = pages; p-- > 0;) free_.push_back(static_cast<std::int32_t>(p));
+  for (const StateSpec& spec : specs) {
+    if (spec.kind != StateSpec::Kind::paged) {
+      fail(Fault::input, spec.name, "this layer keeps a state for each sequence, and the engine keeps paged keys and values only; "
+                                    "choose an inference engine that holds such states");
+    }
+    if (spec.shape.size() != 2) {
+      fail(Fault::programming, spec.name, "paged state: expected the shape [kv_heads, head_size], got " + to_string(spec.shape));
+    }
+    const Dims shape{pages, spec.shape[0], page_tokens, spec.shape[1]};
+    Store store{Tensor::empty(shape, dtype, device), Tensor::empty(shape, dtype, device), spec.shape};
+    if (!stores_.emplace(spec.name, std::move(store)).second) {
+      fail(Fault::programming, spec.name, "two blocks declare a state of this name; names are unique within a model");
+    }
+  }
+}
+
+PagedState::Sequence& PagedState::find(std::int64_t id, const char* what) {
+  return const_cast<Sequence&>(static_cast<const PagedState*>(this)->find(id, what));
+}
+
+const PagedState::Sequence& PagedState::find(std::int64_t id, const char* what) const {
+  const auto it = sequences_.find(id);
+  if (it == sequences_.end()) {
+    fail(Fault::programming, std::string("PagedState::") + what, "no sequence has the id " + std::to_string(id));
+  }
+  return it->second;
+}
+
+void PagedState::refuse_inside(const char* what) const {
+  if (!forward_.empty()) {
+    fail(Fault::programming, std::string("PagedState::") + what, "not between begin() and end() of a forward");
+  }
+}
+
+std::int64_t PagedState::open(std::uint64_t weights_version) {
+  Sequence sequence;
+  sequence.version = weights_version;
+  sequences_.emplace(next_id_, std::move(sequence));
+  return next_id_++;
+}
+
+void PagedState::close(std::int64_t id) {
+  refuse_inside("close");
+  Sequence& sequence = find(id, "close");
+  // From the end, so that the pages of a sequence's start are handed out again first.
+  for (auto it = sequence.blocks.rbegin(); it != sequence.blocks.rend(); ++it) drop(*it);
+  sequences_.erase(id);
+}
+
+std::int64_t PagedState::length(std::int64_t id) const { return find(id, "length").length; }
+
+std::int32_t PagedState::take() {
+  const std::int32_t page = free_.back();
+  free_.pop_back();
+  references_[static_cast<std::size_t>(page)] = 1;
+  return page;
+}
+
+void PagedState::drop(std::int32_t page) {
+  if (--references_[static_cast<std::size_t>(page)] == 0) free_.push_back(page);
+}
+
+std::int64_t PagedState::pages_needed(std::int64_t id, std::int64_t tokens) const {
+  const Sequence& s = find(id, "pages_needed");
+  std::int64_t needed = std::max<std::int64_t>(0, pages_of(s.length + tokens) - static_cast<std::int64_t>(s.blocks.size()));
+  // The page that the first new token falls into may be shared with a fork; later ones are new.
+  const auto first = static_cast<std::size_t>(s.length / page_tokens);
+  if (first < s.blocks.size() && references_[static_cast<std::size_t>(s.blocks[first])] > 1) ++needed;
+  return needed;
+}
+
+void PagedState::begin(std::span<const std::int64_t> ids, std::span<const std::int32_t> tokens) {
+  refuse_inside("begin");
+  if (ids.size() != tokens.size() || ids.empty()) {
+    fail(Fault::programming, "PagedState::begin", "expected as many ids as token counts, at least one; got " +
+                                                      std::to_string(ids.size()) + " and " + std::to_string(tokens.size()));
+  }
+  std::set<std::int64_t> seen;
+  std::int64_t needed = 0;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    if (!seen.insert(ids[i]).second) {
+      fail(Fault::programming, "PagedState::begin", "sequence " + std::to_string(ids[i]) + " is named twice");
+    }
+    if (tokens[i] < 1) {
+      fail(Fault::programming, "PagedState::begin", "sequence " + std::to_string(ids[i]) + ": expected at least one new token, got " +
+                                                        std::to_string(tokens[i]));
+    }
+    needed += pages_needed(ids[i], tokens[i]);
+  }
+  // Counted one by one, a page shared by two of these sequences is copied for both though one copy would do; the bound
+  // holds either way, and begin() never fails half way.
+  if (needed > pages_free()) {
+    fail(Fault::runtime, "PagedState::begin", "the pool of keys and values is full: expected " + std::to_string(needed) +
+                                                  " free pages of " + std::to_string(page_tokens) + " tokens, got " +
+                                                  std::to_string(pages_free()) + " of " + std::to_string(pages()) +
+                                                  "; raise max_tokens_held or run fewer requests at once");
+  }
+  std::size_t most = 1;
+  forward_tokens_ = 0;
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    Sequence& s = find(ids[i], "begin");
+    const auto first = static_cast<std::size_t>(s.length / page_tokens);
+    if (first < s.blocks.size() && references_[static_cast<std::size_t>(s.blocks[first])] > 1) {
+      const std::int32_t own = take();
+      copy_page(s.blocks[first], own);
+      drop(s.blocks[first]);
+      s.blocks[first] = own;
+    }
+    while (static_cast<std::int64_t>(s.blocks.size()) < pages_of(s.length + tokens[i])) s.blocks.push_back(take());
+    most = std::max(most, s.blocks.size());
+    forward_.push_back({ids[i], tokens[i]});
+    forward_tokens_ += tokens[i];
+  }
+  std::vector<std::int32_t> table(ids.size() * most, 0), lengths(ids.size());
+  for (std::size_t i = 0; i < ids.size(); ++i) {
+    const Sequence& s = find(ids[i], "begin");
+    std::copy(s.blocks.begin(), s.blocks.end(), table.begin() + static_cast<std::ptrdiff_t>(i * most));
+    lengths[i] = static_cast<std::int32_t>(s.length + tokens[i]);
+  }
+  const auto n = static_cast<std::int64_t>(ids.size());
+  blocks_ = Tensor::of<std::int32_t>(table, {n, static_cast<std::int64_t>(most)}, *device_);
+  lengths_ = Tensor::of<std::int32_t>(lengths, {n}, *device_);
+}
+
+void PagedState::end() {
+  if (forward_.empty()) fail(Fault::programming, "PagedState::end", "no forward was begun");
+  for (const Part& part : forward_) find(part.id, "end").length += part.tokens;
+  forward_.clear();
+}
+
+void PagedState::cancel() {
+  if (forward_.empty()) fail(Fault::programming, "PagedState::cancel", "no forward was begun");
+  const std::vector<Part> parts = std::move(forward_);
+  forward_.clear();
+  for (const Part& part : parts) truncate(part.id, find(part.id, "cancel").length);
+}
+
+void PagedState::truncate(std::int64_t id, std::int64_t length) {
+  refuse_inside("truncate");
+  Sequence& s = find(id, "truncate");
+  if (length > s.length || length < s.committed) {
+    fail(Fault::programming, "PagedState::truncate", "sequence " + std::to_string(id) + ": expected a length from " +
+                                                         std::to_string(s.committed) + " (committed) to " +
+                                                         std::to_string(s.length) + " (held), got " + std::to_string(length));
+  }
+  s.length = length;
+  while (static_cast<std::int64_t>(s.blocks.size()) > pages_of(length)) {
+    drop(s.blocks.back());
+    s.blocks.pop_back();
+  }
+}
+
+void PagedState::commit(std::int64_t id, std::int64_t length) {
+  Sequence& s = find(id, "commit");
+  if (length > s.length || length < s.committed) {
+    fail(Fault::programming, "PagedState::commit", "sequence " + std::to_string(id) + ": expected a length from " +
+                                                       std::to_string(s.committed) + " (committed) to " +
+                                                       std::to_string(s.length) + " (held), got " + std::to_string(length));
+  }
+  s.committed = length;
+}
+
+std::int64_t PagedState::fork(std::int64_t id) {
+  refuse_inside("fork");
+  Sequence copy = find(id, "fork");
+  for (const std::int32_t page : copy.blocks) ++references_[static_cast<std::size_t>(page)];
+  sequences_.emplace(next_id_, std::move(copy));
+  return next_id_++;
+}
+
+std::uint64_t PagedState::weights_version(std::int64_t id) const { return find(id, "weights_version").version; }
+
+Tensor PagedState::slot(std::string_view name) {
+  fail(Fault::programming, std::string(name), "PagedState keeps pages only; declare the state as paged or use another engine");
+}
+
+void PagedState::copy_page(std::int32_t from, std::int32_t to) const {
+  for (const auto& [name, store] : stores_) {
+    store.k.narrow(0, to, 1).copy_from(store.k.narrow(0, from, 1));
+    store.v.narrow(0, to, 1).copy_from(store.v.narrow(0, from, 1));
+  }
+}
+
+PagedKV PagedState::append(std::string_view name, const Tensor& k, const Tensor& v) {
+  const auto it = stores_.find(name);
+  if (it == stores_.end()) fail(Fault::programming, std::string(name), "appends to a state that no block of the model declared");
+  const Store& store = it->second;
+  if (forward_.empty()) fail(Fault::programming, std::string(name), "append() outside begin() and end() of a forward");
+  for (const Tensor* t : {&k, &v}) {
+    if (t->rank() != 3 || t->size(0) < forward_tokens_ || t->size(1) != store.shape[0] || t->size(2) != store.shape[1] ||
+        t->dtype() != store.k.dtype()) {
+      fail(Fault::programming, std::string(name),
+           "append: expected " + std::string(name_of(store.k.dtype())) + " [" + std::to_string(forward_tokens_) + " or more, " +
+               std::to_string(store.shape[0]) + ", " + std::to_string(store.shape[1]) + "], got " +
+               std::string(name_of(t->dtype())) + " " + to_string(t->shape()));
+    }
+  }
+  const std::int64_t heads = store.shape[0], bytes = size_of(store.k.dtype()), row = store.shape[1] * bytes;
+  if (!k.is_meta()) {
+    for (const auto& [source, target] : {std::pair<Tensor, Tensor>{k, store.k}, std::pair<Tensor, Tensor>{v, store.v}}) {
+      const Tensor from = source.strides()[2] == 1 ? source : source.contiguous();
+      const char* rows = static_cast<const char*>(from.raw());
+      char* pages = static_cast<char*>(target.raw());
+      std::int64_t t = 0;
+      for (const Part& part : forward_) {
+        const Sequence& s = find(part.id, "append");
+        for (std::int64_t i = s.length; i < s.length + part.tokens; ++i, ++t) {
+          const std::int64_t page = s.blocks[static_cast<std::size_t>(i / page_tokens)], slot = i % page_tokens;
+          for (std::int64_t h = 0; h < heads; ++h) {
+            std::memcpy(pages + ((page * heads + h) * page_tokens + slot) * row,
+                        rows + (t * from.strides()[0] + h * from.strides()[1]) * bytes, static_cast<std::size_t>(row));
+          }
+        }
+      }
+    }
+  }
+  return {store.k, store.v, blocks_, lengths_, page_tokens};
+}
+
+}  // namespace capstan
