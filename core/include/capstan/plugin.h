@@ -41,8 +41,14 @@ constexpr std::uint32_t kind_epoch(std::string_view kind) {
 /// Compiler-visible facts that change the layout of types across the plugin boundary.
 #define CAPSTAN_STRINGIFY_(x) #x
 #define CAPSTAN_STRINGIFY(x) CAPSTAN_STRINGIFY_(x)
+#if defined(_GLIBCXX_DEBUG)
+#define CAPSTAN_CONTAINERS_ " debug-containers"  // other layouts of vector, map and string
+#else
+#define CAPSTAN_CONTAINERS_ ""
+#endif
 #if defined(_GLIBCXX_USE_CXX11_ABI)
-#define CAPSTAN_TOOLCHAIN "libstdc++ cxx11abi=" CAPSTAN_STRINGIFY(_GLIBCXX_USE_CXX11_ABI) " c++20 x" CAPSTAN_STRINGIFY(__SIZEOF_POINTER__)
+#define CAPSTAN_TOOLCHAIN \
+  "libstdc++ cxx11abi=" CAPSTAN_STRINGIFY(_GLIBCXX_USE_CXX11_ABI) " c++20 x" CAPSTAN_STRINGIFY(__SIZEOF_POINTER__) CAPSTAN_CONTAINERS_
 #else
 #define CAPSTAN_TOOLCHAIN "libc++ c++20 x" CAPSTAN_STRINGIFY(__SIZEOF_POINTER__)
 #endif
@@ -109,6 +115,8 @@ struct PluginError { char text[1024]; };
       std::size_t i = 0;                                                                                 \
       for (; e.what()[i] != 0 && i + 1 < sizeof(error->text); ++i) error->text[i] = e.what()[i];         \
       error->text[i] = 0;                                                                                \
+      return false;                                                                                      \
+    } catch (...) {                                                                                      \
       return false;                                                                                      \
     }                                                                                                    \
   }                                                                                                      \
