@@ -1,8 +1,6 @@
-// The out-of-line destructors of the interfaces that plugins implement: they put each one's vtable and type information
+// The out-of-line destructors of the interfaces that have no other source file: they put each one's vtable and type information
 // into libcapstan, once, so that casts and catches agree across libraries.
-#include <capstan/checkpoint.h>
 #include <capstan/inference.h>
-#include <capstan/optimizer.h>
 #include <capstan/plugin.h>
 #include <capstan/state.h>
 #include <capstan/tokenizer.h>
@@ -10,8 +8,6 @@
 namespace capstan {
 
 Registrar::~Registrar() = default;
-Optimizer::~Optimizer() = default;
-CheckpointFormat::~CheckpointFormat() = default;
 Tokenizer::~Tokenizer() = default;
 InferenceEngine::~InferenceEngine() = default;
 SequenceState::~SequenceState() = default;
