@@ -1,7 +1,9 @@
-// decays(), is_hidden_matrix(): which parameters decay and which are hidden matrices, by their role and axes.
+// Optimizer, decays(), is_hidden_matrix(): which parameters decay and which are hidden matrices, by their role and axes.
 #include <capstan/optimizer.h>
 
 namespace capstan {
+
+Optimizer::~Optimizer() = default;
 
 bool decays(const Parameter& parameter) {
   if (parameter.spec().dims.size() < 2) return false;  // a gain or a bias, whatever it is called
