@@ -67,8 +67,13 @@ class CAPSTAN_API PagedState : public SequenceState {
     std::int64_t length = 0, committed = 0;
     std::uint64_t version = 0;
   };
-  struct Store { Tensor k, v; Dims shape; };  // [pages, kv_heads, page, head_size]
-  struct Part { std::int64_t id, tokens; };   // of the forward in progress
+  struct Store {
+    Tensor k, v;
+    Dims shape;
+  };  // [pages, kv_heads, page, head_size]
+  struct Part {
+    std::int64_t id, tokens;
+  };  // of the forward in progress
   Sequence& find(std::int64_t id, const char* what);
   const Sequence& find(std::int64_t id, const char* what) const;
   std::int32_t take();

@@ -13,18 +13,21 @@ PagedState::~PagedState() = default;
 
 PagedState::PagedState(Device& device, DType dtype, std::span<const StateSpec> specs, std::int64_t tokens)
     : device_(device.shared_from_this()) {
-  if (tokens < 1) fail(Fault::programming, "PagedState", "expected room for at least one token, got " + std::to_string(tokens));
+  if (tokens < 1)
+    fail(Fault::programming, "PagedState", "expected room for at least one token, got " + std::to_string(tokens));
   const std::int64_t pages = pages_of(tokens);
   references_.assign(static_cast<std::size_t>(pages), 0);
   // Taken from the back: low pages are used again first, and pages never needed are never touched.
   for (std::int64_t p = pages; p-- > 0;) free_.push_back(static_cast<std::int32_t>(p));
   for (const StateSpec& spec : specs) {
     if (spec.kind != StateSpec::Kind::paged) {
-      fail(Fault::input, spec.name, "this layer keeps a state for each sequence, and the engine keeps paged keys and values only; "
-                                    "choose an inference engine that holds such states");
+      fail(Fault::input, spec.name,
+           "this layer keeps a state for each sequence, and the engine keeps paged keys and values only; "
+           "choose an inference engine that holds such states");
     }
     if (spec.shape.size() != 2) {
-      fail(Fault::programming, spec.name, "paged state: expected the shape [kv_heads, head_size], got " + to_string(spec.shape));
+      fail(Fault::programming, spec.name,
+           "paged state: expected the shape [kv_heads, head_size], got " + to_string(spec.shape));
     }
     const Dims shape{pages, spec.shape[0], page_tokens, spec.shape[1]};
     Store store{Tensor::empty(shape, dtype, device), Tensor::empty(shape, dtype, device), spec.shape};
@@ -92,8 +95,9 @@ std::int64_t PagedState::pages_needed(std::int64_t id, std::int64_t tokens) cons
 void PagedState::begin(std::span<const std::int64_t> ids, std::span<const std::int32_t> tokens) {
   refuse_inside("begin");
   if (ids.size() != tokens.size() || ids.empty()) {
-    fail(Fault::programming, "PagedState::begin", "expected as many ids as token counts, at least one; got " +
-                                                      std::to_string(ids.size()) + " and " + std::to_string(tokens.size()));
+    fail(Fault::programming, "PagedState::begin",
+         "expected as many ids as token counts, at least one; got " + std::to_string(ids.size()) + " and " +
+             std::to_string(tokens.size()));
   }
   std::set<std::int64_t> seen;
   std::int64_t needed = 0;
@@ -102,18 +106,18 @@ void PagedState::begin(std::span<const std::int64_t> ids, std::span<const std::i
       fail(Fault::programming, "PagedState::begin", "sequence " + std::to_string(ids[i]) + " is named twice");
     }
     if (tokens[i] < 1) {
-      fail(Fault::programming, "PagedState::begin", "sequence " + std::to_string(ids[i]) + ": expected at least one new token, got " +
-                                                        std::to_string(tokens[i]));
+      fail(Fault::programming, "PagedState::begin",
+           "sequence " + std::to_string(ids[i]) + ": expected at least one new token, got " + std::to_string(tokens[i]));
     }
     needed += pages_needed(ids[i], tokens[i]);
   }
   // Counted one by one, a page shared by two of these sequences is copied for both though one copy would do; the bound
   // holds either way, and begin() never fails half way.
   if (needed > pages_free()) {
-    fail(Fault::runtime, "PagedState::begin", "the pool of keys and values is full: expected " + std::to_string(needed) +
-                                                  " free pages of " + std::to_string(page_tokens) + " tokens, got " +
-                                                  std::to_string(pages_free()) + " of " + std::to_string(pages()) +
-                                                  "; raise max_tokens_held or run fewer requests at once");
+    fail(Fault::runtime, "PagedState::begin",
+         "the pool of keys and values is full: expected " + std::to_string(needed) + " free pages of " +
+             std::to_string(page_tokens) + " tokens, got " + std::to_string(pages_free()) + " of " +
+             std::to_string(pages()) + "; raise max_tokens_held or run fewer requests at once");
   }
   std::size_t most = 1;
   forward_tokens_ = 0;
@@ -159,9 +163,9 @@ void PagedState::truncate(std::int64_t id, std::int64_t length) {
   refuse_inside("truncate");
   Sequence& s = find(id, "truncate");
   if (length > s.length || length < s.committed) {
-    fail(Fault::programming, "PagedState::truncate", "sequence " + std::to_string(id) + ": expected a length from " +
-                                                         std::to_string(s.committed) + " (committed) to " +
-                                                         std::to_string(s.length) + " (held), got " + std::to_string(length));
+    fail(Fault::programming, "PagedState::truncate",
+         "sequence " + std::to_string(id) + ": expected a length from " + std::to_string(s.committed) + " (committed) to " +
+             std::to_string(s.length) + " (held), got " + std::to_string(length));
   }
   s.length = length;
   while (static_cast<std::int64_t>(s.blocks.size()) > pages_of(length)) {
@@ -173,9 +177,9 @@ void PagedState::truncate(std::int64_t id, std::int64_t length) {
 void PagedState::commit(std::int64_t id, std::int64_t length) {
   Sequence& s = find(id, "commit");
   if (length > s.length || length < s.committed) {
-    fail(Fault::programming, "PagedState::commit", "sequence " + std::to_string(id) + ": expected a length from " +
-                                                       std::to_string(s.committed) + " (committed) to " +
-                                                       std::to_string(s.length) + " (held), got " + std::to_string(length));
+    fail(Fault::programming, "PagedState::commit",
+         "sequence " + std::to_string(id) + ": expected a length from " + std::to_string(s.committed) + " (committed) to " +
+             std::to_string(s.length) + " (held), got " + std::to_string(length));
   }
   s.committed = length;
 }
@@ -191,7 +195,8 @@ std::int64_t PagedState::fork(std::int64_t id) {
 std::uint64_t PagedState::weights_version(std::int64_t id) const { return find(id, "weights_version").version; }
 
 Tensor PagedState::slot(std::string_view name) {
-  fail(Fault::programming, std::string(name), "PagedState keeps pages only; declare the state as paged or use another engine");
+  fail(Fault::programming, std::string(name),
+       "PagedState keeps pages only; declare the state as paged or use another engine");
 }
 
 void PagedState::copy_page(std::int32_t from, std::int32_t to) const {
@@ -203,15 +208,16 @@ void PagedState::copy_page(std::int32_t from, std::int32_t to) const {
 
 PagedKV PagedState::append(std::string_view name, const Tensor& k, const Tensor& v) {
   const auto it = stores_.find(name);
-  if (it == stores_.end()) fail(Fault::programming, std::string(name), "appends to a state that no block of the model declared");
+  if (it == stores_.end())
+    fail(Fault::programming, std::string(name), "appends to a state that no block of the model declared");
   const Store& store = it->second;
   if (forward_.empty()) fail(Fault::programming, std::string(name), "append() outside begin() and end() of a forward");
   for (const Tensor* t : {&k, &v}) {
     if (t->rank() != 3 || t->size(0) < forward_tokens_ || t->size(1) != store.shape[0] || t->size(2) != store.shape[1] ||
         t->dtype() != store.k.dtype()) {
       fail(Fault::programming, std::string(name),
-           "append: expected " + std::string(name_of(store.k.dtype())) + " [" + std::to_string(forward_tokens_) + " or more, " +
-               std::to_string(store.shape[0]) + ", " + std::to_string(store.shape[1]) + "], got " +
+           "append: expected " + std::string(name_of(store.k.dtype())) + " [" + std::to_string(forward_tokens_) +
+               " or more, " + std::to_string(store.shape[0]) + ", " + std::to_string(store.shape[1]) + "], got " +
                std::string(name_of(t->dtype())) + " " + to_string(t->shape()));
     }
   }

@@ -29,7 +29,8 @@ class Attention : public Layer {
     norm_ = &child<nn::Norm>("norm", c.norm, c.hidden, "hidden", c.norm_epsilon, norm_bias);
     qkv_ = &child<nn::Linear>(
         "qkv",
-        std::vector<Segment>{{"heads", heads, size, "q"}, {"kv_heads", kv_heads, size, "k"}, {"kv_heads", kv_heads, size, "v"}},
+        std::vector<Segment>{
+            {"heads", heads, size, "q"}, {"kv_heads", kv_heads, size, "k"}, {"kv_heads", kv_heads, size, "v"}},
         std::vector<Segment>{{"hidden", c.hidden, 1, ""}}, c.bias, c.init_std);
     if (o.qk_norm) {
       q_norm_ = &child<nn::Norm>("q_norm", c.norm, size, "head_size", c.norm_epsilon, norm_bias);
@@ -56,7 +57,8 @@ class Attention : public Layer {
       mixed = ops::attention(q, k, v, space, shape_);
     }
     if (dropout_ == 0 || !context.training) return out_->add_to(context, mixed, h);
-    return ops::add(h, ops::dropout((*out_)(context, mixed), dropout_, context.random(name() + "/dropout"), space.sample_ids));
+    return ops::add(h,
+                    ops::dropout((*out_)(context, mixed), dropout_, context.random(name() + "/dropout"), space.sample_ids));
   }
 
   std::vector<StateSpec> state() const override {
@@ -65,7 +67,8 @@ class Attention : public Layer {
 
  private:
   /// Norm and rotation of queries or keys x [T, heads * D]; x itself when there is neither.
-  Tensor place(ForwardContext& context, const Space& space, const Tensor& x, std::int64_t heads, const nn::Norm* norm) const {
+  Tensor place(ForwardContext& context, const Space& space, const Tensor& x, std::int64_t heads,
+               const nn::Norm* norm) const {
     if (!norm && !rope_) return x;
     Tensor y = ops::reshape(x, {x.size(0), heads, shape_.head_size});
     if (norm) y = (*norm)(context, y);

@@ -16,7 +16,8 @@ namespace {
 /// tokens (+ positions) -> h, with dropout.
 class InputBlock : public Block {
  public:
-  InputBlock(std::int64_t vocabulary, std::int64_t hidden, std::int64_t context, bool learned, double init_std, double dropout)
+  InputBlock(std::int64_t vocabulary, std::int64_t hidden, std::int64_t context, bool learned, double init_std,
+             double dropout)
       : Block("embedding"), dropout_(dropout) {
     auto tokens = std::make_shared<nn::Embedding>("tokens", vocabulary, "vocab", hidden, init_std);
     tokens_ = tokens.get();
@@ -110,7 +111,8 @@ class Gpt : public Model {
       names.push_back(unique);
     }
 
-    input_ = std::make_shared<InputBlock>(vocabulary_, hidden_, longest_, o.text("positions") == "learned", init_std, dropout);
+    input_ =
+        std::make_shared<InputBlock>(vocabulary_, hidden_, longest_, o.text("positions") == "learned", init_std, dropout);
     calls_.push_back({input_.get(), {}, {"h"}});
     LayerContext c;
     c.hidden = hidden_;
