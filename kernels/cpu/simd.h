@@ -278,32 +278,29 @@ CAPSTAN_INLINE Vec<double> abs(Vec<double> a) {
 }
 
 namespace detail {
+typedef float F32x8 __attribute__((vector_size(32)));
+typedef float F32x4 __attribute__((vector_size(16)));
+typedef double F64x4 __attribute__((vector_size(32)));
+typedef double F64x2 __attribute__((vector_size(16)));
 // The upper half of the lanes meets the lower half until one is left: lane i with i + 8, then 4, 2, 1.
-template <class T, class F> CAPSTAN_INLINE T fold(Vec<T> a, F f) {
-  constexpr int half = Vec<T>::lanes / 2;
-  T x[Vec<T>::lanes];
-  std::memcpy(x, &a.v, sizeof x);
-  for (int width = half; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) x[i] = f(x[i], x[i + width]);
-  return x[0];
+template <class F> CAPSTAN_INLINE float fold(Vec<float> a, F f) {
+  const F32x8 e = f(__builtin_shufflevector(a.v, a.v, 0, 1, 2, 3, 4, 5, 6, 7),
+                    __builtin_shufflevector(a.v, a.v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const F32x4 q = f(__builtin_shufflevector(e, e, 0, 1, 2, 3), __builtin_shufflevector(e, e, 4, 5, 6, 7));
+  const F32x4 d = f(q, __builtin_shufflevector(q, q, 2, 3, 2, 3));
+  return f(d, __builtin_shufflevector(d, d, 1, 1, 1, 1))[0];
+}
+template <class F> CAPSTAN_INLINE double fold(Vec<double> a, F f) {
+  const F64x4 q = f(__builtin_shufflevector(a.v, a.v, 0, 1, 2, 3), __builtin_shufflevector(a.v, a.v, 4, 5, 6, 7));
+  const F64x2 d = f(__builtin_shufflevector(q, q, 0, 1), __builtin_shufflevector(q, q, 2, 3));
+  return f(d, __builtin_shufflevector(d, d, 1, 1))[0];
 }
 }  // namespace detail
 
 /// Sum of the lanes in a fixed tree.
-CAPSTAN_INLINE float reduce_add(Vec<float> a) {
-#if defined(CAPSTAN_AVX512)
-  const __m512 v = reinterpret_cast<__m512>(a.v);
-  const __m256 e = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_maskz_extractf32x8_ps(detail::all8, v, 1));
-  const __m128 q = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));
-  const __m128 d = _mm_add_ps(q, _mm_movehl_ps(q, q));
-  return _mm_cvtss_f32(_mm_add_ss(d, _mm_movehdup_ps(d)));
-#else
-  return detail::fold(a, [](float x, float y) { return x + y; });
-#endif
-}
-CAPSTAN_INLINE double reduce_add(Vec<double> a) { return detail::fold(a, [](double x, double y) { return x + y; }); }
-template <class T> CAPSTAN_INLINE T reduce_max(Vec<T> a) { return detail::fold(a, [](T x, T y) { return x > y ? x : y; }); }
-template <class T> CAPSTAN_INLINE T reduce_min(Vec<T> a) { return detail::fold(a, [](T x, T y) { return x < y ? x : y; }); }
+template <class T> CAPSTAN_INLINE T reduce_add(Vec<T> a) { return detail::fold(a, [](auto x, auto y) { return x + y; }); }
+template <class T> CAPSTAN_INLINE T reduce_max(Vec<T> a) { return detail::fold(a, [](auto x, auto y) { return x > y ? x : y; }); }
+template <class T> CAPSTAN_INLINE T reduce_min(Vec<T> a) { return detail::fold(a, [](auto x, auto y) { return x < y ? x : y; }); }
 
 namespace detail {
 CAPSTAN_INLINE Vec<float> round_to_int(Vec<float> a) {  // |a| < 2^22; ties to even
