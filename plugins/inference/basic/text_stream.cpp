@@ -63,8 +63,14 @@ std::size_t open_character(std::string_view bytes) {
 std::string TextStream::feed(std::string_view bytes) {
   if (stopped_) return {};
   pending_.append(bytes);
-  std::size_t first = std::string::npos;
-  for (const std::string& stop : stop_) first = std::min(first, pending_.find(stop));
+  // The first to be complete decides, so that it does not matter how tokens cut the bytes.
+  std::size_t first = std::string::npos, first_end = std::string::npos;
+  for (const std::string& stop : stop_) {
+    const std::size_t at = pending_.find(stop);
+    if (at == std::string::npos) continue;
+    const std::size_t end = at + stop.size();
+    if (end < first_end || (end == first_end && at < first)) first = at, first_end = end;
+  }
   if (first != std::string::npos) {
     stopped_ = true;
     std::string text = repair_utf8(std::string_view(pending_).substr(0, first));

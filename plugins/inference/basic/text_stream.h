@@ -7,8 +7,9 @@
 namespace capstan::basic {
 
 /// Turns a request's bytes into text that can be shown at once: valid UTF-8, no character by halves, no part of a stop
-/// text. Stop texts are sought in the bytes, so one may begin in one token and end in another. Bytes that are not UTF-8
-/// become U+FFFD, one for each longest broken piece (Unicode 15, section 3.9).
+/// text. Stop texts are sought in the bytes, so one may begin in one token and end in another; the first to be complete
+/// ends the text, of several complete at once the longest. Bytes that are not UTF-8 become U+FFFD, one for each longest
+/// broken piece (Unicode 15, section 3.9).
 class TextStream {
  public:
   explicit TextStream(std::vector<std::string> stop) : stop_(std::move(stop)) {}

@@ -45,9 +45,11 @@ class Attention : public Layer {
     const std::int64_t rows = h.size(0), q_width = shape_.heads * shape_.head_size,
                        kv_width = shape_.kv_heads * shape_.head_size;
     const Tensor qkv = (*qkv_)(context, (*norm_)(context, h));
-    const Tensor q = place(context, space, ops::slice(qkv, 1, 0, q_width), shape_.heads, q_norm_);
-    const Tensor k = place(context, space, ops::slice(qkv, 1, q_width, kv_width), shape_.kv_heads, k_norm_);
-    const Tensor v = ops::slice(qkv, 1, q_width + kv_width, kv_width);
+    const std::int64_t widths[] = {q_width, kv_width, kv_width};
+    const std::vector<Tensor> parts = ops::split(qkv, widths);
+    const Tensor q = place(context, space, parts[0], shape_.heads, q_norm_);
+    const Tensor k = place(context, space, parts[1], shape_.kv_heads, k_norm_);
+    const Tensor& v = parts[2];
     Tensor mixed;
     if (context.state) {
       const Dims per_head{rows, shape_.kv_heads, shape_.head_size};
