@@ -21,6 +21,9 @@ class CAPSTAN_API Tokenizer {
   virtual void encode(std::string_view text, std::vector<std::int32_t>& out) const = 0;
   /// The bytes of `tokens`; unknown ids are Error(input).
   virtual std::string decode(std::span<const std::int32_t> tokens) const = 0;
+  /// Whether encoding a text in pieces, cut at any bytes, gives the same tokens as encoding it whole: then
+  /// documents of any size are built in bounded memory.
+  virtual bool splits_anywhere() const;
 };
 
 }  // namespace capstan

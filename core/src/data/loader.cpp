@@ -1,0 +1,381 @@
+// Blending, cutting into microbatches, the prefetch thread, the cursor.
+#include "data/loader.h"
+
+#include <capstan/error.h>
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <cmath>
+#include <condition_variable>
+#include <deque>
+#include <exception>
+#include <mutex>
+#include <nlohmann/json.hpp>
+#include <numeric>
+#include <optional>
+#include <thread>
+#include <utility>
+
+namespace capstan::data {
+
+std::string DataCursor::to_json() const {
+  return nlohmann::ordered_json{
+      {"sample", sample}, {"counts", counts}, {"sequence_length", sequence_length}, {"tokens", tokens}}
+      .dump();
+}
+
+DataCursor DataCursor::from_json(const std::string& text) {
+  DataCursor c;
+  try {
+    const auto j = nlohmann::json::parse(text);
+    j.at("sample").get_to(c.sample);
+    j.at("counts").get_to(c.counts);
+    j.at("sequence_length").get_to(c.sequence_length);
+    j.at("tokens").get_to(c.tokens);
+  } catch (const nlohmann::json::exception& e) {
+    fail(Fault::input, "data cursor", fmt::format("damaged: {}; resume from another checkpoint", e.what()));
+  }
+  return c;
+}
+
+namespace {
+
+/// The set that lags its weight most when `sample` samples are out; sets with `open[d]` false take no part.
+std::size_t most_behind(const std::vector<double>& weights, const std::vector<std::int64_t>& counts, std::int64_t sample,
+                        const std::vector<char>* open = nullptr) {
+  std::size_t best = weights.size();
+  double most = 0;
+  for (std::size_t d = 0; d < weights.size(); ++d) {
+    if (open != nullptr && !(*open)[d]) continue;
+    const double lag =
+        weights[d] * static_cast<double>(std::max<std::int64_t>(sample, 1)) - static_cast<double>(counts[d]);
+    if (best == weights.size() || lag > most) best = d, most = lag;
+  }
+  return best;
+}
+
+double weight_of(const std::vector<HostBatch>& batches) {
+  double sum = 0;
+  for (const auto& batch : batches) sum = std::accumulate(batch.rows.weight.begin(), batch.rows.weight.end(), sum);
+  return sum;
+}
+
+Batch to_batch(HostBatch host, std::int64_t sequence_length, double step_weight, Device& device) {
+  const auto used = static_cast<std::int32_t>(host.rows.tokens.size());
+  const std::int64_t capacity = host.samples * sequence_length;
+  Space space;
+  space.capacity = capacity, space.longest = sequence_length;
+  space.host_starts = std::move(host.rows.starts);
+  space.past.assign(space.host_starts.size(), 0);
+  space.host_starts.push_back(used);
+  // Rows of the dead sequence: token 0, no target, weight 0.
+  const auto rows = static_cast<std::size_t>(capacity);
+  host.rows.tokens.resize(rows, 0), host.rows.targets.resize(rows, -1), host.rows.weight.resize(rows, 0.0f);
+  host.rows.sample_ids.resize(rows, 0);
+  std::vector<std::int32_t> positions(rows, 0);
+  for (std::size_t s = 0; s + 1 < space.host_starts.size(); ++s) {
+    const auto begin = positions.begin() + space.host_starts[s], end = positions.begin() + space.host_starts[s + 1];
+    std::iota(begin, end, 0);
+  }
+  const auto tensor = [&]<class T>(const std::vector<T>& values) {
+    return Tensor::of(std::span<const T>(values), Dims{static_cast<std::int64_t>(values.size())}, device);
+  };
+  space.starts = tensor(space.host_starts);
+  space.positions = tensor(positions);
+  space.sample_ids = tensor(host.rows.sample_ids);
+  Batch batch;
+  batch.spaces.push_back(std::move(space));
+  batch.set("tokens", tensor(host.rows.tokens));
+  batch.set("targets", tensor(host.rows.targets));
+  batch.set("weight", tensor(host.rows.weight));
+  batch.step_weight = step_weight;
+  return batch;
+}
+
+void check(const DataOptions& o) {
+  const auto at_least = [](const char* name, std::int64_t value, std::int64_t low) {
+    if (value < low) fail(Fault::input, name, fmt::format("expected {} or more, got {}", low, value));
+  };
+  if (o.sets.empty()) fail(Fault::input, "data", "no dataset is named; `capstan data build` makes one from text files");
+  at_least("sequence_length", o.sequence_length, 1);
+  at_least("batch_size", o.batch_size, 1);
+  at_least("micro_batch", o.micro_batch, 1);
+  at_least("prefetch", o.prefetch, 0);
+  if (o.sequence_length > INT32_MAX / std::min(o.micro_batch, o.batch_size)) {
+    fail(Fault::input, "micro_batch",
+         fmt::format("{} samples of {} tokens are more than 2^31 rows; use a smaller micro_batch",
+                     std::min(o.micro_batch, o.batch_size), o.sequence_length));
+  }
+  for (const auto& set : o.sets) {
+    if (!(set.weight > 0) || !std::isfinite(set.weight)) {
+      fail(Fault::input, set.prefix, fmt::format("weight: expected a number above 0, got {}; leave the set out", set.weight));
+    }
+  }
+}
+
+void check_tokenizer(const IndexedDataset& dataset, const TokenizerIdentity& tokenizer) {
+  const auto sidecar = Sidecar::read(dataset);
+  if (!sidecar) return;  // another maker's dataset: its ids are checked against the vocabulary as they are read
+  if (sidecar->tokenizer != tokenizer.name || sidecar->vocabulary != tokenizer.vocabulary) {
+    fail(Fault::input, dataset.prefix(),
+         fmt::format("the dataset was built with tokenizer '{}' ({} words), the recipe names '{}' ({} words); build it again with "
+                     "--tokenizer {}, or change the recipe",
+                     sidecar->tokenizer, sidecar->vocabulary, tokenizer.name, tokenizer.vocabulary, tokenizer.name));
+  }
+}
+
+}  // namespace
+
+struct DataSource::Impl {
+  struct Step {
+    std::vector<HostBatch> batches;
+    DataCursor after;
+  };
+
+  Impl(DataOptions o, TokenizerIdentity t, std::shared_ptr<Device> d)
+      : options(std::move(o)), tokenizer(std::move(t)), device(std::move(d)) {
+    check(options);
+    double sum = 0;
+    for (const auto& set : options.sets) sum += set.weight;
+    for (std::size_t i = 0; i < options.sets.size(); ++i) {
+      const DataSet& set = options.sets[i];
+      weights.push_back(set.weight / sum);
+      const auto dataset = std::make_shared<const IndexedDataset>(set.prefix);
+      check_tokenizer(*dataset, tokenizer);
+      DocumentSplit split = DocumentSplit::make(*dataset, options.validation);
+      TokenStream::Settings settings;
+      settings.seed = options.seed, settings.name = fmt::format("{}", i);
+      settings.across = options.attend_across_documents, settings.vocabulary = tokenizer.vocabulary;
+      train.emplace_back(dataset, std::move(split.train), settings);
+      if (train.back().tokens() <= options.sequence_length) {
+        fail(Fault::input, set.prefix,
+             fmt::format("{} training tokens in {} documents are too few: one sample needs {}; add text, or shorten "
+                         "sequence_length",
+                         train.back().tokens(), train.back().documents().size(), options.sequence_length + 1));
+      }
+      if (!split.validation.empty()) {
+        // Fixed whatever the seed: runs with other seeds are compared on the same text.
+        settings.seed = 0, settings.name = fmt::format("validation.{}", i), settings.endless = false;
+        validation.emplace_back(dataset, std::move(split.validation), settings);
+      }
+      at.counts.push_back(0), at.tokens.push_back(train.back().tokens());
+    }
+    at.sequence_length = options.sequence_length;
+  }
+
+  Step make_step() {
+    Step step;
+    DataCursor now = at;  // `at` stays where it was when a read fails
+    for (std::int64_t done = 0; done < options.batch_size;) {
+      HostBatch batch;
+      batch.samples = std::min(options.micro_batch, options.batch_size - done);
+      for (std::int64_t s = 0; s < batch.samples; ++s) {
+        const std::size_t set = most_behind(weights, now.counts, now.sample);
+        train[set].append(now.counts[set] * options.sequence_length, options.sequence_length,
+                          now.sample * options.sequence_length, batch.rows);
+        ++now.counts[set], ++now.sample;
+      }
+      done += batch.samples;
+      step.batches.push_back(std::move(batch));
+    }
+    step.after = at = std::move(now);
+    return step;
+  }
+
+  void start() {
+    stopping = false;
+    thread = std::thread([this] {
+      try {
+        for (;;) {
+          {
+            std::unique_lock lock(mutex);
+            space.wait(lock, [&] { return stopping || queue.size() < static_cast<std::size_t>(options.prefetch); });
+            if (stopping) return;
+          }
+          Step step = make_step();
+          const std::lock_guard lock(mutex);
+          queue.push_back(std::move(step));
+          ready.notify_one();
+        }
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        error = std::current_exception();
+        ready.notify_one();
+      }
+    });
+  }
+
+  void stop() {
+    if (!thread.joinable()) return;
+    {
+      const std::lock_guard lock(mutex);
+      stopping = true;
+    }
+    space.notify_one();
+    thread.join();
+  }
+
+  Step take() {
+    if (options.prefetch == 0) return make_step();
+    if (!thread.joinable()) start();
+    std::unique_lock lock(mutex);
+    ready.wait(lock, [&] { return !queue.empty() || error; });
+    if (queue.empty()) std::rethrow_exception(error);
+    Step step = std::move(queue.front());
+    queue.pop_front();
+    lock.unlock();
+    space.notify_one();
+    return step;
+  }
+
+  std::vector<Batch> to_batches(std::vector<HostBatch> host, const char* what) const {
+    const double weight = weight_of(host);
+    if (!(weight > 0)) {
+      fail(Fault::input, "data",
+           fmt::format("no row of this {} has a target: every document is a single token; build the sets again, or set "
+                       "attend_across_documents",
+                       what));
+    }
+    std::vector<Batch> batches;
+    for (auto& batch : host) batches.push_back(to_batch(std::move(batch), options.sequence_length, weight, *device));
+    return batches;
+  }
+
+  DataOptions options;
+  TokenizerIdentity tokenizer;
+  std::shared_ptr<Device> device;
+  std::vector<double> weights;            // sum to 1
+  std::vector<TokenStream> train, validation;
+  DataCursor at;                          // of make_step(), ahead of what was handed out
+
+  std::mutex mutex;  // of what follows
+  std::condition_variable space, ready;
+  std::deque<Step> queue;  // host memory only: the device's pool belongs to the caller's thread
+  std::exception_ptr error;
+  bool stopping = false;
+  std::thread thread;
+};
+
+DataSource::DataSource(DataOptions options, TokenizerIdentity tokenizer, std::shared_ptr<Device> device)
+    : impl_(std::make_unique<Impl>(std::move(options), std::move(tokenizer), std::move(device))), cursor_(impl_->at) {}
+
+DataSource::~DataSource() { impl_->stop(); }
+
+std::vector<Batch> DataSource::next() {
+  Impl::Step step = impl_->take();
+  std::vector<Batch> batches = impl_->to_batches(std::move(step.batches), "batch");
+  cursor_ = std::move(step.after);
+  return batches;
+}
+
+void DataSource::seek(const DataCursor& cursor) {
+  const auto refuse = [](const std::string& why) {
+    fail(Fault::input, "data cursor", why + "; resume with the data that the run began with, or start a new run");
+  };
+  if (cursor.sequence_length != impl_->options.sequence_length) {
+    refuse(fmt::format("sequence_length: expected {}, as the checkpoint has, got {}", cursor.sequence_length,
+                       impl_->options.sequence_length));
+  }
+  if (cursor.counts.size() != impl_->train.size() || cursor.tokens.size() != impl_->train.size()) {
+    refuse(fmt::format("datasets: expected {}, as the checkpoint has, got {}", cursor.counts.size(), impl_->train.size()));
+  }
+  for (std::size_t i = 0; i < cursor.tokens.size(); ++i) {
+    if (cursor.tokens[i] != impl_->train[i].tokens()) {
+      refuse(fmt::format("training tokens of {}: expected {}, as the checkpoint has, got {}", impl_->options.sets[i].prefix,
+                         cursor.tokens[i], impl_->train[i].tokens()));
+    }
+  }
+  // Counts may not exceed what keeps row numbers in 63 bits; their sum is then safe too.
+  const std::int64_t limit = INT64_MAX / 2 / (impl_->options.sequence_length * static_cast<std::int64_t>(cursor.counts.size()));
+  std::int64_t sum = 0;
+  for (const std::int64_t count : cursor.counts) {
+    if (count < 0 || count > limit) refuse(fmt::format("damaged: a set's count is {}", count));
+    sum += count;
+  }
+  if (sum != cursor.sample) refuse(fmt::format("damaged: {} samples, but the sets' counts add up to {}", cursor.sample, sum));
+  impl_->stop();
+  impl_->queue.clear();
+  impl_->error = nullptr;
+  impl_->at = cursor;
+  cursor_ = cursor;
+}
+
+std::vector<HostBatch> DataSource::host_validation(std::int64_t batches) {
+  Impl& m = *impl_;
+  const std::int64_t length = m.options.sequence_length;
+  std::vector<double> weights;
+  std::vector<std::int64_t> counts(m.validation.size(), 0);
+  std::vector<char> open(m.validation.size(), 1);
+  for (std::size_t i = 0; i < m.validation.size(); ++i) weights.push_back(m.weights[i]);
+  std::vector<HostBatch> result;
+  for (std::int64_t sample = 0;; ++sample) {
+    const std::size_t set = most_behind(weights, counts, sample, &open);
+    if (set == weights.size()) break;
+    if (sample % m.options.micro_batch == 0) {
+      if (static_cast<std::int64_t>(result.size()) == batches) break;
+      result.emplace_back().samples = m.options.micro_batch;
+    }
+    const std::int64_t first = counts[set] * length, count = std::min(length, m.validation[set].tokens() - first);
+    m.validation[set].append(first, count, sample * length, result.back().rows);
+    ++counts[set];
+    open[set] = first + count < m.validation[set].tokens();
+  }
+  return result;
+}
+
+std::vector<Batch> DataSource::validation(std::int64_t batches) {
+  if (impl_->validation.empty() || batches <= 0) return {};
+  return impl_->to_batches(host_validation(batches), "validation");
+}
+
+std::int64_t DataSource::validation_batches() const {
+  const std::int64_t length = impl_->options.sequence_length, micro = impl_->options.micro_batch;
+  std::int64_t samples = 0;
+  for (const auto& stream : impl_->validation) samples += (stream.tokens() + length - 1) / length;
+  return (samples + micro - 1) / micro;
+}
+
+namespace {
+
+std::int64_t tokens_of(const std::vector<TokenStream>& streams) {
+  std::int64_t sum = 0;
+  for (const auto& stream : streams) sum += stream.tokens();
+  return sum;
+}
+
+std::int64_t documents_of(const std::vector<TokenStream>& streams) {
+  std::int64_t sum = 0;
+  for (const auto& stream : streams) sum += static_cast<std::int64_t>(stream.documents().size());
+  return sum;
+}
+
+std::string grouped(std::int64_t n) {
+  std::string digits = std::to_string(n);
+  for (auto at = static_cast<std::ptrdiff_t>(digits.size()) - 3; at > 0; at -= 3) {
+    digits.insert(static_cast<std::size_t>(at), ",");
+  }
+  return digits;
+}
+
+}  // namespace
+
+std::int64_t DataSource::train_tokens() const { return tokens_of(impl_->train); }
+std::int64_t DataSource::validation_tokens() const { return tokens_of(impl_->validation); }
+std::int64_t DataSource::train_documents() const { return documents_of(impl_->train); }
+std::int64_t DataSource::validation_documents() const { return documents_of(impl_->validation); }
+
+std::string DataSource::describe() const {
+  const std::size_t sets = impl_->train.size();
+  std::string text = sets == 1 ? impl_->options.sets[0].prefix : fmt::format("{} sets", sets);
+  text += fmt::format(": {} tokens in {} documents", grouped(train_tokens()), grouped(train_documents()));
+  if (!impl_->validation.empty()) {
+    text += fmt::format(", {} more in {} for validation", grouped(validation_tokens()), grouped(validation_documents()));
+  }
+  return text;
+}
+
+const DataOptions& DataSource::options() const { return impl_->options; }
+const TokenizerIdentity& DataSource::tokenizer() const { return impl_->tokenizer; }
+std::span<const TokenStream> DataSource::train_streams() const { return impl_->train; }
+
+}  // namespace capstan::data
