@@ -1,0 +1,84 @@
+// `capstan recipe show|check|keys`: what a recipe comes to, whether it is right, and what it may say.
+#include "program/commands.h"
+
+#include "plugin/host.h"
+#include "recipe/recipe.h"
+#include "recipe/run_schema.h"
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace capstan::program {
+namespace {
+
+struct Words {
+  std::string recipe;
+  std::vector<std::string> overrides;
+  bool plain = false, markdown = false;
+};
+
+void show(const Program& program, const Words& words) {
+  PluginHost host(program.executable);
+  const Recipe recipe = load_recipe(words.recipe, words.overrides, run_schema(), host);
+  if (!words.plain) fmt::print("# {}, resolved; xxh3 {}\n", fmt::join(recipe.files, " under "), recipe_digest(recipe.options));
+  fmt::print("{}", to_yaml(recipe, words.plain ? Origins::hide : Origins::show));
+}
+
+void check(const Program& program, const Words& words) {
+  PluginHost host(program.executable);
+  const Recipe recipe = load_recipe(words.recipe, words.overrides, run_schema(), host);
+  const Options& options = recipe.options;
+  check_run_options(options);
+  const Options& data = options.group("data");
+  const Options& train = options.group("train");
+  const std::int64_t sequences = data.integer("batch_size"), length = data.integer("sequence_length"), steps = train.integer("steps");
+  fmt::print("{} is valid\n", words.recipe);
+  const auto row = [](const std::string& name, const std::string& text) { fmt::print("  {:<11}{}\n", name, text); };
+  row("files", fmt::format("{}", fmt::join(recipe.files, ", ")));
+  for (const char* kind : {"model", "tokenizer", "optimizer", "inference"}) row(kind, options.plugin(kind).name);
+  row("checkpoint", options.group("checkpoint").plugin("format").name);
+  row("precision", options.group("precision").text("compute"));
+  for (const auto& set : data.groups("sets")) row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")));
+  row("training", fmt::format("{} steps of {} sequences x {} tokens, {:.4g} million tokens in all", steps, sequences, length,
+                              1e-6 * double(steps) * double(sequences) * double(length)));
+  row("xxh3", recipe_digest(options));
+  for (const auto& plugin : host.loaded()) row("plugin", fmt::format("{} {} {} ({})", plugin.kind, plugin.name, plugin.version, plugin.file));
+}
+
+void keys(const Words& words) {
+  const Schema schema = run_schema();
+  fmt::print("{}", words.markdown ? help_markdown(schema) : help_text(schema));
+}
+
+}  // namespace
+
+void add_recipe(CLI::App& app, Program& program) {
+  auto words = std::make_shared<Words>();
+  CLI::App* recipe = app.add_subcommand("recipe", "Show or check a recipe without running it");
+  recipe->require_subcommand(1);
+  const auto add_words = [&words](CLI::App* command) {
+    command->add_option("recipe", words->recipe, "the recipe file (.yaml)")->required()->type_name("RECIPE");
+    command->add_option("overrides", words->overrides, "values that replace the recipe's, such as train.steps=100")
+        ->type_name("KEY.PATH=VALUE");
+  };
+  CLI::App* show_command = recipe->add_subcommand("show", "Print the resolved recipe, each value with where it comes from");
+  add_words(show_command);
+  show_command->add_flag("--plain", words->plain, "without comments: a recipe that runs as it is");
+  show_command->callback([&program, words] { show(program, *words); });
+
+  CLI::App* check_command = recipe->add_subcommand("check", "Say whether the recipe would be accepted, and what it amounts to");
+  add_words(check_command);
+  check_command->callback([&program, words] { check(program, *words); });
+
+  CLI::App* keys_command = recipe->add_subcommand("keys", "List every key of a recipe; those of plugins: capstan plugin info");
+  keys_command->add_flag("--markdown", words->markdown, "as a Markdown table");
+  keys_command->callback([words] { keys(*words); });
+}
+
+}  // namespace capstan::program

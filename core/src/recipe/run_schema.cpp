@@ -1,0 +1,144 @@
+// The top level of every recipe that runs: what the trainer, the data builder and the engine read.
+#include "recipe/run_schema.h"
+
+#include <fmt/format.h>
+
+#include <string>
+
+namespace capstan {
+namespace {
+
+using Type = OptionSpec::Type;
+
+Schema run_group() {
+  Schema s;
+  s.path("dir", "", "folder of the run: checkpoints, metrics, samples; empty: runs/<name of the recipe file>");
+  s.integer("seed", 1, "seed of everything random: initial weights, order of the data, dropout, samples").at_least(0);
+  s.text("resume", "auto", "auto: continue where the folder's run stopped, if there is one; never: refuse a folder that holds "
+         "a run; require: refuse a folder that holds none").one_of({"auto", "never", "require"});
+  s.integer("threads", 0, "CPU threads; 0: all cores").range(0, 4096);
+  s.text("device", "cpu", "where tensors live; auto: the best device that this build can use").one_of({"cpu", "auto"});
+  return s;
+}
+
+Schema precision_group() {
+  Schema s;
+  s.text("compute", "f32", "type of weights and activations in forward and backward; under bf16 the optimizer keeps f32 "
+         "master weights; f64 is for checking").one_of({"f32", "f64", "bf16"});
+  return s;
+}
+
+Schema data_set() {
+  Schema s;
+  s.required(Type::path, "path", "the data set without .bin and .idx");
+  s.number("weight", 1, "how often this set is drawn from, relative to the others").above(0);
+  s.list(Type::paths, "text", "[]", "text files, folders or globs (** crosses folders) that the set is built from when it does "
+         "not exist yet");
+  s.integer("max_bytes", 0, "most text to build from; 0: all of it").in("bytes").at_least(0);
+  return s;
+}
+
+Schema data_group() {
+  Schema s;
+  auto& sets = s.groups("sets", data_set(), "the data sets to train on");
+  sets.required = true;
+  sets.default_text.clear();
+  s.required(Type::integer, "sequence_length", "length of one training sequence").in("tokens").range(1, 1 << 24);
+  s.required(Type::integer, "batch_size", "sequences in one optimizer step").in("sequences").range(1, 1 << 24);
+  s.integer("micro_batch", 0, "sequences in one forward and backward; less memory, same result; 0: all of batch_size")
+      .in("sequences").range(0, 1 << 24);
+  s.number("validation", 0.01, "share of the documents kept out of training, for the validation loss").range(0, 0.5);
+  s.flag("attend_across_documents", false, "whether tokens see the documents packed before theirs into one sequence");
+  s.integer("prefetch", 2, "batches made ready ahead of the step").in("batches").range(0, 1024);
+  return s;
+}
+
+Schema schedule_group() {
+  Schema s;
+  s.integer("warmup", 0, "steps over which the learning rate rises from 0 to its peak").in("steps").at_least(0);
+  s.text("decay", "cosine", "how it falls after warm-up; wsd: constant (stable), then a fall at the end")
+      .one_of({"constant", "cosine", "linear", "wsd"});
+  s.number("final", 0.1, "learning rate at the last step as a share of the peak").range(0, 1);
+  s.integer("decay_steps", 0, "wsd: length of the fall; 0: a fifth of the run").in("steps").at_least(0);
+  s.text("decay_shape", "linear", "wsd: shape of the fall; sqrt: 1 - sqrt of the share of the fall that is over")
+      .one_of({"linear", "cosine", "sqrt", "exponential"});
+  return s;
+}
+
+Schema train_group() {
+  Schema s;
+  s.required(Type::integer, "steps", "optimizer steps in the whole run").in("steps").range(1, 1e12);
+  s.number("clip", 1, "largest global norm of the gradient, larger ones are scaled down to it; 0: no clipping").at_least(0);
+  s.integer("validate_every", 0, "steps between validations; 0: never").in("steps").at_least(0);
+  s.integer("validate_batches", 8, "batches in one validation").in("batches").at_least(1);
+  s.integer("sample_every", 0, "steps between samples of what the model writes; 0: never").in("steps").at_least(0);
+  s.text("sample_prompt", "", "what samples continue; empty: the start of a document");
+  s.integer("sample_tokens", 128, "length of a sample").in("tokens").range(1, 1 << 20);
+  s.text("on_nonfinite", "stop", "when loss or gradient is not finite, before it reaches the weights; stop: end the run with a "
+         "message; skip: leave the step out; rollback: go back to the newest checkpoint").one_of({"stop", "skip", "rollback"});
+  s.number("spike_threshold", 0, "reports a loss this far above its running mean; 0: never").in("standard deviations").at_least(0);
+  s.text("recompute", "none", "what backward computes again instead of keeping it; block: the activations inside of each block")
+      .one_of({"none", "block"});
+  s.integer("log_every", 1, "steps between lines of the log and of metrics.jsonl").in("steps").at_least(1);
+  return s;
+}
+
+Schema checkpoint_group() {
+  Schema s;
+  s.plugin("checkpoint", "format", "hdf5", "how checkpoints are written");
+  s.integer("every_steps", 0, "steps between checkpoints; 0: not by steps").in("steps").at_least(0);
+  s.number("every_minutes", 0, "time between checkpoints; 0: not by time").in("minutes").at_least(0);
+  s.integer("keep", 3, "newest checkpoints to keep; 0: all").at_least(0);
+  s.flag("asynchronous", true, "write while training goes on, from a copy in memory");
+  s.flag("at_end", true, "write one after the last step");
+  s.text("on_damage", "fallback", "when the newest checkpoint is damaged; fallback: say so and take the newest good one; stop: "
+         "end with a message").one_of({"fallback", "stop"});
+  return s;
+}
+
+}  // namespace
+
+Schema run_schema() {
+  Schema s;
+  s.group("run", run_group(), "this run: where it goes, its seed, what it runs on");
+  s.list(Type::paths, "plugin_path", "[]", "folders searched for plugins ahead of the installed ones");
+  s.group("precision", precision_group(), "number formats");
+  s.plugin("model", "model", "", "what is trained");
+  s.plugin("tokenizer", "tokenizer", "byte", "how text becomes tokens");
+  s.group("data", data_group(), "what it is trained on, and in which pieces");
+  s.plugin("optimizer", "optimizer", "adamw", "how gradients change the weights");
+  s.group("schedule", schedule_group(), "the learning rate over the run, as a share of the optimizer's peak");
+  s.group("train", train_group(), "the loop: its length and what it does on the way");
+  s.group("checkpoint", checkpoint_group(), "what is saved, when and how");
+  s.plugin("inference", "inference", "basic", "what writes text: samples during training and `capstan generate`");
+  return s;
+}
+
+void check_run_options(const Options& options) {
+  const Options& data = options.group("data");
+  if (data.groups("sets").empty()) data.refuse("sets", "an empty list; expected one data set or more, such as [{path: ...}]");
+  const std::int64_t batch = data.integer("batch_size"), micro = data.integer("micro_batch");
+  if (micro > 0 && (micro > batch || batch % micro != 0)) {
+    data.refuse("micro_batch", fmt::format("{} does not divide data.batch_size = {}; expected a divisor of it, or 0", micro, batch));
+  }
+  const Options& train = options.group("train");
+  const Options& schedule = options.group("schedule");
+  const std::int64_t steps = train.integer("steps"), warmup = schedule.integer("warmup");
+  if (warmup > steps) {
+    schedule.refuse("warmup", fmt::format("{} steps of warm-up in a run of train.steps = {}; expected at most {}", warmup, steps, steps));
+  }
+  if (schedule.text("decay") == "wsd" && warmup + schedule.integer("decay_steps") > steps) {
+    schedule.refuse("decay_steps", fmt::format("{} steps of decay after {} of warm-up are more than train.steps = {}",
+                                               schedule.integer("decay_steps"), warmup, steps));
+  }
+  if (train.integer("validate_every") > 0 && data.number("validation") == 0) {
+    train.refuse("validate_every", fmt::format("validation every {} steps, but data.validation = 0 keeps no documents for it",
+                                               train.integer("validate_every")));
+  }
+  const Options& checkpoint = options.group("checkpoint");
+  if (train.text("on_nonfinite") == "rollback" && checkpoint.integer("every_steps") == 0 && checkpoint.number("every_minutes") == 0) {
+    train.refuse("on_nonfinite", "rollback needs checkpoints to go back to; set checkpoint.every_steps or checkpoint.every_minutes");
+  }
+}
+
+}  // namespace capstan
