@@ -18,38 +18,20 @@ Decay decay_from(const std::string& name) {
 }
 
 DecayShape shape_from(const std::string& name) {
-  if (name == "linear") return DecayShape::linear;
   if (name == "cosine") return DecayShape::cosine;
+  if (name == "sqrt") return DecayShape::sqrt;
   if (name == "exponential") return DecayShape::exponential;
-  return DecayShape::sqrt;
+  return DecayShape::linear;
 }
 
 }  // namespace
-
-Schema LearningRate::schema() {
-  Schema schema;
-  schema.integer("warmup", 0, "steps in which the learning rate rises on a line to its peak").at_least(0).in("steps");
-  schema.text("decay", "cosine", "how it falls after warm-up; wsd keeps the peak and falls at the end only")
-      .one_of({"constant", "cosine", "linear", "wsd"});
-  schema.number("final", 0.1, "learning rate at the last step, as a share of the peak").range(0, 1);
-  schema.optional(OptionSpec::Type::integer, "decay_steps", "wsd: how many last steps fall; without it a fifth of the run")
-      .at_least(1).in("steps");
-  schema.optional(OptionSpec::Type::text, "decay_shape", "wsd: form of the fall; sqrt is 1 - sqrt(p) and the default")
-      .one_of({"linear", "cosine", "sqrt", "exponential"});
-  return schema;
-}
 
 LearningRate::LearningRate(const Options& options) {
   schedule_.warmup = options.integer("warmup");
   schedule_.decay = decay_from(options.text("decay"));
   schedule_.final = options.number("final");
-  for (const char* name : {"decay_steps", "decay_shape"}) {
-    if (options.has(name) && schedule_.decay != Decay::wsd) {
-      options.refuse(name, "is for decay: wsd only, and this schedule says decay: " + options.text("decay"));
-    }
-  }
-  if (options.has("decay_steps")) schedule_.decay_steps = options.integer("decay_steps");
-  if (options.has("decay_shape")) schedule_.decay_shape = shape_from(options.text("decay_shape"));
+  schedule_.decay_steps = options.integer("decay_steps");
+  schedule_.decay_shape = shape_from(options.text("decay_shape"));
   if (schedule_.decay == Decay::wsd && schedule_.decay_shape == DecayShape::exponential && schedule_.final <= 0) {
     options.refuse("final", "an exponential decay never reaches 0: expected a final share above 0");
   }
@@ -61,7 +43,8 @@ double LearningRate::factor(std::int64_t step, std::int64_t total_steps) const {
 
   std::int64_t begin = warmup;  // the last step at the peak
   if (schedule_.decay == Decay::wsd) {
-    begin = std::max(begin, total_steps - schedule_.decay_steps.value_or(std::max<std::int64_t>(1, total_steps / 5)));
+    const std::int64_t fall = schedule_.decay_steps > 0 ? schedule_.decay_steps : std::max<std::int64_t>(1, total_steps / 5);
+    begin = std::max(begin, total_steps - fall);
   }
   if (schedule_.decay == Decay::constant || step <= begin) return 1;
   const double p = step >= total_steps ? 1 : static_cast<double>(step - begin) / static_cast<double>(total_steps - begin);

@@ -4,7 +4,6 @@
 #include <capstan/options.h>
 
 #include <cstdint>
-#include <optional>
 
 namespace capstan {
 
@@ -28,16 +27,14 @@ struct Schedule {
   std::int64_t warmup = 0;                 ///< steps from 0 to the peak, on a line
   Decay decay = Decay::constant;
   double final = 0.1;                      ///< share of the peak at the run's last step
-  std::optional<std::int64_t> decay_steps; ///< wsd: length of the fall; a fifth of the run when absent
-  DecayShape decay_shape = DecayShape::sqrt;
+  std::int64_t decay_steps = 0;            ///< wsd: length of the fall; 0: a fifth of the run
+  DecayShape decay_shape = DecayShape::linear;
 };
 
 /// A pure function of the step and the run's length: a resumed or prolonged run needs no memory of it.
 class CAPSTAN_API LearningRate {
  public:
-  /// The recipe's group `schedule`.
-  static Schema schema();
-  /// Error(input) for options that do not go together.
+  /// From the recipe's group `schedule` (see run_schema()). Error(input) for options that do not go together.
   explicit LearningRate(const Options& options);
   explicit LearningRate(const Schedule& schedule) : schedule_(schedule) {}
 
