@@ -20,8 +20,9 @@
 
 namespace capstan {
 
-/// One entry of the loss ledger: a sum over `count` things, normalized once by core. `weight` scales its
-/// part in the objective. `sum` is a scalar that may carry a graph.
+/// One entry of the loss ledger: a scalar `sum` that may carry a graph, already divided by the step's
+/// normalizer (Batch::step_weight), so that microbatches and ranks only add; `count` is what it was summed
+/// over in this batch, `weight` its part in the objective.
 struct LossEntry { std::string name; Tensor sum; double count = 0; double weight = 1; };
 
 /// What a block sees of the world during one forward.
@@ -42,10 +43,27 @@ class CAPSTAN_API ForwardContext {
   bool has(std::string_view value) const;
   /// Made once in a forward and kept to its end: RoPE tables and the like.
   Tensor memo(std::string_view key, const std::function<Tensor()>& make);
+  /// A parameter's values for this forward: with its gradient leaf when the graph is recorded.
+  Tensor use(const Parameter& parameter) const { return grad ? parameter.local() : parameter.local().detach(); }
   /// Adds to the loss ledger.
   void loss(std::string_view name, Tensor sum, double count, double weight = 1);
   const std::vector<LossEntry>& losses() const { return losses_; }
   void clear_losses() { losses_.clear(); }
+  /// Keeps the sums, frees what they hang on.
+  void drop_loss_graphs() { for (LossEntry& l : losses_) l.sum = l.sum.detach(); }
+  void drop(std::string_view value);
+  /// Forgets the losses that are added during its life (a recomputed call adds its own again).
+  class LossMark {
+   public:
+    explicit LossMark(ForwardContext& context) : context_(context), size_(context.losses_.size()) {}
+    ~LossMark() { context_.losses_.resize(size_); }
+    LossMark(const LossMark&) = delete;
+    LossMark& operator=(const LossMark&) = delete;
+
+   private:
+    ForwardContext& context_;
+    std::size_t size_;
+  };
   /// Randomness by address: the stream `name` at this step.
   Rng random(std::string_view name) const { return Rng(seed, name, step); }
 

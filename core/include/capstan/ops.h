@@ -36,6 +36,8 @@ CAPSTAN_API Tensor matmul(const Tensor& a, const Tensor& b);
 CAPSTAN_API Tensor reshape(const Tensor& a, const Dims& shape);
 CAPSTAN_API Tensor transpose(const Tensor& a, int d0, int d1);
 CAPSTAN_API Tensor slice(const Tensor& a, int dim, std::int64_t begin, std::int64_t length);
+/// Pieces of dimension 1 of a [T, sum of widths], as views (rows strided); its backward writes one gradient.
+CAPSTAN_API std::vector<Tensor> split(const Tensor& a, std::span<const std::int64_t> widths);
 CAPSTAN_API Tensor concat(std::span<const Tensor> parts, int dim);
 /// Rows of a [N, ...] by i32 ids [M] -> [M, ...]; backward adds rows in order of M (deterministic).
 CAPSTAN_API Tensor gather(const Tensor& a, const Tensor& ids);

@@ -1,0 +1,24 @@
+// defines: run_forward(), forward_backward(): how core walks a model's calls.
+#pragma once
+#include <capstan/model.h>
+
+#include <functional>
+#include <vector>
+
+namespace capstan {
+
+/// Runs the calls in order, without a graph when context.grad is off. The calls of heads are left out
+/// unless `with_heads`.
+CAPSTAN_API void run_forward(Model& model, ForwardContext& context, bool with_heads);
+
+/// What an engine is told while the walk goes on: before and after each call, in both directions.
+struct WalkHooks {
+  std::function<void(const Call&, bool backward)> before, after;
+};
+
+/// One microbatch, forward and backward. The graph is cut at calls: each keeps its own until its turn comes
+/// in reverse; calls marked `recompute` keep only their inputs and run again. Gradients end in the
+/// parameters' leaves; the losses stay in the context's ledger (without graphs).
+CAPSTAN_API void forward_backward(Model& model, ForwardContext& context, const WalkHooks& hooks = {});
+
+}  // namespace capstan

@@ -1,0 +1,266 @@
+// linear_cross_entropy: scores of targets under softmax(x W^T), in chunks of rows, so that T x vocabulary
+// logits never exist at once. With the token weights known, the gradient is made in the same pass: logits
+// are computed once.
+#include "ops/num.h"
+
+#include <capstan/autograd.h>
+#include <capstan/ops.h>
+#include <kernels/cpu/gemm.h>
+#include <kernels/cpu/softmax_rows.h>
+
+#include <algorithm>
+#include <cmath>
+
+namespace capstan::ops {
+
+namespace {
+
+using kernels::cpu::Gemm;
+
+constexpr std::int64_t chunk_bytes = std::int64_t{96} << 20;  // of logits at a time; measured in performance.md
+
+DType score_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+/// What the passes share: shapes, the chunk of logits, and the gradients when there are any.
+struct Pass {
+  Tensor x, weight, targets;
+  std::int64_t t = 0, c = 0, v = 0, chunk = 0, ld = 0;
+  Tensor logits, narrow;  // [chunk, ld]; narrow: the gradient of the logits in bf16 models
+  DType compute = DType::f32;
+
+  Pass(const Tensor& x_in, const Tensor& w, const Tensor& targets_in) : x(x_in), weight(w), targets(targets_in) {
+    t = x.size(0), c = x.size(1), v = weight.size(0);
+    compute = score_type(x.dtype());
+    ld = (v + 15) / 16 * 16;  // rows on cache lines
+    chunk = std::clamp<std::int64_t>(chunk_bytes / (ld * size_of(compute)) / 16 * 16, 16, 4096);
+    chunk = std::min(chunk, t);
+    logits = Tensor::empty(Dims{chunk, ld}, compute, x.device());
+    if (x.dtype() == DType::bf16) narrow = Tensor::empty(Dims{chunk, ld}, DType::bf16, x.device());
+  }
+
+  void forward_chunk(std::int64_t row, std::int64_t rows) const {
+    Gemm g;
+    g.a = g.b = num_of(x.dtype(), "linear_cross_entropy"), g.c = num_of(compute, "linear_cross_entropy");
+    g.trans_b = true, g.invariant = true;
+    g.m = rows, g.n = v, g.k = c, g.lda = x.strides()[0], g.ldb = weight.strides()[0], g.ldc = ld;
+    kernels::cpu::gemm(x.device().cpu(), g, x.narrow(0, row, rows).raw(), weight.raw(), logits.raw());
+  }
+
+  /// The logits' gradient, cast to the model's element type where that is narrower.
+  const void* gradient_chunk(std::int64_t rows) const {
+    if (!narrow.defined()) return logits.raw();
+    narrow.narrow(0, 0, rows).copy_from(logits.narrow(0, 0, rows));
+    return narrow.raw();
+  }
+
+  void dx_chunk(const void* dlogits, std::int64_t row, std::int64_t rows, const Tensor& dx) const {
+    Gemm g;
+    g.a = g.b = num_of(x.dtype(), "linear_cross_entropy"), g.c = num_of(dx.dtype(), "linear_cross_entropy");
+    g.m = rows, g.n = c, g.k = v, g.lda = ld, g.ldb = weight.strides()[0], g.ldc = c;
+    kernels::cpu::gemm(x.device().cpu(), g, dlogits, weight.raw(), dx.narrow(0, row, rows).raw());
+  }
+
+  void dw_chunk(const void* dlogits, std::int64_t row, std::int64_t rows, const Tensor& dw, bool accumulate) const {
+    Gemm g;
+    g.a = g.b = num_of(x.dtype(), "linear_cross_entropy"), g.c = num_of(dw.dtype(), "linear_cross_entropy");
+    g.trans_a = true, g.accumulate = accumulate;
+    g.m = v, g.n = c, g.k = rows, g.lda = ld, g.ldb = x.strides()[0], g.ldc = c;
+    kernels::cpu::gemm(x.device().cpu(), g, dlogits, x.narrow(0, row, rows).raw(), dw.raw());
+  }
+};
+
+Cost gemm_cost(const Pass& p, double products) {
+  const double flop = 2.0 * static_cast<double>(p.t) * static_cast<double>(p.c) * static_cast<double>(p.v);
+  return {products * flop, products * static_cast<double>(p.x.bytes() + p.weight.bytes()),
+          products * static_cast<double>(p.t * p.v * size_of(p.compute))};
+}
+
+/// The weight's gradient: the leaf's own buffer when there is one.
+struct WeightGradient {
+  Tensor value;
+  bool overwrite = true;
+  Leaf* leaf = nullptr;
+};
+
+WeightGradient weight_gradient(Leaf* leaf, const Tensor& weight) {
+  WeightGradient g;
+  g.leaf = leaf;
+  g.value = leaf != nullptr ? leaf->accumulate_into(weight, g.overwrite)
+                            : Tensor::empty(weight.shape(), score_type(weight.dtype()), weight.device());
+  return g;
+}
+
+/// With known weights: the gradient is there already.
+class ObjectiveNode final : public Node {
+ public:
+  Tensor dx, dw;
+  Leaf* leaf_done = nullptr;
+  std::string_view name() const override { return "linear_cross_entropy"; }
+  void release() override { dx = dw = Tensor(); }
+  std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
+    if (!grads[0].is_meta() && grads[0].item() != 1.0)
+      fail(Fault::programming, "linear_cross_entropy", "the gradient of its objective must be 1, got " + std::to_string(grads[0].item()) +
+                                                           ": put every scaling into the token weights");
+    std::vector<Tensor> result(2);
+    if (wants(0, part)) result[0] = dx;
+    if (wants(1, part)) {
+      if (leaf_done != nullptr) leaf_done->done();
+      else result[1] = dw;
+    }
+    return result;
+  }
+};
+
+/// With gradients of the scores known only later: logits are computed again, chunk by chunk.
+class ScoreNode final : public Node {
+ public:
+  Tensor x, weight, targets, logsumexp, entropy;
+  std::string_view name() const override { return "linear_cross_entropy"; }
+  void release() override { x = weight = targets = logsumexp = entropy = Tensor(); }
+
+  std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
+    std::vector<Tensor> result(2);
+    const bool want_x = wants(0, part), want_w = wants(1, part);
+    Pass p(x, weight, targets);
+    if (want_x) result[0] = Tensor::empty(x.shape(), x.dtype(), x.device());
+    WeightGradient dw;
+    if (want_w) dw = weight_gradient(leaf(1), weight);
+    OpScope scope(x.device(), "linear_cross_entropy dx", gemm_cost(p, 3));
+    if (!scope.meta()) {
+      for (std::int64_t row = 0; row < p.t; row += p.chunk) {
+        const std::int64_t rows = std::min(p.chunk, p.t - row);
+        p.forward_chunk(row, rows);
+        if (p.compute == DType::f64) differentiate<double>(p, row, rows, grads);
+        else differentiate<float>(p, row, rows, grads);
+        const void* dlogits = p.gradient_chunk(rows);
+        if (want_x) p.dx_chunk(dlogits, row, rows, result[0]);
+        if (want_w) p.dw_chunk(dlogits, row, rows, dw.value, row > 0 || !dw.overwrite);
+      }
+    }
+    if (want_w) {
+      if (dw.leaf != nullptr) dw.leaf->done();
+      else result[1] = dw.value.to(weight.dtype());
+    }
+    return result;
+  }
+
+ private:
+  /// dlogit_j = g_logprob (1[j = target] - p_j) + g_lse p_j - g_entropy p_j (log p_j + H).
+  template <class A>
+  void differentiate(const Pass& p, std::int64_t row, std::int64_t rows, std::span<const Tensor> grads) const {
+    const A* g[3] = {};
+    for (std::size_t i = 0; i < 3; ++i)
+      if (grads[i].defined()) g[i] = grads[i].data<A>();
+    const std::int32_t* target = targets.data<std::int32_t>();
+    const A* lse = logsumexp.data<A>();
+    const A* h = entropy.data<A>();
+#pragma omp parallel for num_threads(x.device().cpu().threads())
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t at = row + r;
+      A* logit = p.logits.data<A>() + r * p.ld;
+      const bool none = target[at] < 0;
+      const A lp = g[0] && !none ? g[0][at] : A(0), ls = g[1] ? g[1][at] : A(0), en = g[2] ? g[2][at] : A(0);
+      for (std::int64_t j = 0; j < p.v; ++j) {
+        const A log_p = logit[j] - lse[at], prob = std::exp(log_p);
+        logit[j] = prob * (ls - lp) - (prob > A(0) ? en * prob * (log_p + h[at]) : A(0));
+      }
+      if (!none) logit[target[at]] += lp;
+    }
+  }
+};
+
+/// Scores one chunk; with `weights`, leaves -weights[t] * d logprob[t] / d logits in its place.
+template <class A>
+void score_chunk(const Pass& p, std::int64_t row, std::int64_t rows, const HeadScore& out, const float* weights) {
+  const std::int32_t* target = p.targets.data<std::int32_t>();
+  A* logprob = out.logprob.data<A>();
+  A* lse = out.logsumexp.data<A>();
+  A* entropy = out.entropy.data<A>();
+#pragma omp parallel for num_threads(p.x.device().cpu().threads()) schedule(static)
+  for (std::int64_t r = 0; r < rows; ++r) {
+    const std::int64_t at = row + r;
+    A* logit = p.logits.data<A>() + r * p.ld;
+    const std::int32_t y = target[at];
+    const A chosen = y >= 0 ? logit[y] : A(0);
+    const auto s = kernels::cpu::score_row<A>(logit, p.v, weights != nullptr);
+    lse[at] = s.logsumexp;
+    entropy[at] = s.entropy;
+    logprob[at] = y >= 0 ? chosen - s.logsumexp : A(0);
+    if (weights != nullptr) {
+      const A w = y >= 0 ? static_cast<A>(weights[at]) : A(0);
+      kernels::cpu::scale_row<A>(logit, p.v, w / s.sum);
+      if (y >= 0) logit[y] -= w;
+    }
+  }
+}
+
+}  // namespace
+
+HeadScore linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& targets, const Tensor* weights, bool grad) {
+  constexpr const char* op = "linear_cross_entropy";
+  if (x.rank() != 2 || weight.rank() != 2 || x.size(1) != weight.size(1) || x.dtype() != weight.dtype())
+    fail(Fault::programming, op, "shapes: expected x [T, C] and weight [V, C] of one element type, got " + to_string(x.shape()) + " and " + to_string(weight.shape()));
+  if (!(targets.shape() == Dims{x.size(0)}) || targets.dtype() != DType::i32)
+    fail(Fault::programming, op, "targets: expected i32 [" + std::to_string(x.size(0)) + "], got " + std::string(name_of(targets.dtype())) + " " + to_string(targets.shape()));
+  if (weights != nullptr && (!(weights->shape() == targets.shape()) || weights->dtype() != DType::f32))
+    fail(Fault::programming, op, "weights: expected f32 " + to_string(targets.shape()) + ", got " + to_string(weights->shape()));
+  Device& device = x.device();
+  Pass p(row_matrix(x), row_matrix(weight), targets);
+  const DType type = p.compute;
+  HeadScore out{Tensor::empty(Dims{p.t}, type, device), Tensor::empty(Dims{p.t}, type, device), Tensor::empty(Dims{p.t}, type, device), Tensor()};
+  if (!targets.is_meta()) {
+    const std::int32_t* y = targets.data<std::int32_t>();
+    for (std::int64_t i = 0; i < p.t; ++i)
+      if (y[i] >= p.v || y[i] < -1)
+        fail(Fault::input, op, "target " + std::to_string(y[i]) + " of row " + std::to_string(i) + " is outside the vocabulary of " + std::to_string(p.v) +
+                                   ": the dataset was made with another tokenizer");
+  }
+  const bool differentiable = grad && any_requires_grad({&x, &weight});
+  const bool now = differentiable && weights != nullptr;
+  std::shared_ptr<ObjectiveNode> node;
+  WeightGradient dw;
+  if (now) {
+    node = std::make_shared<ObjectiveNode>();
+    if (x.requires_grad()) node->dx = Tensor::empty(x.shape(), x.dtype(), device);
+    if (weight.requires_grad()) dw = weight_gradient(dynamic_cast<Leaf*>(weight.node().get()), weight);
+  }
+  {
+    OpScope scope(device, op, gemm_cost(p, now ? 3 : 1));
+    if (!scope.meta()) {
+      for (std::int64_t row = 0; row < p.t; row += p.chunk) {
+        const std::int64_t rows = std::min(p.chunk, p.t - row);
+        p.forward_chunk(row, rows);
+        const float* w = now ? weights->data<float>() : nullptr;
+        if (type == DType::f64) score_chunk<double>(p, row, rows, out, w);
+        else score_chunk<float>(p, row, rows, out, w);
+        if (!now) continue;
+        const void* dlogits = p.gradient_chunk(rows);
+        if (node->dx.defined()) p.dx_chunk(dlogits, row, rows, node->dx);
+        if (dw.value.defined()) p.dw_chunk(dlogits, row, rows, dw.value, row > 0 || !dw.overwrite);
+      }
+    }
+  }
+  if (weights != nullptr) {  // summed in f64 and in order: one number, many tokens
+    out.objective = Tensor::empty(Dims{}, type, device);
+    if (!out.objective.is_meta()) {
+      double sum = 0;
+      const float* w = weights->data<float>();
+      for (std::int64_t i = 0; i < p.t; ++i)
+        sum -= static_cast<double>(w[i]) * (type == DType::f64 ? out.logprob.data<double>()[i] : static_cast<double>(out.logprob.data<float>()[i]));
+      out.objective.fill(sum);
+    }
+  }
+  if (now) {
+    node->leaf_done = dw.leaf;
+    if (dw.value.defined() && dw.leaf == nullptr) node->dw = dw.value.to(weight.dtype());
+    record(node, {&x, &weight}, {&out.objective});
+  } else if (differentiable) {
+    auto later = std::make_shared<ScoreNode>();
+    later->x = p.x, later->weight = p.weight, later->targets = targets;
+    later->logsumexp = out.logsumexp, later->entropy = out.entropy;
+    record(later, {&x, &weight}, {&out.logprob, &out.logsumexp, &out.entropy});
+  }
+  return out;
+}
+
+}  // namespace capstan::ops

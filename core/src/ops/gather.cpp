@@ -1,0 +1,92 @@
+// gather and embedding: rows by id. Their gradient adds rows in the order of the ids, without atomics.
+#include "ops/common.h"
+
+#include <capstan/ops.h>
+#include <kernels/cpu/embedding.h>
+
+namespace capstan::ops {
+
+namespace {
+
+class GatherNode final : public Node {
+ public:
+  GatherNode(const char* name, const Tensor& table, Tensor ids)
+      : name_(name), ids_(std::move(ids)), shape_(table.shape()), dtype_(table.dtype()) {}
+  std::string_view name() const override { return name_; }
+  void release() override { ids_ = Tensor(); }
+
+  std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
+    if (!wants(0, part)) return {Tensor()};
+    const Tensor g = incoming(grads[0], dtype_);
+    Leaf* to = leaf(0);
+    if (to == nullptr || !to->parameter()) {
+      Tensor dx = Tensor::empty(shape_, dtype_, g.device());
+      scatter(g, dx, true);
+      return {dx};
+    }
+    bool overwrite = true;
+    // Only shape, element type and device of `like` count: the table itself may be elsewhere by now.
+    const Tensor like = Tensor::wrap(nullptr, shape_, dtype_, g.device(), nullptr);
+    const Tensor sum = to->accumulate_into(like, overwrite);
+    scatter(g, sum, overwrite);
+    to->done();
+    return {Tensor()};
+  }
+
+ private:
+  void scatter(const Tensor& g, const Tensor& table, bool overwrite) const {
+    const std::int64_t n = shape_[0], m = ids_.numel();
+    const std::int64_t cols = n == 0 ? 0 : shape_.product() / n;
+    const double touched = overwrite ? real(table.bytes()) : real(m * cols * size_of(table.dtype()));
+    OpScope scope(g.device(), name_, {real(g.numel()), real(g.bytes()) + (overwrite ? 0 : touched), touched});
+    if (scope.meta()) return;
+    cpu::Context& ctx = g.device().cpu();
+    const std::int32_t* ids = ids_.data<std::int32_t>();
+    const auto add = [&]<class T, class Out>() {
+      cpu::scatter_add_rows(ctx, m, cols, ids, g.data<T>(), n, table.data<Out>(), overwrite);
+    };
+    if (dtype_ == DType::f64) add.template operator()<double, double>();
+    else if (dtype_ == DType::f32 && table.dtype() == DType::bf16) add.template operator()<float, bf16>();
+    else if (dtype_ == DType::f32) add.template operator()<float, float>();
+    else if (table.dtype() == DType::bf16) add.template operator()<bf16, bf16>();
+    else add.template operator()<bf16, float>();
+  }
+
+  const char* name_;
+  Tensor ids_;
+  Dims shape_;
+  DType dtype_;
+};
+
+Tensor gather_named(const char* op, const Tensor& a, const Tensor& ids) {
+  check_floating(op, "table", a);
+  if (a.rank() == 0) wrong(op, "table's shape", "at least one dimension", to_string(a.shape()));
+  check_ids(op, "ids", ids, DType::i32, a);
+  const std::int64_t n = a.size(0), m = ids.numel();
+  Dims shape = a.shape();
+  shape[0] = m;
+  const Tensor table = a.detach().contiguous(), index = ids.detach().contiguous();
+  Tensor out = Tensor::empty(shape, a.dtype(), a.device());
+  {
+    OpScope scope(a.device(), op, {0, real(out.bytes() + ids.bytes()), real(out.bytes())});
+    if (!scope.meta()) {
+      const std::int64_t bad = cpu::first_outside(m, index.data<std::int32_t>(), n);
+      if (bad >= 0)
+        wrong(op, "ids[" + std::to_string(bad) + "]", "a row of [0, " + std::to_string(n) + ")", std::to_string(index.data<std::int32_t>()[bad]));
+      if (m > 0) cpu::gather_rows(a.device().cpu(), m, out.bytes() / m, table.raw(), index.data<std::int32_t>(), out.raw());
+    }
+  }
+  if (any_requires_grad({&a})) record(std::make_shared<GatherNode>(op, a, index), {&a}, {&out});
+  return out;
+}
+
+}  // namespace
+
+Tensor gather(const Tensor& a, const Tensor& ids) { return gather_named("gather", a, ids); }
+
+Tensor embedding(const Tensor& table, const Tensor& ids) {
+  if (table.defined() && table.rank() != 2) wrong("embedding", "table's shape", "[V, C]", to_string(table.shape()));
+  return gather_named("embedding", table, ids);
+}
+
+}  // namespace capstan::ops

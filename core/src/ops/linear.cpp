@@ -1,0 +1,114 @@
+// linear: y = x W^T (+ bias) (+ residual). Forward rows do not depend on their batch; gradients of the
+// weight and bias add straight into their leaves.
+#include "ops/num.h"
+
+#include <capstan/autograd.h>
+#include <capstan/ops.h>
+#include <kernels/cpu/column_sum.h>
+#include <kernels/cpu/gemm.h>
+
+namespace capstan::ops {
+
+namespace {
+
+using kernels::cpu::Gemm;
+
+double d(std::int64_t n) { return static_cast<double>(n); }
+
+void bias_gradient(const Tensor& dy, const Tensor& to, bool accumulate) {
+  auto& cpu = dy.device().cpu();
+  const std::int64_t rows = dy.size(0), cols = dy.size(1), stride = dy.strides()[0];
+  if (dy.dtype() == DType::f64) kernels::cpu::column_sum(cpu, dy.data<double>(), rows, cols, stride, to.data<double>(), accumulate);
+  else if (dy.dtype() == DType::f32) kernels::cpu::column_sum(cpu, dy.data<float>(), rows, cols, stride, to.data<float>(), accumulate);
+  else kernels::cpu::column_sum(cpu, dy.data<bf16>(), rows, cols, stride, to.data<float>(), accumulate);
+}
+
+class LinearNode final : public Node {
+ public:
+  Tensor x, weight;
+  std::string_view name() const override { return "linear"; }
+  void release() override { x = weight = Tensor(); }
+
+  std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
+    const Tensor dy = row_matrix(grads[0]);
+    const std::int64_t t = dy.size(0), out = weight.size(0), in = weight.size(1);
+    std::vector<Tensor> result(4);
+    if (wants(0, part)) {  // dX = dY W
+      result[0] = Tensor::empty(Dims{t, in}, dy.dtype(), dy.device());
+      OpScope scope(dy.device(), "linear dx", {2 * d(t) * d(out) * d(in), d(dy.bytes() + weight.bytes()), d(result[0].bytes())});
+      if (!scope.meta()) {
+        Gemm g;
+        g.a = g.b = g.c = num_of(dy.dtype(), "linear");
+        g.m = t, g.n = in, g.k = out, g.lda = dy.strides()[0], g.ldb = weight.strides()[0], g.ldc = in;
+        kernels::cpu::gemm(dy.device().cpu(), g, dy.raw(), weight.raw(), result[0].raw());
+      }
+    }
+    if (wants(1, part)) {  // dW (+)= dY^T X
+      bool overwrite = true;
+      Leaf* to = leaf(1);
+      Tensor dw = to != nullptr ? to->accumulate_into(weight, overwrite)
+                                : Tensor::empty(weight.shape(), weight.dtype() == DType::f64 ? DType::f64 : DType::f32, dy.device());
+      OpScope scope(dy.device(), "linear dw", {2 * d(t) * d(out) * d(in), d(dy.bytes() + x.bytes()), d(dw.bytes())});
+      if (!scope.meta()) {
+        Gemm g;
+        g.a = g.b = num_of(dy.dtype(), "linear"), g.c = num_of(dw.dtype(), "linear");
+        g.trans_a = true, g.accumulate = !overwrite;
+        g.m = out, g.n = in, g.k = t, g.lda = dy.strides()[0], g.ldb = x.strides()[0], g.ldc = in;
+        kernels::cpu::gemm(dy.device().cpu(), g, dy.raw(), x.raw(), dw.raw());
+      }
+      if (to != nullptr) to->done();
+      else result[1] = dw.to(weight.dtype());
+    }
+    if (wants(2, part)) {
+      bool overwrite = true;
+      Leaf* to = leaf(2);
+      const Tensor like = Tensor::wrap(nullptr, Dims{out}, dy.dtype(), dy.device(), nullptr);
+      Tensor db = to != nullptr ? to->accumulate_into(like, overwrite)
+                                : Tensor::empty(Dims{out}, dy.dtype() == DType::f64 ? DType::f64 : DType::f32, dy.device());
+      OpScope scope(dy.device(), "linear db", {d(t) * d(out), d(dy.bytes()), d(db.bytes())});
+      if (!scope.meta()) bias_gradient(dy, db, !overwrite);
+      if (to != nullptr) to->done();
+      else result[2] = db.to(dy.dtype());
+    }
+    if (wants(3, part)) result[3] = grads[0];
+    return result;
+  }
+};
+
+}  // namespace
+
+Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual) {
+  if (x.rank() != 2 || weight.rank() != 2 || x.size(1) != weight.size(1))
+    fail(Fault::programming, "linear", "shapes: expected x [T, in] and weight [out, in], got " + to_string(x.shape()) + " and " + to_string(weight.shape()));
+  const std::int64_t t = x.size(0), in = x.size(1), out = weight.size(0);
+  if (x.dtype() != weight.dtype())
+    fail(Fault::programming, "linear", "element types differ: x is " + std::string(name_of(x.dtype())) + ", weight is " + std::string(name_of(weight.dtype())));
+  if (bias.defined() && (!(bias.shape() == Dims{out}) || bias.dtype() != x.dtype()))
+    fail(Fault::programming, "linear", "bias: expected " + to_string(Dims{out}) + " of the weight's element type, got " + to_string(bias.shape()));
+  if (residual.defined() && (!(residual.shape() == Dims{t, out}) || residual.dtype() != x.dtype()))
+    fail(Fault::programming, "linear", "residual: expected " + to_string(Dims{t, out}) + " of x's element type, got " + to_string(residual.shape()));
+
+  const Tensor rows = row_matrix(x), w = row_matrix(weight);
+  Tensor y = Tensor::empty(Dims{t, out}, x.dtype(), x.device());
+  {
+    OpScope scope(x.device(), "linear", {2 * d(t) * d(out) * d(in), d(x.bytes() + weight.bytes() + (residual.defined() ? y.bytes() : 0)), d(y.bytes())});
+    if (!scope.meta()) {
+      Gemm g;
+      g.a = g.b = g.c = num_of(x.dtype(), "linear");
+      g.trans_b = true, g.invariant = true, g.bias = bias.defined(), g.accumulate = residual.defined();
+      g.m = t, g.n = out, g.k = in, g.lda = rows.strides()[0], g.ldb = w.strides()[0], g.ldc = out;
+      if (residual.defined()) y.copy_from(residual);
+      // The library takes f32 biases on every instruction set.
+      const Tensor b = bias.defined() && bias.dtype() == DType::bf16 ? bias.detach().to(DType::f32) : bias;
+      kernels::cpu::gemm(x.device().cpu(), g, rows.raw(), w.raw(), y.raw(), b.defined() ? b.raw() : nullptr);
+    }
+  }
+  if (any_requires_grad({&x, &weight, &bias, &residual})) {
+    auto node = std::make_shared<LinearNode>();
+    node->x = rows, node->weight = w;
+    record(node, {&x, &weight, &bias, &residual}, {&y});
+  }
+  return y;
+}
+
+}  // namespace capstan::ops

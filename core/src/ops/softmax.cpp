@@ -1,0 +1,53 @@
+// softmax and log_softmax over the last dimension. Backwards read the saved output.
+#include "ops/common.h"
+
+#include <capstan/ops.h>
+#include <kernels/cpu/softmax.h>
+
+namespace capstan::ops {
+
+namespace {
+
+const char* op_name(bool logarithm) { return logarithm ? "log_softmax" : "softmax"; }
+
+class SoftmaxNode final : public Node {
+ public:
+  SoftmaxNode(Tensor y, bool logarithm) : y_(std::move(y)), logarithm_(logarithm) {}
+  std::string_view name() const override { return op_name(logarithm_); }
+  void release() override { y_ = Tensor(); }
+  std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
+    if (!wants(0, part)) return {Tensor()};
+    const Tensor g = incoming(grads[0], y_.dtype());
+    Tensor dx = Tensor::empty(g.shape(), g.dtype(), g.device());
+    const Rows r = rows_of(g);
+    run(g.device(), logarithm_ ? "log_softmax dx" : "softmax dx", {4 * real(g.numel()), 2 * real(g.bytes()), real(g.bytes())}, g.dtype(),
+        [&]<class T>(cpu::Context& ctx) {
+          cpu::softmax_backward(ctx, r.rows, r.cols, y_.data<T>(), g.data<T>(), dx.data<T>(), logarithm_);
+        });
+    return {dx};
+  }
+
+ private:
+  Tensor y_;
+  bool logarithm_;
+};
+
+Tensor rows_softmax(const Tensor& a, bool logarithm) {
+  const char* op = op_name(logarithm);
+  check_floating(op, "input", a);
+  if (a.rank() == 0) wrong(op, "shape", "at least one dimension", to_string(a.shape()));
+  const Tensor x = a.detach().contiguous();
+  Tensor y = Tensor::empty(a.shape(), a.dtype(), a.device());
+  const Rows r = rows_of(a);
+  run(a.device(), op, {5 * real(a.numel()), real(a.bytes()), real(a.bytes())}, a.dtype(),
+      [&]<class T>(cpu::Context& ctx) { cpu::softmax(ctx, r.rows, r.cols, x.data<T>(), y.data<T>(), logarithm); });
+  if (any_requires_grad({&a})) record(std::make_shared<SoftmaxNode>(y, logarithm), {&a}, {&y});
+  return y;
+}
+
+}  // namespace
+
+Tensor softmax(const Tensor& a) { return rows_softmax(a, false); }
+Tensor log_softmax(const Tensor& a) { return rows_softmax(a, true); }
+
+}  // namespace capstan::ops
