@@ -94,8 +94,10 @@ double chi_square(std::span<const float> z, const SamplingParams& p, const std::
   for (int i = 0; i < n; ++i) ++counts[static_cast<std::size_t>(sample(z, p, 11, i))];
   double sum = 0;
   for (std::size_t i = 0; i < z.size(); ++i) {
-    if (expected[i] == 0) EXPECT_EQ(counts[i], 0) << "token " << i << " was filtered out";
-    else sum += (counts[i] - n * expected[i]) * (counts[i] - n * expected[i]) / (n * expected[i]);
+    if (expected[i] == 0)
+      EXPECT_EQ(counts[i], 0) << "token " << i << " was filtered out";
+    else
+      sum += (counts[i] - n * expected[i]) * (counts[i] - n * expected[i]) / (n * expected[i]);
   }
   return sum;
 }

@@ -33,8 +33,10 @@ void for_every_cut(std::size_t length, const std::function<void(const std::vecto
   for (std::size_t mask = 0; mask < (std::size_t{1} << (length - 1)); ++mask) {
     std::vector<std::size_t> cuts{1};
     for (std::size_t i = 1; i < length; ++i) {
-      if (mask >> (i - 1) & 1) cuts.push_back(1);
-      else ++cuts.back();
+      if (mask >> (i - 1) & 1)
+        cuts.push_back(1);
+      else
+        ++cuts.back();
     }
     check(cuts);
   }
