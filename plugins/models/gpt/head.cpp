@@ -23,20 +23,16 @@ LmHead::LmHead(const std::string& norm, std::int64_t hidden, double norm_epsilon
   }
 }
 
-Tensor LmHead::weight(const ForwardContext& context) const {
-  return context.grad ? weight_->local() : weight_->local().detach();
-}
-
 Score LmHead::score(ForwardContext& context, const Tensor& targets, const Tensor* weights, Tensor* objective) {
   const Tensor x = (*norm_)(context, context.get("h"));
-  ops::HeadScore s = ops::linear_cross_entropy(x, weight(context), targets, weights, context.grad);
+  ops::HeadScore s = ops::linear_cross_entropy(x, context.use(*weight_), targets, weights, context.grad);
   if (objective) *objective = s.objective;
   return {s.logprob, s.logsumexp, s.entropy};
 }
 
 Tensor LmHead::logits(ForwardContext& context, const Tensor& rows) {
   const Tensor x = (*norm_)(context, ops::gather(context.get("h"), rows));
-  const Tensor y = ops::linear(x, weight(context));
+  const Tensor y = ops::linear(x, context.use(*weight_));
   return y.dtype() == DType::f64 ? y : ops::cast(y, DType::f32);
 }
 

@@ -18,10 +18,9 @@ class LmHead : public Head {
   std::int64_t vocabulary() const override { return vocabulary_; }
 
  private:
-  Tensor weight(const ForwardContext& context) const;
   std::int64_t vocabulary_;
   const nn::Norm* norm_;
-  const Parameter* weight_;
+  Parameter* weight_;
 };
 
 }  // namespace capstan
