@@ -19,7 +19,7 @@ namespace capstan {
 struct Segment {
   std::string axis;
   std::int64_t count = 0, width = 1;
-  std::string part;  ///< "q", "k", "v", "gate", "up": names a fused piece; "" when the dimension is whole
+  std::string part{};  ///< "q", "k", "v", "gate", "up": names a fused piece; "" when the dimension is whole
   std::int64_t extent() const { return count * width; }
 };
 

@@ -17,8 +17,9 @@ struct WalkHooks {
 };
 
 /// One microbatch, forward and backward. The graph is cut at calls: each keeps its own until its turn comes
-/// in reverse; calls marked `recompute` keep only their inputs and run again. Gradients end in the
+/// in reverse; calls marked `recompute` (every call but heads' with `recompute_all`) keep only their inputs and
+/// run again. Gradients end in the
 /// parameters' leaves; the losses stay in the context's ledger (without graphs).
-CAPSTAN_API void forward_backward(Model& model, ForwardContext& context, const WalkHooks& hooks = {});
+CAPSTAN_API void forward_backward(Model& model, ForwardContext& context, const WalkHooks& hooks = {}, bool recompute_all = false);
 
 }  // namespace capstan

@@ -45,7 +45,7 @@ std::vector<Tensor> Leaf::backward(std::span<const Tensor> grads, Part) {
 void Leaf::add(const Tensor& grad) {
   if (!filled_) {
     if (grad_.defined()) grad_.copy_from(grad);
-    else grad_ = grad.detach();  // gradients are values: sharing one is safe, and add() below copies before it writes
+    else grad_ = parameter_ ? grad.clone() : grad.detach();  // an activation's is copied before add() writes it
   } else {
     if (!parameter_ || !grad_.defined()) {
       Tensor sum = grad_.clone();

@@ -47,13 +47,14 @@ void run_forward(Model& model, ForwardContext& context, bool with_heads) {
     if (with_heads || !is_head(call)) call.block->forward(context);
 }
 
-void forward_backward(Model& model, ForwardContext& context, const WalkHooks& hooks) {
+void forward_backward(Model& model, ForwardContext& context, const WalkHooks& hooks, bool recompute_all) {
+  const auto recomputes = [&](const Call& call) { return call.recompute || (recompute_all && !is_head(call)); };
   std::vector<Trace> traces;
   traces.reserve(model.calls().size());
   for (const Call& call : model.calls()) {
     if (hooks.before) hooks.before(call, false);
-    traces.push_back(run(call, context, !call.recompute));
-    if (call.recompute) traces.back().writes.clear();
+    traces.push_back(run(call, context, !recomputes(call)));
+    if (recomputes(call)) traces.back().writes.clear();
     if (hooks.after) hooks.after(call, false);
   }
   context.drop_loss_graphs();
@@ -64,7 +65,7 @@ void forward_backward(Model& model, ForwardContext& context, const WalkHooks& ho
     traces.pop_back();
     const Call& call = *trace.call;
     if (hooks.before) hooks.before(call, true);
-    if (call.recompute) {
+    if (recomputes(call)) {
       for (auto& [name, leaf] : trace.reads) context.set(name, leaf.detach());
       ForwardContext::LossMark mark(context);  // its losses are in the ledger already
       Trace again = run(call, context, true);
