@@ -178,7 +178,7 @@ class Muon final : public capstan::Optimizer {
     });
 
     for (std::int64_t step = 0; step < steps; ++step) {
-      const Tensor gram = capstan::ops::matmul(x, x.transposed(0, 1).contiguous());
+      const Tensor gram = capstan::ops::matmul(x, x.transposed(0, 1));
       Tensor polynomial = capstan::ops::matmul(gram, gram);
       const T* const g = gram.data<T>();
       T* const p = polynomial.data<T>();
