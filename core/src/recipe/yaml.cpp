@@ -216,6 +216,7 @@ bool has_document_marker(const std::string& text) {
 }
 
 std::string plain_words(const std::string& library_message) {
+  if (library_message == YAML::ErrorMsg::DOC_IN_SCALAR) return "a quote that opens above this line is never closed";
   return library_message.empty() ? "cannot be read" : library_message;
 }
 
@@ -226,7 +227,8 @@ Node parse(const std::string& text, const Origin& origin, const YamlLimits& limi
   if (start.kind == Origin::Kind::file) start.line = std::max(start.line, 1);
   check_bytes(text, start);
   const bool bom = text.compare(0, 3, "\xEF\xBB\xBF") == 0;
-  std::istringstream stream(bom ? text.substr(3) : text);
+  // The parser takes the end of the text for a closing quote, but not the end of a document.
+  std::istringstream stream((bom ? text.substr(3) : text) + (text.empty() || text.back() != '\n' ? "\n...\n" : "...\n"));
   Builder builder(start, limits, has_document_marker(text));
   try {
     YAML::Parser parser(stream);
