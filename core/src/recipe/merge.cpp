@@ -81,8 +81,7 @@ class Merger {
     const std::size_t i = path[at].size() > 9 ? count : std::stoul(path[at]);
     if (i >= count) {
       fail(Fault::input, "command line, " + override.key(),
-           fmt::format("{} has {} elements, counted from 0; there is no element {}",
-                       fmt::join(path.begin(), index, "."), count, path[at]));
+           fmt::format("there is no element {}: {} holds {}, counted from 0", path[at], fmt::join(path.begin(), index, "."), count));
     }
     apply(list->items[i], override, at + 1, element_of(place));
   }

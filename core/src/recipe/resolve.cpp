@@ -39,7 +39,7 @@ class Resolver {
       std::string message = "unknown key " + shown(entry.name) + (title.empty() ? "" : " in " + title);
       const std::string near = entry.name.size() > 64 ? "" : nearest(entry.name, known);
       if (!near.empty()) message += "; did you mean '" + near + "'?";
-      message += known.empty() ? "; it has no options" : fmt::format("; known: {}", fmt::join(known, ", "));
+      message += known.empty() ? "; it has no options" : fmt::format("{} known: {}", near.empty() ? ";" : "", fmt::join(known, ", "));
       findings_.add(entry.origin, key, message);
     }
   }
@@ -65,7 +65,7 @@ class Resolver {
 
   static std::string missing(const OptionSpec& spec) {
     std::string message = "missing; expected " + type_words(spec.type);
-    if (spec.type == Type::plugin) message = "missing; expected the name of a " + spec.plugin_kind + " plugin";
+    if (spec.type == Type::plugin) message = "missing; expected the name of a plugin of kind " + spec.plugin_kind;
     if (const std::string range = range_words(spec); !range.empty()) message += ", " + range;
     return message + (spec.help.empty() ? "" : ": " + spec.help);
   }
@@ -181,8 +181,8 @@ class Resolver {
 
   std::optional<PluginChoice> plugin(const Node& node, const OptionSpec& spec, const std::string& key) {
     if (node.kind != Node::Kind::scalar && node.kind != Node::Kind::map) {
-      fault(node.origin, key, fmt::format("expected the name of a {0} plugin or {{plugin: NAME, ...}}, got {1}", spec.plugin_kind,
-                                          node.describe()));
+      fault(node.origin, key, fmt::format("expected the name of a plugin of kind {} or {{plugin: NAME, ...}}, got {}",
+                                          spec.plugin_kind, node.describe()));
       return std::nullopt;
     }
     // Options without a name go to the default plugin: `optimizer: {lr: 1e-3}`.
@@ -193,11 +193,11 @@ class Resolver {
       name = plugin_name(fallback);
     }
     if (!name) {
-      fault(node.origin, key, "no plugin is named; expected 'plugin: NAME' with a " + spec.plugin_kind + " plugin");
+      fault(node.origin, key, "no plugin is named; expected 'plugin: NAME' with one of kind " + spec.plugin_kind);
       return std::nullopt;
     }
     if (name->kind != Node::Kind::scalar || name->text.empty()) {
-      fault(name->origin, key, "expected the name of a " + spec.plugin_kind + " plugin, got " + name->describe());
+      fault(name->origin, key, "expected the name of a plugin of kind " + spec.plugin_kind + ", got " + name->describe());
       return std::nullopt;
     }
     PluginChoice choice{spec.plugin_kind, plugin_reference(name->text, name->origin), {}};

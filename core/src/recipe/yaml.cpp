@@ -180,6 +180,7 @@ class Builder : public YAML::EventHandler {
       check_name(node, parent.node);
       parent.name = std::move(node);
     } else {
+      if (node.kind == Node::Kind::null) node.origin = parent.name->origin;  // the parser marks what comes after it
       parent.node.entries.push_back({parent.name->text, parent.name->origin, std::move(node)});
       parent.name.reset();
     }
