@@ -116,4 +116,7 @@ struct CAPSTAN_API Sidecar {
   static std::optional<Sidecar> read(const IndexedDataset& dataset);
 };
 
+/// XXH3 (64 bits) of <prefix>.bin, 16 hexadecimal digits.
+CAPSTAN_API std::string bin_digest(const std::string& prefix);
+
 }  // namespace capstan::data

@@ -128,6 +128,11 @@ void IndexedDatasetWriter::finish(const std::string& sidecar) {
   sync_folder_of(w.prefix);
 }
 
+std::string bin_digest(const std::string& prefix) {
+  const MappedFile file(prefix + ".bin");
+  return fmt::format("{:016x}", XXH3_64bits(file.data(), static_cast<std::size_t>(file.bytes())));
+}
+
 std::string Sidecar::to_json() const {
   const nlohmann::ordered_json j = {
       {"format", "capstan dataset"},
