@@ -142,6 +142,21 @@ double Engine::gradient_norm() {
   return std::sqrt(total);
 }
 
+std::string Engine::first_nonfinite_gradient() const {
+  for (const auto& unit : units_)
+    for (std::size_t i = 0; i < unit->parameters.size(); ++i) {
+      const Tensor g = unit->view(unit->grad, i);
+      bool finite = true;
+      auto look = [&]<class T>(const T* p) {
+        for (std::int64_t k = 0; k < g.numel(); ++k) finite &= std::isfinite(p[k]);
+      };
+      if (g.dtype() == DType::f64) look(g.data<double>());
+      else look(g.data<float>());
+      if (!finite) return unit->parameters[i]->name();
+    }
+  return "";
+}
+
 void Engine::update(std::int64_t step, double lr_scale, double norm, double clip) {
   UpdateContext u;
   u.device = device_.get();

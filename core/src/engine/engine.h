@@ -52,6 +52,8 @@ class CAPSTAN_API Engine {
 
   /// Norm of the whole gradient, in f64; not finite when any element is not.
   double gradient_norm();
+  /// The first parameter whose gradient has an element that is not finite; "" when there is none.
+  std::string first_nonfinite_gradient() const;
   /// One optimizer step; `clip` > 0 scales the gradient to at most that norm.
   void update(std::int64_t step, double lr_scale, double norm, double clip);
   /// Forgets the gradients.

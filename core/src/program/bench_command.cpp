@@ -1,0 +1,134 @@
+// `capstan bench RECIPE`: the speed of a recipe's training step on this machine, against the machine's limit.
+#include "program/commands.h"
+
+#include "train/estimate.h"
+#include "train/machine.h"
+#include "train/session.h"
+
+#include <kernels/cpu/context.h>
+
+#include <CLI/CLI.hpp>
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+#include <sys/resource.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace capstan::program {
+
+namespace {
+
+struct Words {
+  std::string recipe;
+  std::vector<std::string> overrides;
+  int steps = 8, warmup = 2;
+  bool profile = false, json = false;
+};
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+double median(std::vector<double> v) {
+  std::sort(v.begin(), v.end());
+  return v[v.size() / 2];
+}
+
+/// Random tokens of the recipe's shapes: speed does not depend on what they say.
+std::vector<Batch> random_step(Device& device, const Options& data, std::int64_t vocabulary) {
+  const std::int64_t length = data.integer("sequence_length"), samples = data.integer("batch_size");
+  const std::int64_t micro = data.integer("micro_batch") > 0 ? data.integer("micro_batch") : samples;
+  const Rng rng(1, "bench/tokens");
+  std::vector<Batch> batches;
+  for (std::int64_t first = 0; first < samples; first += micro) {
+    const std::int64_t count = std::min(micro, samples - first), rows = count * length;
+    std::vector<std::int32_t> tokens, targets, lengths(static_cast<std::size_t>(count), static_cast<std::int32_t>(length));
+    for (std::int64_t i = 0; i < rows; ++i) {
+      const auto at = static_cast<std::uint64_t>(first * length + i);
+      tokens.push_back(static_cast<std::int32_t>(rng.below(at, static_cast<std::uint64_t>(vocabulary))));
+      targets.push_back(static_cast<std::int32_t>(rng.below(at + 1, static_cast<std::uint64_t>(vocabulary))));
+    }
+    batches.push_back(make_batch(device, tokens, lengths, targets, {}, first * length));
+    batches.back().step_weight = static_cast<double>(samples * length);
+  }
+  return batches;
+}
+
+void bench(const Program& program, const Words& words) {
+  const auto session = train::open_session(words.recipe, words.overrides, program.executable, true);
+  Engine& engine = *session->engine;
+  Device& device = *session->device;
+  const train::Estimate estimate = train::estimate_step(*session);
+  engine.attach(session->host->make_as<Optimizer>(session->options().plugin("optimizer")));
+  engine.initialize();
+  const std::vector<Batch> batches = random_step(device, session->options().group("data"), session->model->vocabulary());
+  double tokens = 0;
+  for (const Batch& b : batches) tokens += static_cast<double>(b.space().capacity);
+  std::vector<double> whole, gradients, updates, rates;
+  for (int step = 1; step <= words.warmup + words.steps; ++step) {
+    if (step == words.warmup + 1 && words.profile) device.record(true, true);
+    rates.push_back(train::measure_gemm_rate(device));
+    const double t0 = now();
+    for (const Batch& b : batches) engine.forward_backward(b, static_cast<std::uint64_t>(step));
+    const double t1 = now();
+    engine.update(step, 1.0, engine.gradient_norm(), 1.0);
+    const double t2 = now();
+    if (step > words.warmup) whole.push_back(t2 - t0), gradients.push_back(t1 - t0), updates.push_back(t2 - t1);
+  }
+  const double seconds = median(whole), peak = median(rates), rate = estimate.step_flop / seconds;
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  if (words.json) {
+    nlohmann::ordered_json j{{"engine", std::string("capstan ") + CAPSTAN_VERSION},
+                             {"recipe", words.recipe},
+                             {"threads", device.cpu().threads()},
+                             {"tokens_per_s", tokens / seconds},
+                             {"best_tokens_per_s", tokens / *std::min_element(whole.begin(), whole.end())},
+                             {"forward_backward_ms", 1e3 * median(gradients)},
+                             {"optimizer_ms", 1e3 * median(updates)},
+                             {"flops", rate},
+                             {"gemm_flops", peak},
+                             {"peak_share", rate / peak},
+                             {"peak_rss_mib", usage.ru_maxrss / 1024},
+                             {"tensor_peak_mib", device.bytes_peak() >> 20}};
+    fmt::print("{}\n", j.dump());
+  } else {
+    fmt::print("{}\n", session->model->describe());
+    fmt::print("{}\n", train::describe_machine(device.cpu().threads()));
+    fmt::print("  step          {:.1f} ms (best {:.1f}): {:.0f} tokens/s\n", 1e3 * seconds, 1e3 * *std::min_element(whole.begin(), whole.end()), tokens / seconds);
+    fmt::print("  gradients     {:.1f} ms, optimizer {:.1f} ms\n", 1e3 * median(gradients), 1e3 * median(updates));
+    fmt::print("  matrix rate   {:.0f} GFLOP/s, measured between the steps: the limit\n", peak * 1e-9);
+    fmt::print("  reached       {:.0f} GFLOP/s, {:.1f}% of the limit\n", rate * 1e-9, 100 * rate / peak);
+    fmt::print("  memory        {} MiB resident at most, {} MiB in tensors\n", usage.ru_maxrss / 1024, device.bytes_peak() >> 20);
+  }
+  if (!words.profile) return;
+  std::vector<OpRecord> ops = device.ledger();
+  std::sort(ops.begin(), ops.end(), [](const OpRecord& a, const OpRecord& b) { return a.seconds > b.seconds; });
+  double total = 0, known = 0;
+  for (double s : whole) total += s;
+  fmt::print("  {:<26} {:>6} {:>9} {:>7} {:>9} {:>8}\n", "op", "calls", "ms/step", "share", "GFLOP/s", "GB/s");
+  for (const OpRecord& op : ops) {
+    known += op.seconds;
+    fmt::print("  {:<26} {:>6} {:>9.2f} {:>6.1f}% {:>9.0f} {:>8.1f}\n", op.name, op.calls / words.steps, 1e3 * op.seconds / words.steps, 100 * op.seconds / total,
+               op.cost.flop / op.seconds * 1e-9, (op.cost.read + op.cost.write) / op.seconds * 1e-9);
+  }
+  fmt::print("  {:<26} {:>6} {:>9.2f} {:>6.1f}%\n", "(between ops)", "", 1e3 * (total - known) / words.steps, 100 * (total - known) / total);
+}
+
+}  // namespace
+
+void add_bench(CLI::App& app, Program& program) {
+  CLI::App* command = app.add_subcommand("bench", "Measure a recipe's training step on random tokens against the matrix rate of this machine");
+  auto words = std::make_shared<Words>();
+  command->add_option("recipe", words->recipe, "YAML file")->required();
+  command->add_option("overrides", words->overrides, "key.path=value");
+  command->add_option("--steps", words->steps, "steps that count")->check(CLI::PositiveNumber)->capture_default_str();
+  command->add_option("--warmup", words->warmup, "steps before them")->check(CLI::NonNegativeNumber)->capture_default_str();
+  command->add_flag("--profile", words->profile, "time each op");
+  command->add_flag("--json", words->json, "one JSON line");
+  command->callback([words, &program] { bench(program, *words); });
+}
+
+}  // namespace capstan::program

@@ -1,0 +1,47 @@
+// The program: subcommands, errors, exit codes.
+#include "program/commands.h"
+
+#include <capstan/error.h>
+
+#include <CLI/CLI.hpp>
+
+#include <cstdio>
+#include <exception>
+#include <filesystem>
+#include <new>
+
+int main(int argc, char** argv) {
+  using namespace capstan;
+  program::Program program;
+  std::error_code error;
+  program.executable = std::filesystem::read_symlink("/proc/self/exe", error).string();
+  if (error) program.executable = std::filesystem::absolute(argv[0]).string();
+
+  CLI::App app{"Capstan trains, RL-fine-tunes and serves large language models from one YAML recipe.", "capstan"};
+  app.set_version_flag("--version", std::string("capstan ") + CAPSTAN_VERSION);
+  app.require_subcommand(1);
+  app.failure_message(CLI::FailureMessage::help);
+  program::add_train(app, program);
+  program::add_generate(app, program);
+  program::add_recipe(app, program);
+  program::add_plugin(app, program);
+  program::add_data(app, program);
+  program::add_checkpoint(app, program);
+  program::add_bench(app, program);
+  try {
+    app.parse(argc, argv);
+    return program.exit_code;
+  } catch (const CLI::ParseError& e) {
+    const int code = app.exit(e);
+    return code == 0 ? 0 : 2;
+  } catch (const Error& e) {
+    std::fprintf(stderr, "capstan: %s\n", e.what());
+    return e.fault() == Fault::input ? 2 : 1;
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "capstan: out of memory: a smaller data.micro_batch, data.sequence_length or train.recompute=block lowers the need\n");
+    return 1;
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "capstan: %s\n", e.what());
+    return 1;
+  }
+}

@@ -1,0 +1,47 @@
+// defines: Display: the run's face on the terminal: a header, one live line, notes above it. Plain lines
+// when the output is no terminal.
+#pragma once
+#include <capstan/export.h>
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace capstan::terminal {
+
+class CAPSTAN_API Display {
+ public:
+  Display();
+  ~Display();
+  Display(const Display&) = delete;
+  Display& operator=(const Display&) = delete;
+
+  bool live() const { return live_; }
+  /// A heading and its rows, aligned.
+  void header(const std::string& title, const std::vector<std::pair<std::string, std::string>>& rows);
+  /// Rewrites the live line; without a terminal it prints only when `keep`.
+  void status(const std::string& line, bool keep);
+  /// A line that stays, above the live one.
+  void note(const std::string& line);
+  /// Something that went wrong and did not stop the run; also in plain lines, marked.
+  void warn(const std::string& line);
+  /// Text of the model, indented.
+  void text(const std::string& title, const std::string& body);
+  /// Ends the live line.
+  void done();
+
+ private:
+  void clear();
+  bool live_;
+  std::string line_;
+};
+
+/// "1.24 B", "124.4 M", "10.7 k"
+CAPSTAN_API std::string short_count(double n);
+/// "3.4 GiB"
+CAPSTAN_API std::string short_bytes(double bytes);
+/// "1:02:03", "2:05", "42 s"
+CAPSTAN_API std::string short_time(double seconds);
+
+}  // namespace capstan::terminal

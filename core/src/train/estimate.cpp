@@ -1,0 +1,61 @@
+#include "train/estimate.h"
+
+#include <algorithm>
+
+namespace capstan::train {
+
+namespace {
+
+Batch meta_batch(Device& device, std::int64_t samples, std::int64_t length) {
+  const std::int64_t rows = samples * length;
+  Space space;
+  space.capacity = rows, space.longest = length;
+  for (std::int64_t s = 0; s <= samples; ++s) space.host_starts.push_back(static_cast<std::int32_t>(s * length));
+  space.past.assign(static_cast<std::size_t>(samples), 0);
+  space.starts = Tensor::empty(Dims{samples + 1}, DType::i32, device);
+  space.positions = Tensor::empty(Dims{rows}, DType::i32, device);
+  space.sample_ids = Tensor::empty(Dims{rows}, DType::i64, device);
+  Batch batch;
+  batch.spaces.push_back(std::move(space));
+  batch.set("tokens", Tensor::empty(Dims{rows}, DType::i32, device));
+  batch.set("targets", Tensor::empty(Dims{rows}, DType::i32, device));
+  batch.set("weight", Tensor::empty(Dims{rows}, DType::f32, device));
+  batch.step_weight = static_cast<double>(rows);
+  return batch;
+}
+
+}  // namespace
+
+Estimate estimate_step(const Session& session) {
+  const Options& data = session.options().group("data");
+  const std::int64_t batch_size = data.integer("batch_size"), length = data.integer("sequence_length");
+  const std::int64_t micro = data.integer("micro_batch") > 0 ? std::min(data.integer("micro_batch"), batch_size) : batch_size;
+  const std::shared_ptr<Device> meta = make_meta_device();
+  const EngineOptions options = session.engine_options(true);
+  Engine engine(session.make_model(), meta, options);
+  engine.attach(session.host->make_as<Optimizer>(session.options().plugin("optimizer")));
+  Estimate e;
+  e.parameters = engine.parameters();
+  e.weights_bytes = meta->bytes_held();
+  const Batch batch = meta_batch(*meta, micro, length);
+  meta->reset_peak();
+  meta->record(true);
+  engine.forward_backward(batch, 1);
+  const double flop = meta->total_cost().flop;
+  e.step_flop = flop * static_cast<double>(batch_size) / static_cast<double>(micro);
+  e.activations_bytes = meta->bytes_peak() - e.weights_bytes;
+  e.model_flop_per_token = flop / static_cast<double>(micro * length);
+  if (options.recompute) {  // model FLOPs leave the second forward out
+    EngineOptions plain = options;
+    plain.recompute = false;
+    const std::shared_ptr<Device> again = make_meta_device();
+    Engine straight(session.make_model(), again, plain);
+    const Batch b = meta_batch(*again, micro, length);
+    again->record(true);
+    straight.forward_backward(b, 1);
+    e.model_flop_per_token = again->total_cost().flop / static_cast<double>(micro * length);
+  }
+  return e;
+}
+
+}  // namespace capstan::train

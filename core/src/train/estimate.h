@@ -1,0 +1,22 @@
+// defines: Estimate: what a step costs, found by running it on the meta device.
+#pragma once
+#include "train/session.h"
+
+#include <capstan/export.h>
+
+#include <cstdint>
+
+namespace capstan::train {
+
+struct Estimate {
+  std::int64_t parameters = 0;
+  double step_flop = 0;             ///< forward and backward of all microbatches, as run (causal attention counted once)
+  double model_flop_per_token = 0;  ///< the same without recomputation, per token
+  std::int64_t weights_bytes = 0;   ///< parameters, gradients, optimizer state and working copies
+  std::int64_t activations_bytes = 0;  ///< most that a microbatch holds beside them
+};
+
+/// Runs one microbatch of the recipe's shapes on the meta device. No memory, no arithmetic: the same code.
+CAPSTAN_API Estimate estimate_step(const Session& session);
+
+}  // namespace capstan::train

@@ -1,0 +1,96 @@
+#include "train/run_folder.h"
+
+#include <capstan/error.h>
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <ctime>
+#include <filesystem>
+
+namespace capstan::train {
+
+namespace fs = std::filesystem;
+
+namespace {
+/// Replaces a small file in one step: the old one or the new one is there, never half of one.
+void replace_file(const fs::path& file, const std::string& text) {
+  const fs::path fresh = file.string() + ".tmp";
+  {
+    std::ofstream out(fresh, std::ios::binary);
+    out << text;
+    out.flush();
+    if (!out) fail(Fault::runtime, fresh.string(), std::string("cannot write: ") + std::strerror(errno) + "; free space or choose another run.dir");
+  }
+  fs::rename(fresh, file);
+}
+}  // namespace
+
+RunFolder::RunFolder(std::string path) : path_(std::move(path)) {
+  std::error_code error;
+  fs::create_directories(path_, error);
+  if (error) fail(Fault::input, path_, "cannot make the run's folder: " + error.message() + "; choose another with run.dir=PATH");
+  lock_ = ::open((path_ + "/.lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+  if (lock_ < 0) fail(Fault::input, path_, std::string("cannot write to the run's folder: ") + std::strerror(errno) + "; choose another with run.dir=PATH");
+  if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
+    ::close(lock_);
+    fail(Fault::input, path_, "another process is training in this folder: wait for it, or choose another with run.dir=PATH");
+  }
+  log_.open(path_ + "/log.txt", std::ios::app);
+}
+
+RunFolder::~RunFolder() {
+  if (lock_ >= 0) ::close(lock_);
+}
+
+bool RunFolder::has_checkpoints() const {
+  std::error_code error;
+  for (const auto& entry : fs::directory_iterator(checkpoints(), error))
+    if (entry.path().filename().string().starts_with("step_")) return true;
+  return false;
+}
+
+void RunFolder::write_recipe(const std::string& yaml) { replace_file(fs::path(path_) / "recipe.yaml", yaml); }
+
+void RunFolder::rewind_metrics(std::int64_t step) {
+  const fs::path file = fs::path(path_) / "metrics.jsonl";
+  metrics_.close();
+  std::string kept;
+  std::ifstream in(file);
+  for (std::string line; std::getline(in, line);) {
+    const nlohmann::json j = nlohmann::json::parse(line, nullptr, false);  // a killed run may have left half a line
+    if (!j.is_discarded() && j.is_object() && j.contains("step") && j["step"].is_number_integer() && j["step"].get<std::int64_t>() <= step) kept += line + "\n";
+  }
+  replace_file(file, kept);
+  metrics_.open(file, std::ios::app);
+}
+
+void RunFolder::metric(const std::string& json) {
+  metrics_ << json << '\n';
+  metrics_.flush();
+  if (!metrics_) {
+    metrics_.clear();
+    fail(Fault::runtime, path_ + "/metrics.jsonl", std::string("cannot write: ") + std::strerror(errno) + "; free space, then start again: the run resumes");
+  }
+}
+
+void RunFolder::log(const std::string& line) {
+  const std::time_t now = std::time(nullptr);
+  char stamp[32];
+  std::tm parts{};
+  localtime_r(&now, &parts);
+  std::strftime(stamp, sizeof stamp, "%F %T", &parts);
+  log_ << stamp << "  " << line << std::endl;
+}
+
+void RunFolder::sample(std::int64_t step, const std::string& text) {
+  fs::create_directories(fs::path(path_) / "samples");
+  replace_file(fs::path(path_) / "samples" / fmt::format("step_{:06}.txt", step), text);
+}
+
+}  // namespace capstan::train

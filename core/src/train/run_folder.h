@@ -1,0 +1,39 @@
+// defines: RunFolder: what a run leaves on the disk beside its checkpoints: recipe, log, metrics, samples.
+#pragma once
+#include <capstan/export.h>
+
+#include <cstdint>
+#include <fstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace capstan::train {
+
+/// runs/<name>/: recipe.yaml (resolved), log.txt, metrics.jsonl, samples/, checkpoints/.
+class CAPSTAN_API RunFolder {
+ public:
+  /// Makes the folder and takes its lock; Error(input) when another process trains in it.
+  explicit RunFolder(std::string path);
+  ~RunFolder();
+  RunFolder(const RunFolder&) = delete;
+  RunFolder& operator=(const RunFolder&) = delete;
+
+  const std::string& path() const { return path_; }
+  std::string checkpoints() const { return path_ + "/checkpoints"; }
+  bool has_checkpoints() const;
+  void write_recipe(const std::string& yaml);
+  /// Drops metrics of steps after `step`: the run goes on from there and will write them again.
+  void rewind_metrics(std::int64_t step);
+  /// One JSON object, one line, flushed. See docs/runs.md for the schema.
+  void metric(const std::string& json);
+  void log(const std::string& line);
+  void sample(std::int64_t step, const std::string& text);
+
+ private:
+  std::string path_;
+  int lock_ = -1;
+  std::ofstream metrics_, log_;
+};
+
+}  // namespace capstan::train

@@ -1,0 +1,76 @@
+#include "train/session.h"
+
+#include "checkpoint/loader.h"
+#include "recipe/run_schema.h"
+#include "train/state_tensors.h"
+
+#include <filesystem>
+
+namespace capstan::train {
+
+EngineOptions Session::engine_options(bool gradients) const {
+  EngineOptions e;
+  e.compute = dtype_from(options().group("precision").text("compute"));
+  e.seed = static_cast<std::uint64_t>(options().group("run").integer("seed"));
+  e.gradients = gradients;
+  e.recompute = options().group("train").text("recompute") == "block";
+  return e;
+}
+
+std::shared_ptr<Model> Session::make_model() const { return host->make_as<Model>(options().plugin("model")); }
+
+std::string Session::run_folder() const {
+  const std::string& dir = options().group("run").path("dir");
+  if (!dir.empty()) return dir;
+  return (std::filesystem::path("runs") / std::filesystem::path(recipe.path).stem()).string();
+}
+
+std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
+                                      const std::string& executable, bool gradients) {
+  auto s = std::make_unique<Session>();
+  s->host = std::make_unique<PluginHost>(executable);
+  s->recipe = load_recipe(recipe, overrides, run_schema(), *s->host);
+  check_run_options(s->options());
+  s->tokenizer = s->host->make_as<Tokenizer>(s->options().plugin("tokenizer"));
+  const PluginChoice& model = s->options().plugin("model");
+  const Schema& schema = s->host->schema("model", model.name, std::filesystem::path(recipe).parent_path().string());
+  if (schema.find("vocabulary") != nullptr && model.options.integer("vocabulary") == 0) {
+    // The resolved recipe says the number, so that a run folder stands on its own.
+    std::vector<std::string> more = overrides;
+    more.push_back("model.vocabulary=" + std::to_string(s->tokenizer->vocabulary()));
+    s->recipe = load_recipe(recipe, more, run_schema(), *s->host);
+  }
+  const std::string& device = s->options().group("run").text("device");
+  if (device != "cpu" && device != "auto")
+    s->options().group("run").refuse("device", "this build runs on the CPU only: expected cpu or auto, got '" + device + "'");
+  s->device = make_cpu_device(static_cast<int>(s->options().group("run").integer("threads")));
+  s->model = s->make_model();
+  if (s->model->vocabulary() < s->tokenizer->vocabulary())
+    fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
+                                    std::to_string(s->tokenizer->vocabulary()) + ": set model.vocabulary to 0 or to at least that");
+  s->engine = std::make_unique<Engine>(s->model, s->device, s->engine_options(gradients));
+  return s;
+}
+
+std::int64_t load_weights(Session& session, const std::string& run_folder, std::int64_t step, const std::function<void(const std::string&)>& report) {
+  const std::vector<NamedTensor> tensors = session.engine->tensors(false);
+  const std::vector<checkpoint::Wanted> wanted = wanted_tensors(tensors);
+  const checkpoint::FormatMaker maker = format_maker(*session.host);
+  checkpoint::LoadOptions load;
+  load.leave_unread = {"optimizer/"};
+  const std::filesystem::path root = std::filesystem::path(run_folder) / "checkpoints";
+  std::int64_t found = 0;
+  if (step >= 0) {
+    const std::filesystem::path folder = root / checkpoint::step_name(step);
+    if (!std::filesystem::exists(folder)) fail(Fault::input, folder.string(), "there is no checkpoint of step " + std::to_string(step) + ": `capstan checkpoint info " + run_folder + "` lists those that there are");
+    found = checkpoint::load(folder, wanted, maker, load).step;
+  } else {
+    const auto loaded = checkpoint::load_newest(root, wanted, maker, checkpoint::OnDamage::fall_back, report, load);
+    if (!loaded) fail(Fault::input, root.string(), "there is no checkpoint: train first, with checkpoint.at_end or checkpoint.every_steps");
+    found = loaded->step;
+  }
+  session.engine->publish();
+  return found;
+}
+
+}  // namespace capstan::train

@@ -1,0 +1,45 @@
+// defines: Session: what a recipe comes to: plugins, tokenizer, model, engine on a device. Shared by
+// `train`, `generate` and whatever else runs a model from a recipe.
+#pragma once
+#include "engine/engine.h"
+#include "plugin/host.h"
+#include "recipe/recipe.h"
+
+#include <capstan/export.h>
+#include <capstan/tokenizer.h>
+
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace capstan::train {
+
+/// Members in order of dependence: the last is destroyed first.
+struct CAPSTAN_API Session {
+  std::unique_ptr<PluginHost> host;
+  Recipe recipe;
+  std::shared_ptr<Tokenizer> tokenizer;
+  std::shared_ptr<Device> device;
+  std::shared_ptr<Model> model;
+  std::unique_ptr<Engine> engine;
+
+  const Options& options() const { return recipe.options; }
+  EngineOptions engine_options(bool gradients) const;
+  /// A second model of the same recipe, for the meta device.
+  std::shared_ptr<Model> make_model() const;
+  /// The run's folder: run.dir, or runs/<recipe's name> below the working directory.
+  std::string run_folder() const;
+};
+
+/// Reads the recipe (model.vocabulary 0 becomes the tokenizer's), makes the parts, and places parameters
+/// without values. Throws Error(input) as the recipe's and the plugins' parsers do.
+CAPSTAN_API std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
+                                                  const std::string& executable, bool gradients);
+
+/// Fills the weights from a run folder's newest good checkpoint, or from that of `step` when it is not
+/// negative. `report` hears of damaged ones. Returns the step; Error(input) when there is none.
+CAPSTAN_API std::int64_t load_weights(Session& session, const std::string& run_folder, std::int64_t step,
+                                      const std::function<void(const std::string&)>& report);
+
+}  // namespace capstan::train

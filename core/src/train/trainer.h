@@ -1,0 +1,82 @@
+// defines: Trainer: the loop, on one screen (Trainer::run), and what it calls.
+#pragma once
+#include "checkpoint/saver.h"
+#include "data/loader.h"
+#include "optim/schedule.h"
+#include "terminal/display.h"
+#include "train/estimate.h"
+#include "train/run_folder.h"
+#include "train/session.h"
+
+#include <capstan/export.h>
+#include <capstan/inference.h>
+
+#include <chrono>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace capstan::train {
+
+/// What one optimizer step came to.
+struct StepResult {
+  double loss = 0;                 ///< weighted sum of the ledger: mean nats per token for language models
+  double grad_norm = 0;
+  double lr = 0;
+  std::int64_t tokens = 0;
+  double seconds = 0;
+  bool finite() const;
+};
+
+class CAPSTAN_API Trainer {
+ public:
+  /// Opens data and the run's folder, and resumes as run.resume says. `interrupted` is asked after each
+  /// step: a signal's number, or 0.
+  Trainer(std::unique_ptr<Session> session, std::function<int()> interrupted);
+  ~Trainer();
+
+  /// Trains to the recipe's last step or to an interruption, after which a checkpoint is on the disk.
+  /// Returns the signal's number, 0 when all steps are done.
+  int run();
+
+  std::int64_t step() const { return step_; }
+  const std::string& folder() const { return folder_.path(); }
+
+ private:
+  StepResult forward_backward(std::int64_t step);
+  bool accept(const StepResult& result, std::int64_t step);
+  void report(const StepResult& result);
+  void after_step(const StepResult& result);
+  void watch_spikes(const StepResult& result);
+  void validate();
+  void sample();
+  void save();
+  void poll_saver();
+  void resume();
+  void roll_back(const std::string& why);
+  void print_header();
+  void finish(int signal);
+  std::string metric_line(const StepResult& result) const;
+
+  std::unique_ptr<Session> session_;
+  std::function<int()> interrupted_;
+  RunFolder folder_;
+  terminal::Display display_;
+  Estimate estimate_;
+  LearningRate schedule_;
+  std::shared_ptr<Optimizer> optimizer_;
+  std::unique_ptr<data::DataSource> data_;
+  std::unique_ptr<checkpoint::Saver> saver_;
+  std::shared_ptr<InferenceEngine> inference_;
+
+  std::int64_t step_ = 0, steps_ = 0, tokens_ = 0, saved_step_ = -1, first_step_ = 0;
+  double clip_ = 0, peak_ = 0, run_seconds_ = 0;
+  double spike_mean_ = 0, spike_square_ = 0;
+  std::int64_t spike_count_ = 0, refused_in_a_row_ = 0;
+  std::optional<double> bigram_, validation_;
+  std::chrono::steady_clock::time_point last_save_, started_;
+};
+
+}  // namespace capstan::train

@@ -1,0 +1,177 @@
+// What happens between steps: the live line, metrics, spikes, validation, samples, checkpoints.
+#include "checkpoint/run_state.h"
+#include "data/bigram.h"
+#include "train/state_tensors.h"
+#include "train/trainer.h"
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include <algorithm>
+#include <cmath>
+#include <csignal>
+
+namespace capstan::train {
+
+using std::chrono::steady_clock;
+using namespace terminal;
+
+namespace {
+double seconds_since(steady_clock::time_point t) { return std::chrono::duration<double>(steady_clock::now() - t).count(); }
+/// JSON has no NaN: a number that is not finite becomes its name.
+nlohmann::json number(double x) {
+  if (std::isfinite(x)) return x;
+  return std::isnan(x) ? "nan" : x > 0 ? "inf" : "-inf";
+}
+}  // namespace
+
+std::string Trainer::metric_line(const StepResult& r) const {
+  nlohmann::ordered_json j;
+  j["step"] = step_, j["loss"] = number(r.loss), j["grad_norm"] = number(r.grad_norm), j["lr"] = r.lr, j["tokens"] = tokens_;
+  if (!r.finite()) j["skipped"] = true;
+  if (r.seconds > 0) {
+    j["seconds"] = r.seconds, j["tokens_per_second"] = static_cast<double>(r.tokens) / r.seconds;
+    const double rate = estimate_.model_flop_per_token * static_cast<double>(r.tokens) / r.seconds;
+    j["flops"] = rate, j["peak_share"] = rate / peak_;
+  }
+  return j.dump();
+}
+
+void Trainer::report(const StepResult& r) {
+  run_seconds_ += r.seconds;
+  folder_.metric(metric_line(r));
+  const double per_step = run_seconds_ / static_cast<double>(step_ - first_step_);
+  const double rate = estimate_.model_flop_per_token * static_cast<double>(r.tokens) / r.seconds;
+  const std::int64_t every = session_->options().group("train").integer("log_every");
+  // Without a terminal: the first steps, then about fifty lines in all, or as train.log_every says.
+  const std::int64_t stride = every > 1 ? every : std::max<std::int64_t>(1, steps_ / 50);
+  display_.status(fmt::format("step {}/{}  loss {:.4f}{}  |grad| {:.2f}  lr {:.2e}  {} tok/s  {:.0f} GFLOP/s ({:.0f}% of peak)  {} left", step_, steps_, r.loss,
+                              validation_ ? fmt::format("  val {:.4f}", *validation_) : "", r.grad_norm, r.lr, short_count(static_cast<double>(r.tokens) / r.seconds),
+                              rate * 1e-9, 100 * rate / peak_, short_time(per_step * static_cast<double>(steps_ - step_))),
+                  step_ <= first_step_ + 2 || step_ % stride == 0 || step_ == steps_);
+  watch_spikes(r);
+}
+
+void Trainer::watch_spikes(const StepResult& r) {
+  const double threshold = session_->options().group("train").number("spike_threshold");
+  if (spike_count_ >= 20 && threshold > 0) {
+    const double deviation = std::sqrt(std::max(spike_square_ - spike_mean_ * spike_mean_, 1e-12));
+    const double z = (r.loss - spike_mean_) / deviation;
+    if (z > threshold) {
+      const std::string line = fmt::format("step {}: loss {:.4f} is {:.1f} standard deviations above its running mean of {:.4f} (gradient norm {:.2f}, data up to sample {})",
+                                           step_, r.loss, z, spike_mean_, r.grad_norm, data_->cursor().sample);
+      display_.warn(line);
+      folder_.log(line);
+      nlohmann::ordered_json j;
+      j["step"] = step_, j["event"] = "loss_spike", j["loss"] = r.loss, j["deviations"] = z, j["mean"] = spike_mean_;
+      folder_.metric(j.dump());
+      return;  // a spike does not move the mean that it is measured by
+    }
+  }
+  const double share = 1.0 / static_cast<double>(std::min<std::int64_t>(++spike_count_, 100));
+  spike_mean_ += share * (r.loss - spike_mean_);
+  spike_square_ += share * (r.loss * r.loss - spike_square_);
+}
+
+void Trainer::after_step(const StepResult&) {
+  const Options& train = session_->options().group("train");
+  const Options& c = session_->options().group("checkpoint");
+  const auto due = [&](std::int64_t every) { return every > 0 && step_ % every == 0; };
+  if (due(train.integer("validate_every")) || (step_ == steps_ && train.integer("validate_every") > 0)) validate();
+  if (due(train.integer("sample_every")) || (step_ == steps_ && train.integer("sample_every") > 0)) sample();
+  const double minutes = c.number("every_minutes");
+  if (due(c.integer("every_steps")) || (minutes > 0 && seconds_since(last_save_) >= 60 * minutes)) save();
+  poll_saver();
+}
+
+void Trainer::validate() {
+  if (data_->validation_tokens() == 0) return;
+  const std::int64_t batches = session_->options().group("train").integer("validate_batches");
+  double loss = 0;
+  for (const Batch& batch : data_->validation(batches))
+    for (const LossEntry& entry : session_->engine->evaluate(batch)) loss += entry.weight * entry.sum.item();
+  validation_ = loss;
+  const bool first = !bigram_.has_value();
+  if (first) bigram_ = data::bigram_cross_entropy(*data_, batches);
+  nlohmann::ordered_json j;
+  j["step"] = step_, j["event"] = "validation", j["validation_loss"] = number(loss);
+  if (bigram_) j["bigram_loss"] = *bigram_;
+  folder_.metric(j.dump());
+  if (first || step_ == steps_ || !display_.live())
+    display_.note(fmt::format("step {}: validation loss {:.4f} nats a token{}", step_, loss,
+                              bigram_ ? fmt::format(", {:.2f} of a bigram model's {:.4f} on the same tokens", loss / *bigram_, *bigram_) : ""));
+}
+
+void Trainer::sample() {
+  const Options& train = session_->options().group("train");
+  if (!inference_) {
+    inference_ = session_->host->make_as<InferenceEngine>(session_->options().plugin("inference"));
+  }
+  inference_->attach(session_->model, session_->tokenizer, session_->device, session_->engine->options().compute, static_cast<std::uint64_t>(step_));
+  Request request;
+  request.id = step_;
+  session_->tokenizer->encode(train.text("sample_prompt"), request.prompt);
+  if (request.prompt.empty()) request.prompt.push_back(std::max(0, session_->tokenizer->end_of_document()));
+  request.sampling.temperature = 0.8;
+  request.sampling.top_p = 0.95;
+  request.sampling.max_tokens = train.integer("sample_tokens");
+  request.sampling.seed = static_cast<std::uint64_t>(session_->options().group("run").integer("seed"));
+  inference_->submit(std::move(request));
+  while (inference_->step({})) {}
+  for (const Completion& completion : inference_->finished()) {
+    const std::string text = train.text("sample_prompt") + completion.text;
+    folder_.sample(step_, text);
+    display_.text(fmt::format("step {}: the model writes", step_), text);
+  }
+}
+
+void Trainer::save() {
+  if (saved_step_ == step_) return;
+  checkpoint::RunState state;
+  state.step = step_, state.tokens = tokens_, state.seed = session_->engine->options().seed;
+  state.data_cursor = data_->cursor().to_json();
+  state.recipe = to_yaml(session_->recipe), state.recipe_digest = recipe_digest(session_->options());
+  for (const LoadedPlugin& p : session_->host->loaded()) state.plugins.push_back({p.kind, p.name, p.version});
+  state.more["spikes"] = fmt::format("{:.17g} {:.17g} {}", spike_mean_, spike_square_, spike_count_);
+  checkpoint::Snapshot snapshot;
+  snapshot.tensors = saved_tensors(session_->engine->tensors(true));
+  snapshot.state_json = state.to_json();
+  snapshot.step = step_;
+  saver_->save(snapshot);
+  saved_step_ = step_;
+  last_save_ = steady_clock::now();
+  poll_saver();
+}
+
+void Trainer::poll_saver() {
+  if (const auto error = saver_->take_error()) {
+    const std::string line = std::string("a checkpoint could not be saved, training goes on: ") + error->what();
+    display_.warn(line);
+    folder_.log(line);
+    saved_step_ = -1;
+  }
+}
+
+void Trainer::finish(int signal) {
+  const bool at_end = session_->options().group("checkpoint").flag("at_end");
+  if (signal != 0 || at_end) save();
+  saver_->wait();
+  if (const auto error = saver_->take_error()) {
+    display_.done();
+    fail(error->fault() == Fault::programming ? Fault::programming : Fault::runtime, "train", std::string("the last checkpoint could not be saved: ") + error->what());
+  }
+  display_.done();
+  if (signal != 0) {
+    const std::string line = fmt::format("stopped by {} after step {}; the checkpoint is saved, the same command goes on from there",
+                                         signal == SIGINT ? "SIGINT" : signal == SIGTERM ? "SIGTERM" : "a signal", step_);
+    display_.note(line);
+    folder_.log(line);
+    return;
+  }
+  display_.note(fmt::format("done: {} steps, {} tokens in {}; {} holds the checkpoints, metrics.jsonl and samples", step_, short_count(static_cast<double>(tokens_)),
+                            short_time(seconds_since(started_)), folder_.path()));
+  display_.note("try: capstan generate " + folder_.path() + " --prompt TEXT");
+  folder_.log(fmt::format("done at step {}", step_));
+}
+
+}  // namespace capstan::train

@@ -1,0 +1,161 @@
+// Opening a run: data, folder, resume, rollback, and the header on the terminal.
+#include "checkpoint/loader.h"
+#include "checkpoint/run_state.h"
+#include "data/build.h"
+#include "train/machine.h"
+#include "train/state_tensors.h"
+#include "train/trainer.h"
+
+#include <fmt/format.h>
+#include <kernels/cpu/context.h>
+
+#include <cmath>
+#include <filesystem>
+
+namespace capstan::train {
+
+namespace fs = std::filesystem;
+using std::chrono::steady_clock;
+using namespace terminal;
+
+namespace {
+
+/// Builds the sets that do not exist yet and say what text they come from.
+void build_missing_sets(const Session& session, Display& display) {
+  for (const Options& set : session.options().group("data").groups("sets")) {
+    const std::string& prefix = set.path("path");
+    if (fs::exists(prefix + ".idx")) continue;
+    if (set.texts("text").empty())
+      set.refuse("path", "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`");
+    data::BuildOptions build;
+    build.inputs = set.texts("text");
+    build.prefix = prefix;
+    build.tokenizer = session.tokenizer;
+    build.max_bytes = set.integer("max_bytes");
+    build.seed = static_cast<std::uint64_t>(session.options().group("run").integer("seed"));
+    auto last = steady_clock::now();
+    build.progress = [&](const data::BuildProgress& p) {
+      if (steady_clock::now() - last < std::chrono::milliseconds(100)) return;
+      last = steady_clock::now();
+      display.status(fmt::format("building {}: {} of {}, {} documents", prefix, short_bytes(static_cast<double>(p.bytes)),
+                                 short_bytes(static_cast<double>(p.total_bytes)), p.documents), false);
+    };
+    const data::BuildResult result = data::build_dataset(build);
+    display.note(fmt::format("built {}: {} tokens in {} documents", prefix, short_count(static_cast<double>(result.tokens)), result.documents));
+  }
+}
+
+data::DataOptions data_options(const Options& options) {
+  const Options& d = options.group("data");
+  data::DataOptions o;
+  for (const Options& set : d.groups("sets")) o.sets.push_back({set.path("path"), set.number("weight")});
+  o.sequence_length = d.integer("sequence_length"), o.batch_size = d.integer("batch_size");
+  o.micro_batch = d.integer("micro_batch") > 0 ? d.integer("micro_batch") : o.batch_size;
+  o.validation = d.number("validation"), o.attend_across_documents = d.flag("attend_across_documents");
+  o.prefetch = static_cast<int>(d.integer("prefetch"));
+  o.seed = static_cast<std::uint64_t>(options.group("run").integer("seed"));
+  return o;
+}
+
+}  // namespace
+
+Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrupted)
+    : session_(std::move(session)), interrupted_(std::move(interrupted)), folder_(session_->run_folder()),
+      schedule_(session_->options().group("schedule")), started_(steady_clock::now()) {
+  const Options& options = session_->options();
+  steps_ = options.group("train").integer("steps");
+  clip_ = options.group("train").number("clip");
+  if (session_->model->longest() > 0 && options.group("data").integer("sequence_length") > session_->model->longest())
+    options.group("data").refuse("sequence_length", "the model's context is " + std::to_string(session_->model->longest()) + " tokens");
+  build_missing_sets(*session_, display_);
+  data_ = std::make_unique<data::DataSource>(data_options(options), data::TokenizerIdentity{std::string(session_->tokenizer->name()), session_->tokenizer->vocabulary()},
+                                             session_->device);
+  estimate_ = estimate_step(*session_);
+  optimizer_ = session_->host->make_as<Optimizer>(options.plugin("optimizer"));
+  session_->engine->attach(optimizer_);
+
+  const Options& c = options.group("checkpoint");
+  checkpoint::SaverOptions saver;
+  saver.keep = static_cast<int>(c.integer("keep")), saver.asynchronous = c.flag("asynchronous");
+  saver_ = std::make_unique<checkpoint::Saver>(folder_.checkpoints(), session_->host->make_as<CheckpointFormat>(c.plugin("format")), saver);
+  resume();
+  first_step_ = step_;
+  last_save_ = steady_clock::now();
+}
+
+Trainer::~Trainer() = default;
+
+void Trainer::resume() {
+  const Options& run = session_->options().group("run");
+  const std::string& mode = run.text("resume");
+  const auto report = [&](const std::string& line) {
+    display_.warn(line);
+    folder_.log(line);
+  };
+  if (mode == "never" && folder_.has_checkpoints())
+    run.refuse("resume", folder_.path() + " has checkpoints already: choose another run.dir, or run.resume=auto to go on with them");
+  std::optional<checkpoint::Loaded> loaded;
+  if (mode != "never") {
+    const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
+    const auto on_damage = session_->options().group("checkpoint").text("on_damage") == "stop" ? checkpoint::OnDamage::stop : checkpoint::OnDamage::fall_back;
+    loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors), format_maker(*session_->host), on_damage, report);
+  }
+  if (!loaded) {
+    if (mode == "require") run.refuse("resume", folder_.path() + " has no checkpoint to go on from");
+    session_->engine->initialize();
+  } else {
+    for (const std::string& w : loaded->warnings) report(w);
+    const auto state = checkpoint::RunState::parse(loaded->state_json, loaded->folder.string());
+    session_->engine->publish();
+    if (state.seed != static_cast<std::uint64_t>(run.integer("seed")))
+      run.refuse("seed", "the run in " + folder_.path() + " was started with seed " + std::to_string(state.seed) + ": keep it, or choose another run.dir");
+    step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
+    data_->seek(data::DataCursor::from_json(state.data_cursor));
+    if (const auto it = state.more.find("spikes"); it != state.more.end())
+      std::sscanf(it->second.c_str(), "%lf %lf %ld", &spike_mean_, &spike_square_, &spike_count_);
+    display_.note(fmt::format("resuming {} at step {} of {}", folder_.path(), step_, steps_));
+    if (state.recipe_digest != recipe_digest(session_->options()))
+      report("the recipe differs from the one that this run was started with; the stored one is replaced (compare " + folder_.path() + "/recipe.yaml in version control)");
+  }
+  folder_.write_recipe(to_yaml(session_->recipe));
+  folder_.rewind_metrics(step_);
+  folder_.log(fmt::format("{} at step {}", loaded ? "resumed" : "started", step_));
+}
+
+void Trainer::roll_back(const std::string& why) {
+  saver_->wait();
+  const data::DataCursor after = data_->cursor();  // the batch that did it stays behind us
+  const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
+  const auto loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors), format_maker(*session_->host), checkpoint::OnDamage::fall_back,
+                                              [&](const std::string& line) { display_.warn(line); });
+  if (!loaded) fail(Fault::runtime, "train", why + "; there is no checkpoint to roll back to: set checkpoint.every_steps, or lower optimizer.lr");
+  const auto state = checkpoint::RunState::parse(loaded->state_json, loaded->folder.string());
+  session_->engine->publish();
+  data_->seek(after);
+  step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
+  folder_.rewind_metrics(step_);
+  display_.warn(why + fmt::format("; rolled back to step {} and past the batch", step_));
+}
+
+void Trainer::print_header() {
+  const Options& options = session_->options();
+  const Options& d = options.group("data");
+  peak_ = measure_gemm_rate(*session_->device);
+  const double tokens = static_cast<double>(steps_) * static_cast<double>(d.integer("batch_size") * d.integer("sequence_length"));
+  const double step_seconds = estimate_.step_flop / (0.8 * peak_);
+  display_.header("capstan train " + session_->recipe.path,
+                  {{"model", session_->model->describe()},
+                   {"parameters", short_count(static_cast<double>(estimate_.parameters)) + ", " + options.group("precision").text("compute")},
+                   {"data", data_->describe()},
+                   {"training", fmt::format("{} steps of {} x {} tokens, {} tokens in all ({:.1f} epochs)", steps_, d.integer("batch_size"), d.integer("sequence_length"),
+                                            short_count(tokens), tokens / static_cast<double>(std::max<std::int64_t>(1, data_->train_tokens())))},
+                   {"optimizer", fmt::format("{}, peak learning rate {:g}, {} decay after {} steps of warm-up", options.plugin("optimizer").name, optimizer_->peak_lr(),
+                                             options.group("schedule").text("decay"), options.group("schedule").integer("warmup"))},
+                   {"machine", describe_machine(session_->device->cpu().threads()) + fmt::format(", {:.0f} GFLOP/s in matrix products", peak_ * 1e-9)},
+                   {"memory", short_bytes(static_cast<double>(estimate_.weights_bytes)) + " weights, gradients and optimizer, " +
+                                  short_bytes(static_cast<double>(estimate_.activations_bytes)) + " activations"},
+                   {"estimate", fmt::format("{:.3g} GFLOP a step, about {}", estimate_.step_flop * 1e-9, short_time(step_seconds * static_cast<double>(steps_ - step_)))},
+                   {"run", folder_.path()}});
+}
+
+}  // namespace capstan::train
