@@ -122,13 +122,14 @@ std::pair<std::string, FileRecord> Attempt::write_shard(CheckpointFormat& format
   const auto name = shard_name(index, format.extension());
   const auto path = temporary_ / name;
   std::int64_t needed = 0;
-  for (auto& t : tensors) t.file = name, t.xxh3 = xxh3(t.data, t.bytes), needed += t.bytes;
+  for (const auto& t : tensors) needed += t.bytes;
   // Asked before anything is written: libraries recover badly from a disk that fills under them.
   const auto available = available_bytes(temporary_);
   if (available >= 0 && available < needed) {
     fail(Fault::runtime, path.string(), "the disk is full: " + std::to_string(needed) + " bytes needed, " +
                                             std::to_string(available) + " available");
   }
+  for (auto& t : tensors) t.file = name, t.xxh3 = xxh3(t.data, t.bytes);
   format.write_shard(path.string(), tensors, [this](std::int64_t) { reached("shard being written"); });
   reached("shard written");
 
