@@ -33,7 +33,9 @@ template <class T>
 const T& get(const Impl& impl, std::string_view name, Type type) {
   const std::size_t i = index_of(impl, name);
   const OptionSpec& spec = impl.schema->options()[i];
-  if (spec.type != type) {
+  // A path is a text too: code that only passes it on need not care.
+  const bool text = (type == Type::text && spec.type == Type::path) || (type == Type::texts && spec.type == Type::paths);
+  if (spec.type != type && !text) {
     fail(Fault::programming, options_words(impl),
          fmt::format("'{}' was asked for as {} but is declared as {}", name, type_words(type), type_words(spec.type)));
   }

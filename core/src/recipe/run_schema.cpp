@@ -45,7 +45,7 @@ Schema data_group() {
   sets.default_text.clear();
   s.required(Type::integer, "sequence_length", "length of one training sequence").in("tokens").range(1, 1 << 24);
   s.required(Type::integer, "batch_size", "sequences in one optimizer step").in("sequences").range(1, 1 << 24);
-  s.integer("micro_batch", 0, "sequences in one forward and backward; less memory, same result; 0: all of batch_size")
+  s.integer("micro_batch", 0, "most sequences in one forward and backward; fewer need less memory and give the same result; 0: all of batch_size")
       .in("sequences").range(0, 1 << 24);
   s.number("validation", 0.01, "share of the documents kept out of training, for the validation loss").range(0, 0.5);
   s.flag("attend_across_documents", false, "whether tokens see the documents packed before theirs into one sequence");
@@ -117,23 +117,14 @@ Schema run_schema() {
 void check_run_options(const Options& options) {
   const Options& data = options.group("data");
   if (data.groups("sets").empty()) data.refuse("sets", "an empty list; expected one data set or more, such as [{path: ...}]");
-  const std::int64_t batch = data.integer("batch_size"), micro = data.integer("micro_batch");
-  if (micro > 0 && (micro > batch || batch % micro != 0)) {
-    data.refuse("micro_batch", fmt::format("{} does not divide data.batch_size = {}; expected a divisor of it, or 0", micro, batch));
-  }
   const Options& train = options.group("train");
-  const Options& schedule = options.group("schedule");
-  const std::int64_t steps = train.integer("steps"), warmup = schedule.integer("warmup");
-  if (warmup > steps) {
-    schedule.refuse("warmup", fmt::format("{} steps of warm-up in a run of train.steps = {}; expected at most {}", warmup, steps, steps));
-  }
-  if (schedule.text("decay") == "wsd" && warmup + schedule.integer("decay_steps") > steps) {
-    schedule.refuse("decay_steps", fmt::format("{} steps of decay after {} of warm-up are more than train.steps = {}",
-                                               schedule.integer("decay_steps"), warmup, steps));
-  }
   if (train.integer("validate_every") > 0 && data.number("validation") == 0) {
     train.refuse("validate_every", fmt::format("validation every {} steps, but data.validation = 0 keeps no documents for it",
                                                train.integer("validate_every")));
+  }
+  const Options& schedule = options.group("schedule");
+  if (schedule.text("decay") == "wsd" && schedule.text("decay_shape") == "exponential" && schedule.number("final") == 0) {
+    schedule.refuse("final", "an exponential decay never reaches 0; expected a share above 0, or another schedule.decay_shape");
   }
   const Options& checkpoint = options.group("checkpoint");
   if (train.text("on_nonfinite") == "rollback" && checkpoint.integer("every_steps") == 0 && checkpoint.number("every_minutes") == 0) {

@@ -201,7 +201,10 @@ TEST(Options, WrongAccessIsAProgrammingError) {
   const auto wrong = [](auto call) { return error_of(Fault::programming, call); };
   EXPECT_THAT(wrong([&] { o.integer("intege"); }), AllOf(HasSubstr("no option 'intege'"), HasSubstr("did you mean 'integer'?")));
   EXPECT_THAT(wrong([&] { o.number("integer"); }), AllOf(HasSubstr("'integer'"), HasSubstr("as a number"), HasSubstr("as an integer")));
-  EXPECT_THAT(wrong([&] { o.text("path"); }), HasSubstr("declared as a path"));
+  EXPECT_THAT(wrong([&] { o.path("text"); }), AllOf(HasSubstr("as a path"), HasSubstr("declared as a text")));
+  EXPECT_THAT(wrong([&] { o.paths("texts"); }), HasSubstr("declared as a list of texts"));
+  EXPECT_EQ(o.text("path"), "");  // a path is a text, a text is no path
+  EXPECT_THAT(o.texts("paths"), IsEmpty());
   EXPECT_THAT(wrong([&] { o.number("optional"); }), HasSubstr("has()"));
   EXPECT_THAT(wrong([&] { o.has("nope"); }), HasSubstr("no option 'nope'"));
   EXPECT_THAT(wrong([&] { o.where("nope"); }), HasSubstr("no option 'nope'"));
