@@ -1,4 +1,5 @@
-// scale, exp, log, sqrt, tanh, sigmoid: element by element. Backwards read the saved input or output.
+// scale, exp, log, sqrt, tanh, sigmoid: element by element. Backwards read the saved output, or the input where
+// the output rounds away what the slope needs (1 - y near 1 in bf16).
 #include "ops/common.h"
 
 #include <capstan/ops.h>
@@ -87,11 +88,14 @@ Tensor sqrt(const Tensor& a) {
 }
 
 Tensor tanh(const Tensor& a) {
-  return unary("tanh", a, true, [](auto v) { return tanh(v); }, [](auto y) { return fma(-y, y, constant(y, 1)); });
+  return unary("tanh", a, false, [](auto v) { return tanh(v); }, [](auto x) {
+    const auto y = tanh(x);
+    return fma(-y, y, constant(y, 1));
+  });
 }
 
 Tensor sigmoid(const Tensor& a) {
-  return unary("sigmoid", a, true, [](auto v) { return sigmoid(v); }, [](auto y) { return y * (constant(y, 1) - y); });
+  return unary("sigmoid", a, false, [](auto v) { return sigmoid(v); }, [](auto x) { return sigmoid(x) * sigmoid(-x); });
 }
 
 }  // namespace capstan::ops
