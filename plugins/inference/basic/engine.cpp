@@ -29,15 +29,11 @@ void BasicEngine::attach(std::shared_ptr<Model> model, std::shared_ptr<const Tok
   device_ = std::move(device);
   dtype_ = dtype;
   version_ = weights_version;
-  std::int64_t room = options_.max_tokens_held;
-  if (const std::int64_t longest = model_->longest(); longest > 0) {
-    const std::int64_t page = PagedState::page_tokens;
-    room = std::min(room, options_.max_batch * ((longest + page - 1) / page * page));
-  }
-  const std::vector<StateSpec> specs = model_->state();
-  state_ = std::make_unique<PagedState>(*device_, dtype_, specs, room);
-  longest_ = state_->pages() * PagedState::page_tokens;
-  if (model_->longest() > 0) longest_ = std::min(longest_, model_->longest());
+  const std::int64_t longest = model_->longest();
+  room_ = PagedState::pages_of(options_.max_tokens_held);
+  if (longest > 0) room_ = std::min(room_, options_.max_batch * PagedState::pages_of(longest));
+  room_ *= PagedState::page_tokens;
+  longest_ = longest > 0 ? std::min(room_, longest) : room_;
 }
 
 void BasicEngine::submit(Request request) {
@@ -49,8 +45,8 @@ void BasicEngine::submit(Request request) {
   if (length > longest_) {
     fail(Fault::input, where,
          "the prompt is too long: expected at most " + std::to_string(longest_) + " tokens (the model takes " +
-             std::to_string(model_->longest()) + ", the engine holds " +
-             std::to_string(state_->pages() * PagedState::page_tokens) + "), got " + std::to_string(length));
+             std::to_string(model_->longest()) + ", the engine holds " + std::to_string(room_) + "), got " +
+             std::to_string(length));
   }
   for (std::size_t i = 0; i < request.prompt.size(); ++i) {
     if (request.prompt[i] < 0 || request.prompt[i] >= model_->vocabulary()) {
@@ -64,6 +60,10 @@ void BasicEngine::submit(Request request) {
       if (r->request.id == request.id)
         fail(Fault::input, where, "a request of this id is in progress; ids address randomness and results");
     }
+  }
+  if (!state_) {
+    const std::vector<StateSpec> specs = model_->state();
+    state_ = std::make_unique<PagedState>(*device_, dtype_, specs, room_);
   }
   auto r = std::make_unique<Running>(Running{{}, request.prompt, -1, TextStream(request.sampling.stop), {}});
   r->out.id = request.id;
@@ -111,8 +111,9 @@ std::vector<BasicEngine::Part> BasicEngine::plan() {
       parts.push_back({r, static_cast<std::int32_t>(rows)});
     }
   }
-  while (!waiting_.empty() && waiting_.size() == waiting_before && budget > 0 &&
-         static_cast<std::int64_t>(running_.size()) < options_.max_batch) {
+  // While some give up their pages, nobody new comes in.
+  const bool crowded = waiting_.size() > waiting_before;
+  while (!crowded && !waiting_.empty() && budget > 0 && static_cast<std::int64_t>(running_.size()) < options_.max_batch) {
     Running& r = *waiting_.front();
     const auto length = static_cast<std::int64_t>(r.tokens.size());
     // Room for all of it and a first token, so that it need not give up at once.
@@ -252,7 +253,9 @@ bool BasicEngine::step(const std::function<void(std::int64_t, const std::string&
     done.insert(s.request);
   }
   std::erase_if(running_, [&](const std::unique_ptr<Running>& r) { return done.contains(r.get()); });
-  return !waiting_.empty() || !running_.empty();
+  if (!waiting_.empty() || !running_.empty()) return true;
+  state_.reset();  // a trainer that takes samples needs the memory for its next step
+  return false;
 }
 
 std::vector<Completion> BasicEngine::finished() { return std::exchange(finished_, {}); }

@@ -66,8 +66,9 @@ class BasicEngine : public InferenceEngine {
   std::shared_ptr<Device> device_;
   DType dtype_ = DType::f32;
   std::uint64_t version_ = 0;
-  std::int64_t longest_ = 0;  // tokens of one request that the model and the pool can hold
-  std::unique_ptr<PagedState> state_;
+  std::int64_t room_ = 0;     // tokens of all requests that the state holds
+  std::int64_t longest_ = 0;  // tokens of one request that model and state can hold
+  std::unique_ptr<PagedState> state_;  // while there are requests
   std::deque<std::unique_ptr<Running>> waiting_, running_;  // in order of admission
   std::vector<Completion> finished_;
 };
