@@ -40,9 +40,9 @@ Place element_of(const Place& list) {
 
 Origin command_line() { return {Origin::Kind::command_line, "", 0}; }
 
-Node map_of(const std::string& name, Node value) {
-  Node map;
-  map.kind = Node::Kind::map;
+YamlNode map_of(const std::string& name, YamlNode value) {
+  YamlNode map;
+  map.kind = YamlNode::Kind::map;
   map.origin = value.origin;
   map.entries.push_back({name, value.origin, std::move(value)});
   return map;
@@ -52,31 +52,31 @@ class Merger {
  public:
   explicit Merger(SchemaSource* source) : source_(source) {}
 
-  Node value(Node base, const Node& over, const Place& place) {
+  YamlNode value(YamlNode base, const YamlNode& over, const Place& place) {
     const bool choice = place.choice || (!place.schema && (base.find("plugin") || over.find("plugin")));
     if (choice) return plugin(std::move(base), over, place.choice);
-    if (base.kind == Node::Kind::map && over.kind == Node::Kind::map) return map(std::move(base), over, place.schema);
+    if (base.kind == YamlNode::Kind::map && over.kind == YamlNode::Kind::map) return map(std::move(base), over, place.schema);
     return over;
   }
 
-  void apply(Node& node, const Override& override, std::size_t from, Place place) {
+  void apply(YamlNode& node, const Override& override, std::size_t from, Place place) {
     const auto& path = override.path;
     const auto index = std::find_if(path.begin() + static_cast<std::ptrdiff_t>(from), path.end(), is_index);
     if (index == path.end()) {
-      Node over = override.value;
+      YamlNode over = override.value;
       for (std::size_t i = path.size(); i > from; --i) over = map_of(path[i - 1], std::move(over));
       node = value(std::move(node), over, place);
       return;
     }
     const auto at = static_cast<std::size_t>(index - path.begin());
-    Node* list = &node;
+    YamlNode* list = &node;
     for (std::size_t i = from; i < at; ++i) {
       place = inner(*list, place, path[i]);
-      auto* entry = list->kind == Node::Kind::map ? list->find(path[i]) : nullptr;
+      auto* entry = list->kind == YamlNode::Kind::map ? list->find(path[i]) : nullptr;
       if (!entry) refuse_index(override, at);
       list = &entry->value;
     }
-    if (list->kind != Node::Kind::list) refuse_index(override, at);
+    if (list->kind != YamlNode::Kind::list) refuse_index(override, at);
     const std::size_t count = list->items.size();
     const std::size_t i = path[at].size() > 9 ? count : std::stoul(path[at]);
     if (i >= count) {
@@ -99,18 +99,18 @@ class Merger {
   }
 
   /// The place of `name` within a map or plugin choice.
-  Place inner(const Node& node, const Place& place, const std::string& name) {
+  Place inner(const YamlNode& node, const Place& place, const std::string& name) {
     const Schema* schema = place.schema;
     if (place.choice) {
-      const Node* plugin = plugin_name(node);
-      const std::string named = plugin && plugin->kind == Node::Kind::scalar ? plugin_reference(plugin->text, plugin->origin)
+      const YamlNode* plugin = plugin_name(node);
+      const std::string named = plugin && plugin->kind == YamlNode::Kind::scalar ? plugin_reference(plugin->text, plugin->origin)
                                                                             : default_name(place.choice);
       schema = schema_of(place.choice, named, node.origin);
     }
     return place_of(schema ? schema->find(name) : nullptr);
   }
 
-  Node map(Node base, const Node& over, const Schema* schema) {
+  YamlNode map(YamlNode base, const YamlNode& over, const Schema* schema) {
     for (const auto& entry : over.entries) {
       auto* mine = base.find(entry.name);
       if (!mine) {
@@ -128,23 +128,23 @@ class Merger {
     return choice && choice->type == Type::plugin ? choice->default_text : "";
   }
 
-  static bool can_choose(const Node& node) {
-    if (node.kind != Node::Kind::scalar && node.kind != Node::Kind::map) return false;
-    const Node* name = plugin_name(node);
-    return !name || name->kind == Node::Kind::scalar;
+  static bool can_choose(const YamlNode& node) {
+    if (node.kind != YamlNode::Kind::scalar && node.kind != YamlNode::Kind::map) return false;
+    const YamlNode* name = plugin_name(node);
+    return !name || name->kind == YamlNode::Kind::scalar;
   }
 
-  Node plugin(Node base, const Node& over, const OptionSpec* choice) {
+  YamlNode plugin(YamlNode base, const YamlNode& over, const OptionSpec* choice) {
     if (!can_choose(base) || !can_choose(over)) return over;
-    const Node* base_name = plugin_name(base);
-    const Node* over_name = plugin_name(over);
+    const YamlNode* base_name = plugin_name(base);
+    const YamlNode* over_name = plugin_name(over);
     const std::string before = base_name ? plugin_reference(base_name->text, base_name->origin) : default_name(choice);
     const std::string after = over_name ? plugin_reference(over_name->text, over_name->origin) : before;
     if (!before.empty() && before != after) return over;
     const Origin origin = base.origin;
     const Schema* schema = schema_of(choice, after, over.origin);
-    const auto as_map = [](const Node& node) { return node.kind == Node::Kind::map ? node : map_of("plugin", node); };
-    Node merged = map(as_map(base), as_map(over), schema);
+    const auto as_map = [](const YamlNode& node) { return node.kind == YamlNode::Kind::map ? node : map_of("plugin", node); };
+    YamlNode merged = map(as_map(base), as_map(over), schema);
     if (over.origin.kind != Origin::Kind::file) merged.origin = origin;
     return merged;
   }
@@ -165,7 +165,7 @@ class Merger {
 
 }  // namespace
 
-Node merge(Node base, const Node& over, const Schema& schema, SchemaSource* source) {
+YamlNode merge(YamlNode base, const YamlNode& over, const Schema& schema, SchemaSource* source) {
   Place place;
   place.schema = &schema;
   return Merger(source).value(std::move(base), over, place);
@@ -200,7 +200,7 @@ Override parse_override(const std::string& word) {
   return override;
 }
 
-void apply_overrides(Node& root, std::vector<Override> overrides, const Schema& schema, SchemaSource* source) {
+void apply_overrides(YamlNode& root, std::vector<Override> overrides, const Schema& schema, SchemaSource* source) {
   const auto rank = [](const Override& o) { return 2 * o.path.size() - (o.path.size() > 1 && o.path.back() == "plugin" ? 2 : 0); };
   std::stable_sort(overrides.begin(), overrides.end(), [&](const Override& a, const Override& b) { return rank(a) < rank(b); });
   Place place;

@@ -10,12 +10,12 @@ namespace capstan {
 
 /// `over` on top of `base`, both maps of `schema`: maps merge deep, lists and scalars replace. A plugin choice that
 /// names another plugin than the base's drops the base's options. `source` may be null.
-Node merge(Node base, const Node& over, const Schema& schema, SchemaSource* source);
+YamlNode merge(YamlNode base, const YamlNode& over, const Schema& schema, SchemaSource* source);
 
 /// One "key.path=value" word.
 struct Override {
   std::vector<std::string> path;
-  Node value;
+  YamlNode value;
 
   /// "data.sets.0.path".
   std::string key() const;
@@ -26,6 +26,6 @@ Override parse_override(const std::string& word);
 
 /// Puts overrides over `root`; outer keys first and a plugin's name before its options, so that the order of the
 /// words does not matter. A number in a path is an index into a list that the recipe gives.
-void apply_overrides(Node& root, std::vector<Override> overrides, const Schema& schema, SchemaSource* source);
+void apply_overrides(YamlNode& root, std::vector<Override> overrides, const Schema& schema, SchemaSource* source);
 
 }  // namespace capstan

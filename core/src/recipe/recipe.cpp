@@ -20,7 +20,7 @@ namespace fs = std::filesystem;
 /// One file of a chain, its `extends` taken out.
 struct Document {
   std::string path;
-  Node root;
+  YamlNode root;
 };
 
 std::string identity(const std::string& path) {
@@ -32,12 +32,12 @@ std::string identity(const std::string& path) {
 /// The file that `document` extends, or "" where it extends none.
 std::string take_extends(Document& document) {
   auto& entries = document.root.entries;
-  const auto at = std::find_if(entries.begin(), entries.end(), [](const Node::Entry& e) { return e.name == "extends"; });
+  const auto at = std::find_if(entries.begin(), entries.end(), [](const YamlNode::Entry& e) { return e.name == "extends"; });
   if (at == entries.end()) return "";
-  const Node value = std::move(at->value);
+  const YamlNode value = std::move(at->value);
   entries.erase(at);
   const std::string where = where_text(value.origin, "extends");
-  if (value.kind != Node::Kind::scalar || value.text.empty()) {
+  if (value.kind != YamlNode::Kind::scalar || value.text.empty()) {
     fail(Fault::input, where, "expected the path of one recipe file, got " + value.describe());
   }
   const std::string base = (fs::path(document.path).parent_path() / value.text).lexically_normal().string();
@@ -79,8 +79,8 @@ void add_search_paths(const std::vector<Document>& chain, const std::vector<Over
                       SchemaSource& source) {
   const OptionSpec* spec = root.find("plugin_path");
   if (!spec || spec->type != OptionSpec::Type::paths) return;
-  Node all;
-  all.kind = Node::Kind::map;
+  YamlNode all;
+  all.kind = YamlNode::Kind::map;
   for (const auto& document : chain) {
     const auto* entry = document.root.find(spec->name);
     if (!entry) continue;
@@ -91,7 +91,7 @@ void add_search_paths(const std::vector<Document>& chain, const std::vector<Over
   std::copy_if(overrides.begin(), overrides.end(), std::back_inserter(mine), [&](const Override& o) { return o.path[0] == spec->name; });
   apply_overrides(all, std::move(mine), root, nullptr);
   const auto* entry = all.find(spec->name);
-  if (!entry || entry->value.kind != Node::Kind::list) return;
+  if (!entry || entry->value.kind != YamlNode::Kind::list) return;
   for (const auto& item : entry->value.items) {
     const auto folder = parse_path(item);
     if (!folder.value || folder.value->empty()) continue;
@@ -115,7 +115,7 @@ Recipe load_recipe(const std::string& path, const std::vector<std::string>& over
   Recipe recipe;
   recipe.path = path;
   recipe.overrides = overrides;
-  Node whole = std::move(chain.front().root);
+  YamlNode whole = std::move(chain.front().root);
   recipe.files.push_back(chain.front().path);
   for (std::size_t i = 1; i < chain.size(); ++i) {
     whole = merge(std::move(whole), chain[i].root, root, &source);
@@ -132,7 +132,7 @@ Recipe load_recipe(const std::string& path, const std::vector<std::string>& over
 Options parse_options(const Schema& schema, const std::string& yaml, SchemaSource* source, const std::string& name) {
   const Origin origin{Origin::Kind::file, name, 1};
   const bool blank = yaml.find_first_not_of(" \t\r\n") == std::string::npos;
-  const Node map = parse_yaml(blank ? "{}" : yaml, origin);
+  const YamlNode map = parse_yaml(blank ? "{}" : yaml, origin);
   Findings findings;
   Options options = resolve(map, schema, "", "", source, findings);
   findings.throw_if_any();

@@ -21,7 +21,7 @@ class Resolver {
  public:
   Resolver(SchemaSource* source, Findings& findings) : source_(source), findings_(findings) {}
 
-  Options map(const Node& node, const Schema& schema, const std::string& key, const std::string& title, bool plugin_map) {
+  Options map(const YamlNode& node, const Schema& schema, const std::string& key, const std::string& title, bool plugin_map) {
     auto impl = std::make_shared<Impl>();
     impl->schema = std::make_shared<const Schema>(schema);
     impl->key = key;
@@ -31,7 +31,7 @@ class Resolver {
   }
 
  private:
-  void unknown_keys(const Node& node, const Schema& schema, const std::string& key, const std::string& title, bool plugin_map) {
+  void unknown_keys(const YamlNode& node, const Schema& schema, const std::string& key, const std::string& title, bool plugin_map) {
     std::vector<std::string> known;
     for (const auto& spec : schema.options()) known.push_back(spec.name);
     for (const auto& entry : node.entries) {
@@ -44,10 +44,10 @@ class Resolver {
     }
   }
 
-  Impl::Slot slot(const Node& map, const OptionSpec& spec, const std::string& key) {
+  Impl::Slot slot(const YamlNode& map, const OptionSpec& spec, const std::string& key) {
     check_spec(spec, key);
     if (const auto* entry = map.find(spec.name)) {
-      const Node* name = spec.type == Type::plugin ? plugin_name(entry->value) : nullptr;
+      const YamlNode* name = spec.type == Type::plugin ? plugin_name(entry->value) : nullptr;
       const bool unnamed = spec.type == Type::plugin && !name;  // the options were given, the plugin is the default one
       return {value(entry->value, spec, key), name ? name->origin : unnamed ? Origin{} : entry->value.origin};
     }
@@ -57,7 +57,7 @@ class Resolver {
       findings_.add(map.origin, key, missing(spec));
       return {{}, map.origin};
     }
-    Node node = spec.type == Type::text || spec.type == Type::path ? default_text(spec, key) : default_value(spec, key);
+    YamlNode node = spec.type == Type::text || spec.type == Type::path ? default_text(spec, key) : default_value(spec, key);
     // What is required in a group or plugin that the recipe does not mention is missing from the outer map.
     if (spec.type == Type::group || spec.type == Type::plugin) node.origin = map.origin;
     return {value(node, spec, key), Origin{}};
@@ -77,11 +77,11 @@ class Resolver {
       fail(Fault::programming, key, "declared as " + type_words(spec.type) + " without a kind: set OptionSpec::plugin_kind");
   }
 
-  static Node default_text(const OptionSpec& spec, const std::string& key) {
+  static YamlNode default_text(const OptionSpec& spec, const std::string& key) {
     return spec.default_text.empty() ? parse_yaml_value("\"\"", Origin{}) : default_value(spec, key);
   }
 
-  static Node default_value(const OptionSpec& spec, const std::string& key) {
+  static YamlNode default_value(const OptionSpec& spec, const std::string& key) {
     try {
       return parse_yaml_value(spec.default_text, Origin{});
     } catch (const Error& e) {
@@ -89,7 +89,7 @@ class Resolver {
     }
   }
 
-  Impl::Value value(const Node& node, const OptionSpec& spec, const std::string& key) {
+  Impl::Value value(const YamlNode& node, const OptionSpec& spec, const std::string& key) {
     switch (spec.type) {
       case Type::flag: return scalar(parse_flag(node), node, spec, key);
       case Type::integer: return scalar(parse_integer(node), node, spec, key);
@@ -138,7 +138,7 @@ class Resolver {
   static std::string outside(const OptionSpec& spec, const std::string& value) { return allowed_fault(spec, value); }
 
   template <class T>
-  Impl::Value scalar(Parsed<T> parsed, const Node& node, const OptionSpec& spec, const std::string& key) {
+  Impl::Value scalar(Parsed<T> parsed, const YamlNode& node, const OptionSpec& spec, const std::string& key) {
     if (!parsed.value) {
       fault(node.origin, key, parsed.why + with_unit(spec));
       return {};
@@ -148,7 +148,7 @@ class Resolver {
   }
 
   template <class T>
-  Impl::Value list(const Node& node, const OptionSpec& spec, const std::string& key, Parsed<T> (*parse)(const Node&)) {
+  Impl::Value list(const YamlNode& node, const OptionSpec& spec, const std::string& key, Parsed<T> (*parse)(const YamlNode&)) {
     std::vector<T> values;
     if (!expect_list(node, spec, key)) return values;
     for (std::size_t i = 0; i < node.items.size(); ++i) {
@@ -167,27 +167,27 @@ class Resolver {
 
   static std::string with_unit(const OptionSpec& spec) { return spec.unit.empty() ? "" : " (in " + spec.unit + ")"; }
 
-  bool expect_list(const Node& node, const OptionSpec& spec, const std::string& key) {
-    if (node.kind == Node::Kind::list) return true;
+  bool expect_list(const YamlNode& node, const OptionSpec& spec, const std::string& key) {
+    if (node.kind == YamlNode::Kind::list) return true;
     fault(node.origin, key, "expected " + type_words(spec.type) + ", got " + node.describe() + "; write [...]");
     return false;
   }
 
-  Options group(const Node& node, const OptionSpec& spec, const std::string& key) {
-    if (node.kind == Node::Kind::map) return map(node, *spec.group, key, key, false);
+  Options group(const YamlNode& node, const OptionSpec& spec, const std::string& key) {
+    if (node.kind == YamlNode::Kind::map) return map(node, *spec.group, key, key, false);
     fault(node.origin, key, "expected a map of its keys, got " + node.describe());
     return {};
   }
 
-  std::optional<PluginChoice> plugin(const Node& node, const OptionSpec& spec, const std::string& key) {
-    if (node.kind != Node::Kind::scalar && node.kind != Node::Kind::map) {
+  std::optional<PluginChoice> plugin(const YamlNode& node, const OptionSpec& spec, const std::string& key) {
+    if (node.kind != YamlNode::Kind::scalar && node.kind != YamlNode::Kind::map) {
       fault(node.origin, key, fmt::format("expected the name of a plugin of kind {} or {{plugin: NAME, ...}}, got {}",
                                           spec.plugin_kind, node.describe()));
       return std::nullopt;
     }
     // Options without a name go to the default plugin: `optimizer: {lr: 1e-3}`.
-    Node fallback;
-    const Node* name = plugin_name(node);
+    YamlNode fallback;
+    const YamlNode* name = plugin_name(node);
     if (!name && !spec.default_text.empty() && spec.type == Type::plugin) {
       fallback = parse_yaml_value(spec.default_text, Origin{});
       name = plugin_name(fallback);
@@ -196,7 +196,7 @@ class Resolver {
       fault(node.origin, key, "no plugin is named; expected 'plugin: NAME' with one of kind " + spec.plugin_kind);
       return std::nullopt;
     }
-    if (name->kind != Node::Kind::scalar || name->text.empty()) {
+    if (name->kind != YamlNode::Kind::scalar || name->text.empty()) {
       fault(name->origin, key, "expected the name of a plugin of kind " + spec.plugin_kind + ", got " + name->describe());
       return std::nullopt;
     }
@@ -213,11 +213,11 @@ class Resolver {
       findings_.add(name->origin, key, e.what());
       return std::nullopt;
     }
-    if (node.kind == Node::Kind::map) {
+    if (node.kind == YamlNode::Kind::map) {
       choice.options = map(node, *schema, key, key + " (" + name->text + ")", true);
     } else {
-      Node empty;
-      empty.kind = Node::Kind::map;
+      YamlNode empty;
+      empty.kind = YamlNode::Kind::map;
       empty.origin = node.origin;
       choice.options = map(empty, *schema, key, key + " (" + name->text + ")", true);
     }
@@ -248,13 +248,13 @@ void Findings::throw_if_any() const {
   throw Error(Fault::input, all);
 }
 
-Options resolve(const Node& map, const Schema& schema, const std::string& key, const std::string& title, SchemaSource* source,
+Options resolve(const YamlNode& map, const Schema& schema, const std::string& key, const std::string& title, SchemaSource* source,
                 Findings& findings) {
   return Resolver(source, findings).map(map, schema, key, title, false);
 }
 
-const Node* plugin_name(const Node& choice) {
-  if (choice.kind == Node::Kind::scalar) return &choice;
+const YamlNode* plugin_name(const YamlNode& choice) {
+  if (choice.kind == YamlNode::Kind::scalar) return &choice;
   const auto* entry = choice.find("plugin");
   return entry ? &entry->value : nullptr;
 }

@@ -15,7 +15,7 @@ namespace capstan {
 namespace {
 
 template <class T>
-Parsed<T> wrong(const std::string& expected, const Node& node) {
+Parsed<T> wrong(const std::string& expected, const YamlNode& node) {
   return {std::nullopt, "expected " + expected + ", got " + node.describe()};
 }
 
@@ -68,16 +68,16 @@ std::string yaml_text(const std::string& text) {
   return out + '"';
 }
 
-Parsed<bool> parse_flag(const Node& node) {
-  if (node.kind == Node::Kind::scalar && !node.quoted) {
+Parsed<bool> parse_flag(const YamlNode& node) {
+  if (node.kind == YamlNode::Kind::scalar && !node.quoted) {
     if (node.text == "true") return {true, ""};
     if (node.text == "false") return {false, ""};
   }
   return wrong<bool>("true or false", node);
 }
 
-Parsed<std::int64_t> parse_integer(const Node& node) {
-  if (node.kind != Node::Kind::scalar || node.quoted) return wrong<std::int64_t>("an integer", node);
+Parsed<std::int64_t> parse_integer(const YamlNode& node) {
+  if (node.kind != YamlNode::Kind::scalar || node.quoted) return wrong<std::int64_t>("an integer", node);
   const std::string_view text = without_plus(node.text);
   if (const auto value = whole<std::int64_t>(text)) return {*value, ""};
   const auto real = whole<double>(text);
@@ -94,8 +94,8 @@ Parsed<std::int64_t> parse_integer(const Node& node) {
   return {static_cast<std::int64_t>(*real), ""};
 }
 
-Parsed<double> parse_number(const Node& node) {
-  if (node.kind != Node::Kind::scalar || node.quoted) return wrong<double>("a number", node);
+Parsed<double> parse_number(const YamlNode& node) {
+  if (node.kind != YamlNode::Kind::scalar || node.quoted) return wrong<double>("a number", node);
   const auto value = whole<double>(without_plus(node.text));
   if (!value) {
     const bool underscore = node.text.find('_') != std::string::npos;
@@ -105,13 +105,13 @@ Parsed<double> parse_number(const Node& node) {
   return {*value, ""};
 }
 
-Parsed<std::string> parse_text(const Node& node) {
-  if (node.kind != Node::Kind::scalar) return wrong<std::string>("a text", node);
+Parsed<std::string> parse_text(const YamlNode& node) {
+  if (node.kind != YamlNode::Kind::scalar) return wrong<std::string>("a text", node);
   return {node.text, ""};
 }
 
-Parsed<std::string> parse_path(const Node& node) {
-  if (node.kind != Node::Kind::scalar) return wrong<std::string>("a path", node);
+Parsed<std::string> parse_path(const YamlNode& node) {
+  if (node.kind != YamlNode::Kind::scalar) return wrong<std::string>("a path", node);
   if (node.text.empty()) return {std::string(), ""};
   if (node.text[0] == '~' && (node.text.size() == 1 || node.text[1] == '/')) {
     return {std::nullopt, shown(node.text) + ": ~ is not expanded here; write the folder out"};

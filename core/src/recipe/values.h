@@ -23,14 +23,14 @@ struct Parsed {
   std::string why;  ///< "expected an integer, got 'six'"
 };
 
-Parsed<bool> parse_flag(const Node& node);
+Parsed<bool> parse_flag(const YamlNode& node);
 /// Decimal digits, or a floating form that is a whole number, such as 1e6.
-Parsed<std::int64_t> parse_integer(const Node& node);
+Parsed<std::int64_t> parse_integer(const YamlNode& node);
 /// A finite decimal number.
-Parsed<double> parse_number(const Node& node);
-Parsed<std::string> parse_text(const Node& node);
+Parsed<double> parse_number(const YamlNode& node);
+Parsed<std::string> parse_text(const YamlNode& node);
 /// Absolute, relative to the folder of the file that says it; "" stays "".
-Parsed<std::string> parse_path(const Node& node);
+Parsed<std::string> parse_path(const YamlNode& node);
 
 /// `path` against `folder`, without "." and "..".
 std::string absolute_path(const std::string& path, const std::string& folder);

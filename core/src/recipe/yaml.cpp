@@ -80,7 +80,7 @@ class Builder : public YAML::EventHandler {
   void OnDocumentEnd() override {}
 
   void OnNull(const YAML::Mark& mark, YAML::anchor_t anchor) override {
-    Node node;
+    YamlNode node;
     node.origin = at(mark);
     add(std::move(node), anchor);
   }
@@ -94,8 +94,8 @@ class Builder : public YAML::EventHandler {
 
   void OnScalar(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor, const std::string& value) override {
     check_tag(tag, mark);
-    Node node;
-    node.kind = Node::Kind::scalar;
+    YamlNode node;
+    node.kind = YamlNode::Kind::scalar;
     node.text = value;
     node.quoted = tag == "!";
     node.origin = at(mark);
@@ -106,15 +106,15 @@ class Builder : public YAML::EventHandler {
 
   void OnSequenceStart(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,
                        YAML::EmitterStyle::value) override {
-    open(Node::Kind::list, mark, tag, anchor);
+    open(YamlNode::Kind::list, mark, tag, anchor);
   }
   void OnSequenceEnd() override { close(); }
   void OnMapStart(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor, YAML::EmitterStyle::value) override {
-    open(Node::Kind::map, mark, tag, anchor);
+    open(YamlNode::Kind::map, mark, tag, anchor);
   }
   void OnMapEnd() override { close(); }
 
-  Node take() { return root_ ? std::move(*root_) : Node{}; }
+  YamlNode take() { return root_ ? std::move(*root_) : YamlNode{}; }
 
   Origin at(const YAML::Mark& mark) const {
     Origin origin = origin_;
@@ -124,13 +124,13 @@ class Builder : public YAML::EventHandler {
 
  private:
   struct Frame {
-    Node node;
+    YamlNode node;
     YAML::anchor_t anchor = 0;
-    std::optional<Node> name;  ///< of a map: the key whose value comes next
+    std::optional<YamlNode> name;  ///< of a map: the key whose value comes next
     std::size_t nodes = 1, text = 0;
   };
   struct Anchored {
-    Node node;
+    YamlNode node;
     std::size_t nodes, text;
   };
 
@@ -147,7 +147,7 @@ class Builder : public YAML::EventHandler {
       refuse(origin, fmt::format("more than {} bytes of text, aliases counted each time they are used", limits_.text));
   }
 
-  void open(Node::Kind kind, const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor) {
+  void open(YamlNode::Kind kind, const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor) {
     check_tag(tag, mark);
     Frame frame;
     frame.node.kind = kind;
@@ -165,7 +165,7 @@ class Builder : public YAML::EventHandler {
     add(std::move(frame.node), frame.anchor, frame.nodes, frame.text);
   }
 
-  void add(Node node, YAML::anchor_t anchor, std::size_t nodes = 1, std::size_t text = 0) {
+  void add(YamlNode node, YAML::anchor_t anchor, std::size_t nodes = 1, std::size_t text = 0) {
     if (anchor != 0) anchors_[anchor] = {node, nodes, text};
     if (stack_.empty()) {
       root_ = std::move(node);
@@ -174,20 +174,20 @@ class Builder : public YAML::EventHandler {
     Frame& parent = stack_.back();
     parent.nodes += nodes;
     parent.text += text;
-    if (parent.node.kind == Node::Kind::list) {
+    if (parent.node.kind == YamlNode::Kind::list) {
       parent.node.items.push_back(std::move(node));
     } else if (!parent.name) {
       check_name(node, parent.node);
       parent.name = std::move(node);
     } else {
-      if (node.kind == Node::Kind::null) node.origin = parent.name->origin;  // the parser marks what comes after it
+      if (node.kind == YamlNode::Kind::null) node.origin = parent.name->origin;  // the parser marks what comes after it
       parent.node.entries.push_back({parent.name->text, parent.name->origin, std::move(node)});
       parent.name.reset();
     }
   }
 
-  void check_name(const Node& name, const Node& map) const {
-    if (name.kind != Node::Kind::scalar || name.text.empty())
+  void check_name(const YamlNode& name, const YamlNode& map) const {
+    if (name.kind != YamlNode::Kind::scalar || name.text.empty())
       refuse(name.origin, "a key must be a name, not " + name.describe());
     if (name.text == "<<") refuse(name.origin, "the merge key '<<'; a recipe takes over another one with 'extends:'");
     if (const auto* other = map.find(name.text)) {
@@ -204,7 +204,7 @@ class Builder : public YAML::EventHandler {
   std::size_t nodes_ = 0, text_ = 0;
   std::vector<Frame> stack_;
   std::map<YAML::anchor_t, Anchored> anchors_;
-  std::optional<Node> root_;
+  std::optional<YamlNode> root_;
 };
 
 /// Whether a line after the first content opens a document, to tell that fault from a stray character.
@@ -221,7 +221,7 @@ std::string plain_words(const std::string& library_message) {
   return library_message.empty() ? "cannot be read" : library_message;
 }
 
-Node parse(const std::string& text, const Origin& origin, const YamlLimits& limits) {
+YamlNode parse(const std::string& text, const Origin& origin, const YamlLimits& limits) {
   if (text.size() > limits.bytes)
     refuse(origin, fmt::format("{} bytes; a recipe may have {}", text.size(), limits.bytes));
   Origin start = origin;
@@ -262,14 +262,14 @@ std::string Origin::folder() const {
   return folder.empty() ? "/" : folder.string();
 }
 
-const Node::Entry* Node::find(const std::string& name) const {
+const YamlNode::Entry* YamlNode::find(const std::string& name) const {
   const auto at = std::find_if(entries.begin(), entries.end(), [&](const Entry& e) { return e.name == name; });
   return at == entries.end() ? nullptr : &*at;
 }
 
-Node::Entry* Node::find(const std::string& name) { return const_cast<Entry*>(std::as_const(*this).find(name)); }
+YamlNode::Entry* YamlNode::find(const std::string& name) { return const_cast<Entry*>(std::as_const(*this).find(name)); }
 
-std::string Node::describe() const {
+std::string YamlNode::describe() const {
   switch (kind) {
     case Kind::null: return "nothing";
     case Kind::scalar: return quoted ? "the text " + shown(text) : shown(text);
@@ -279,21 +279,21 @@ std::string Node::describe() const {
   return "nothing";
 }
 
-Node parse_yaml(const std::string& text, const Origin& origin, const YamlLimits& limits) {
-  Node root = parse(text, origin, limits);
-  if (root.kind == Node::Kind::null) refuse(origin, "there is nothing in it; expected a map of keys, such as 'model: gpt'");
-  if (root.kind != Node::Kind::map) {
+YamlNode parse_yaml(const std::string& text, const Origin& origin, const YamlLimits& limits) {
+  YamlNode root = parse(text, origin, limits);
+  if (root.kind == YamlNode::Kind::null) refuse(origin, "there is nothing in it; expected a map of keys, such as 'model: gpt'");
+  if (root.kind != YamlNode::Kind::map) {
     refuse(root.origin, "the whole is " + root.describe() + "; expected a map of keys, such as 'model: gpt'");
   }
   return root;
 }
 
-Node parse_yaml_value(const std::string& text, const Origin& origin, const YamlLimits& limits) {
+YamlNode parse_yaml_value(const std::string& text, const Origin& origin, const YamlLimits& limits) {
   if (text.empty() || std::string_view("[{\"'").find(text.front()) == std::string_view::npos) {
     if (text.size() > limits.bytes) refuse(origin, fmt::format("{} bytes; a value may have {}", text.size(), limits.bytes));
     check_bytes(text, origin);
-    Node node;
-    node.kind = Node::Kind::scalar;
+    YamlNode node;
+    node.kind = YamlNode::Kind::scalar;
     node.text = text;
     node.origin = origin;
     return node;
@@ -301,7 +301,7 @@ Node parse_yaml_value(const std::string& text, const Origin& origin, const YamlL
   return parse(text, origin, limits);
 }
 
-Node read_yaml_file(const std::string& path, const YamlLimits& limits) {
+YamlNode read_yaml_file(const std::string& path, const YamlLimits& limits) {
   Origin origin{Origin::Kind::file, path, 0};
   std::error_code error;
   const fs::file_status status = fs::status(path, error);

@@ -1,4 +1,4 @@
-// defines: Node, Origin, read_yaml(): a YAML file or a flow value as a small tree that knows where each part was written.
+// defines: YamlNode, Origin, read_yaml(): a YAML file or a flow value as a small tree that knows where each part was written.
 #pragma once
 #include <capstan/export.h>
 
@@ -23,14 +23,14 @@ struct CAPSTAN_API Origin {
 };
 
 /// One value. Aliases are expanded, tags are refused, so there is nothing more to a recipe than this.
-struct CAPSTAN_API Node {
+struct CAPSTAN_API YamlNode {
   enum class Kind : unsigned char { null, scalar, list, map };
   struct Entry;
 
   Kind kind = Kind::null;
   std::string text;            ///< of a scalar
   bool quoted = false;         ///< a scalar written in quotes or as a block: never a number or a flag
-  std::vector<Node> items;     ///< of a list
+  std::vector<YamlNode> items;     ///< of a list
   std::vector<Entry> entries;  ///< of a map, in the order written, names unique
   Origin origin;
 
@@ -40,10 +40,10 @@ struct CAPSTAN_API Node {
   std::string describe() const;
 };
 
-struct CAPSTAN_API Node::Entry {
+struct CAPSTAN_API YamlNode::Entry {
   std::string name;
   Origin origin;  ///< of the name
-  Node value;
+  YamlNode value;
 };
 
 /// What a recipe may cost to read. A real recipe is some kilobytes.
@@ -55,14 +55,14 @@ struct YamlLimits {
 };
 
 /// Reads a file that holds one map. Every defect of the file is Error(input) with file and line.
-CAPSTAN_API Node read_yaml_file(const std::string& path, const YamlLimits& limits = {});
+CAPSTAN_API YamlNode read_yaml_file(const std::string& path, const YamlLimits& limits = {});
 
 /// Reads the text of a file; `origin.file` names it in messages.
-CAPSTAN_API Node parse_yaml(const std::string& text, const Origin& origin, const YamlLimits& limits = {});
+CAPSTAN_API YamlNode parse_yaml(const std::string& text, const Origin& origin, const YamlLimits& limits = {});
 
 /// One value as the command line or a default gives it: text that opens with [ or { or a quote is YAML, all
 /// other text is taken as it stands.
-CAPSTAN_API Node parse_yaml_value(const std::string& text, const Origin& origin, const YamlLimits& limits = {});
+CAPSTAN_API YamlNode parse_yaml_value(const std::string& text, const Origin& origin, const YamlLimits& limits = {});
 
 /// `text` in single quotes, cut to a readable length, control characters as escapes: for messages.
 CAPSTAN_API std::string shown(const std::string& text);

@@ -21,20 +21,20 @@ std::string refusal(const std::string& text, const YamlLimits& limits = {}) {
 }
 
 TEST(Yaml, KeepsOrderLinesAndQuotes) {
-  const Node root = parse_yaml("b: 1\na:\n  - x\n  - 'y'\nc: {d: \"2\", e: }\nf: |\n  two\n  lines\n", file);
+  const YamlNode root = parse_yaml("b: 1\na:\n  - x\n  - 'y'\nc: {d: \"2\", e: }\nf: |\n  two\n  lines\n", file);
   ASSERT_EQ(root.entries.size(), 4U);
   EXPECT_EQ(root.entries[0].name, "b");
   EXPECT_EQ(root.entries[1].name, "a");
   EXPECT_EQ(root.entries[1].origin.text(), "r.yaml:2");
-  const Node& list = root.find("a")->value;
-  ASSERT_EQ(list.kind, Node::Kind::list);
+  const YamlNode& list = root.find("a")->value;
+  ASSERT_EQ(list.kind, YamlNode::Kind::list);
   EXPECT_EQ(list.items[0].text, "x");
   EXPECT_FALSE(list.items[0].quoted);
   EXPECT_TRUE(list.items[1].quoted);
   EXPECT_EQ(list.items[1].origin.line, 4);
-  const Node& map = root.find("c")->value;
+  const YamlNode& map = root.find("c")->value;
   EXPECT_TRUE(map.find("d")->value.quoted);
-  EXPECT_EQ(map.find("e")->value.kind, Node::Kind::null);
+  EXPECT_EQ(map.find("e")->value.kind, YamlNode::Kind::null);
   EXPECT_EQ(root.find("f")->value.text, "two\nlines\n");
   EXPECT_TRUE(root.find("f")->value.quoted);
 }
@@ -47,7 +47,7 @@ TEST(Yaml, TakesWindowsLinesByteOrderMarkAndDocumentMarkers) {
 }
 
 TEST(Yaml, ExpandsAliases) {
-  const Node root = parse_yaml("a: &x {k: [1, 2]}\nb: *x\n", file);
+  const YamlNode root = parse_yaml("a: &x {k: [1, 2]}\nb: *x\n", file);
   EXPECT_EQ(root.find("b")->value.find("k")->value.items[1].text, "2");
 }
 
@@ -134,7 +134,7 @@ TEST(Yaml, RefusesDepthAndSize) {
 TEST(Yaml, ValuesOfTheCommandLine) {
   const Origin origin{Origin::Kind::command_line, "", 0};
   EXPECT_EQ(parse_yaml_value("#include <a>: b", origin).text, "#include <a>: b");
-  EXPECT_EQ(parse_yaml_value("", origin).kind, Node::Kind::scalar);
+  EXPECT_EQ(parse_yaml_value("", origin).kind, YamlNode::Kind::scalar);
   EXPECT_EQ(parse_yaml_value("[1, [2], {a: 3}]", origin).items[2].find("a")->value.text, "3");
   EXPECT_EQ(parse_yaml_value("[1, 2]", origin).items[1].origin.text(), "command line");
   EXPECT_TRUE(parse_yaml_value("\"1\"", origin).quoted);
