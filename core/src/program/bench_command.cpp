@@ -5,8 +5,6 @@
 #include "train/machine.h"
 #include "train/session.h"
 
-#include <kernels/cpu/context.h>
-
 #include <CLI/CLI.hpp>
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
@@ -83,7 +81,7 @@ void bench(const Program& program, const Words& words) {
   if (words.json) {
     nlohmann::ordered_json j{{"engine", std::string("capstan ") + CAPSTAN_VERSION},
                              {"recipe", words.recipe},
-                             {"threads", device.cpu().threads()},
+                             {"threads", train::thread_count(device)},
                              {"tokens_per_s", tokens / seconds},
                              {"best_tokens_per_s", tokens / *std::min_element(whole.begin(), whole.end())},
                              {"forward_backward_ms", 1e3 * median(gradients)},
@@ -96,7 +94,7 @@ void bench(const Program& program, const Words& words) {
     fmt::print("{}\n", j.dump());
   } else {
     fmt::print("{}\n", session->model->describe());
-    fmt::print("{}\n", train::describe_machine(device.cpu().threads()));
+    fmt::print("{}\n", train::describe_machine(train::thread_count(device)));
     fmt::print("  step          {:.1f} ms (best {:.1f}): {:.0f} tokens/s\n", 1e3 * seconds, 1e3 * *std::min_element(whole.begin(), whole.end()), tokens / seconds);
     fmt::print("  gradients     {:.1f} ms, optimizer {:.1f} ms\n", 1e3 * median(gradients), 1e3 * median(updates));
     fmt::print("  matrix rate   {:.0f} GFLOP/s, measured between the steps: the limit\n", peak * 1e-9);

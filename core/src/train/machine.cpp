@@ -1,6 +1,7 @@
 #include "train/machine.h"
 
 #include <capstan/tensor.h>
+#include <kernels/cpu/context.h>
 #include <kernels/cpu/gemm.h>
 
 #include <fmt/format.h>
@@ -26,6 +27,8 @@ double measure_gemm_rate(Device& device) {
   }
   return best;
 }
+
+int thread_count(Device& device) { return device.cpu().threads(); }
 
 std::string describe_machine(int threads) {
   std::string model = "CPU";
