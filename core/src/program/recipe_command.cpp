@@ -5,9 +5,9 @@
 #include "recipe/recipe.h"
 #include "recipe/run_schema.h"
 
-#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <CLI/CLI.hpp>
 
 #include <cstdint>
 #include <memory>
@@ -26,7 +26,8 @@ struct Words {
 void show(const Program& program, const Words& words) {
   PluginHost host(program.executable);
   const Recipe recipe = load_recipe(words.recipe, words.overrides, run_schema(), host);
-  if (!words.plain) fmt::print("# {}, resolved; xxh3 {}\n", fmt::join(recipe.files, " under "), recipe_digest(recipe.options));
+  if (!words.plain)
+    fmt::print("# {}, resolved; xxh3 {}\n", fmt::join(recipe.files, " under "), recipe_digest(recipe.options));
   fmt::print("{}", to_yaml(recipe, words.plain ? Origins::hide : Origins::show));
 }
 
@@ -37,18 +38,21 @@ void check(const Program& program, const Words& words) {
   check_run_options(options);
   const Options& data = options.group("data");
   const Options& train = options.group("train");
-  const std::int64_t sequences = data.integer("batch_size"), length = data.integer("sequence_length"), steps = train.integer("steps");
+  const std::int64_t sequences = data.integer("batch_size"), length = data.integer("sequence_length"),
+                     steps = train.integer("steps");
   fmt::print("{} is valid\n", words.recipe);
   const auto row = [](const std::string& name, const std::string& text) { fmt::print("  {:<11}{}\n", name, text); };
   row("files", fmt::format("{}", fmt::join(recipe.files, ", ")));
   for (const char* kind : {"model", "tokenizer", "optimizer", "inference"}) row(kind, options.plugin(kind).name);
   row("checkpoint", options.group("checkpoint").plugin("format").name);
   row("precision", options.group("precision").text("compute"));
-  for (const auto& set : data.groups("sets")) row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")));
+  for (const auto& set : data.groups("sets"))
+    row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")));
   row("training", fmt::format("{} steps of {} sequences x {} tokens, {:.4g} million tokens in all", steps, sequences, length,
                               1e-6 * double(steps) * double(sequences) * double(length)));
   row("xxh3", recipe_digest(options));
-  for (const auto& plugin : host.loaded()) row("plugin", fmt::format("{} {} {} ({})", plugin.kind, plugin.name, plugin.version, plugin.file));
+  for (const auto& plugin : host.loaded())
+    row("plugin", fmt::format("{} {} {} ({})", plugin.kind, plugin.name, plugin.version, plugin.file));
 }
 
 void keys(const Words& words) {
@@ -72,11 +76,13 @@ void add_recipe(CLI::App& app, Program& program) {
   show_command->add_flag("--plain", words->plain, "without comments: a recipe that runs as it is");
   show_command->callback([&program, words] { show(program, *words); });
 
-  CLI::App* check_command = recipe->add_subcommand("check", "Say whether the recipe would be accepted, and what it amounts to");
+  CLI::App* check_command =
+      recipe->add_subcommand("check", "Say whether the recipe would be accepted, and what it amounts to");
   add_words(check_command);
   check_command->callback([&program, words] { check(program, *words); });
 
-  CLI::App* keys_command = recipe->add_subcommand("keys", "List every key of a recipe; those of plugins: capstan plugin info");
+  CLI::App* keys_command =
+      recipe->add_subcommand("keys", "List every key of a recipe; those of plugins: capstan plugin info");
   keys_command->add_flag("--markdown", words->markdown, "as a Markdown table");
   keys_command->callback([words] { keys(*words); });
 }

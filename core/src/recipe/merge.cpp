@@ -17,7 +17,7 @@ using Type = OptionSpec::Type;
 
 /// What is known of the place where two values meet.
 struct Place {
-  const Schema* schema = nullptr;  ///< of a map
+  const Schema* schema = nullptr;      ///< of a map
   const OptionSpec* choice = nullptr;  ///< the place holds a plugin choice
   const OptionSpec* list = nullptr;    ///< the place holds a list
 };
@@ -55,7 +55,8 @@ class Merger {
   YamlNode value(YamlNode base, const YamlNode& over, const Place& place) {
     const bool choice = place.choice || (!place.schema && (base.find("plugin") || over.find("plugin")));
     if (choice) return plugin(std::move(base), over, place.choice);
-    if (base.kind == YamlNode::Kind::map && over.kind == YamlNode::Kind::map) return map(std::move(base), over, place.schema);
+    if (base.kind == YamlNode::Kind::map && over.kind == YamlNode::Kind::map)
+      return map(std::move(base), over, place.schema);
     return over;
   }
 
@@ -81,7 +82,8 @@ class Merger {
     const std::size_t i = path[at].size() > 9 ? count : std::stoul(path[at]);
     if (i >= count) {
       fail(Fault::input, "command line, " + override.key(),
-           fmt::format("there is no element {}: {} holds {}, counted from 0", path[at], fmt::join(path.begin(), index, "."), count));
+           fmt::format("there is no element {}: {} holds {}, counted from 0", path[at], fmt::join(path.begin(), index, "."),
+                       count));
     }
     apply(list->items[i], override, at + 1, element_of(place));
   }
@@ -92,7 +94,8 @@ class Merger {
   }
 
   [[noreturn]] static void refuse_index(const Override& override, std::size_t at) {
-    const std::string list = fmt::format("{}", fmt::join(override.path.begin(), override.path.begin() + std::ptrdiff_t(at), "."));
+    const std::string list =
+        fmt::format("{}", fmt::join(override.path.begin(), override.path.begin() + std::ptrdiff_t(at), "."));
     fail(Fault::input, "command line, " + override.key(),
          list.empty() ? "a key starts with a name, not with a number"
                       : "the recipe gives no list '" + list + "' to index; give all of it: " + list + "=[...]");
@@ -103,8 +106,9 @@ class Merger {
     const Schema* schema = place.schema;
     if (place.choice) {
       const YamlNode* plugin = plugin_name(node);
-      const std::string named = plugin && plugin->kind == YamlNode::Kind::scalar ? plugin_reference(plugin->text, plugin->origin)
-                                                                            : default_name(place.choice);
+      const std::string named = plugin && plugin->kind == YamlNode::Kind::scalar
+                                    ? plugin_reference(plugin->text, plugin->origin)
+                                    : default_name(place.choice);
       schema = schema_of(place.choice, named, node.origin);
     }
     return place_of(schema ? schema->find(name) : nullptr);
@@ -143,7 +147,9 @@ class Merger {
     if (!before.empty() && before != after) return over;
     const Origin origin = base.origin;
     const Schema* schema = schema_of(choice, after, over.origin);
-    const auto as_map = [](const YamlNode& node) { return node.kind == YamlNode::Kind::map ? node : map_of("plugin", node); };
+    const auto as_map = [](const YamlNode& node) {
+      return node.kind == YamlNode::Kind::map ? node : map_of("plugin", node);
+    };
     YamlNode merged = map(as_map(base), as_map(over), schema);
     if (over.origin.kind != Origin::Kind::file) merged.origin = origin;
     return merged;
@@ -182,7 +188,8 @@ Override parse_override(const std::string& word) {
   const std::string key = word.substr(0, equals);
   for (std::size_t start = 0; start <= key.size();) {
     const std::size_t dot = std::min(key.find('.', start), key.size());
-    if (dot == start) fail(Fault::input, "command line", "the key " + shown(key) + " has an empty part; expected key.path=value");
+    if (dot == start)
+      fail(Fault::input, "command line", "the key " + shown(key) + " has an empty part; expected key.path=value");
     override.path.push_back(key.substr(start, dot - start));
     start = dot + 1;
   }
@@ -201,8 +208,11 @@ Override parse_override(const std::string& word) {
 }
 
 void apply_overrides(YamlNode& root, std::vector<Override> overrides, const Schema& schema, SchemaSource* source) {
-  const auto rank = [](const Override& o) { return 2 * o.path.size() - (o.path.size() > 1 && o.path.back() == "plugin" ? 2 : 0); };
-  std::stable_sort(overrides.begin(), overrides.end(), [&](const Override& a, const Override& b) { return rank(a) < rank(b); });
+  const auto rank = [](const Override& o) {
+    return 2 * o.path.size() - (o.path.size() > 1 && o.path.back() == "plugin" ? 2 : 0);
+  };
+  std::stable_sort(overrides.begin(), overrides.end(),
+                   [&](const Override& a, const Override& b) { return rank(a) < rank(b); });
   Place place;
   place.schema = &schema;
   for (const auto& override : overrides) Merger(source).apply(root, override, 0, place);

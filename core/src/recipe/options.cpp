@@ -40,7 +40,8 @@ const T& get(const Impl& impl, std::string_view name, Type type) {
          fmt::format("'{}' was asked for as {} but is declared as {}", name, type_words(type), type_words(spec.type)));
   }
   if (const T* value = std::get_if<T>(&impl.slots[i].value)) return *value;
-  fail(Fault::programming, options_words(impl), fmt::format("'{}' was not given: ask has() before an optional option", name));
+  fail(Fault::programming, options_words(impl),
+       fmt::format("'{}' was not given: ask has() before an optional option", name));
 }
 
 }  // namespace
@@ -56,7 +57,6 @@ Options& Options::operator=(Options&& other) noexcept {
   return *this;
 }
 Options::Options(std::shared_ptr<const Impl> impl) : impl_(std::move(impl)) {}
-
 
 bool Options::flag(std::string_view name) const { return get<bool>(*impl_, name, Type::flag); }
 std::int64_t Options::integer(std::string_view name) const { return get<std::int64_t>(*impl_, name, Type::integer); }
@@ -105,19 +105,32 @@ std::string where_text(const Origin& origin, const std::string& key) {
 
 std::string type_words(OptionSpec::Type type) {
   switch (type) {
-    case Type::flag: return "true or false";
-    case Type::integer: return "an integer";
-    case Type::number: return "a number";
-    case Type::text: return "a text";
-    case Type::path: return "a path";
-    case Type::integers: return "a list of integers";
-    case Type::numbers: return "a list of numbers";
-    case Type::texts: return "a list of texts";
-    case Type::paths: return "a list of paths";
-    case Type::plugin: return "a plugin";
-    case Type::plugins: return "a list of plugins";
-    case Type::group: return "a map";
-    case Type::groups: return "a list of maps";
+    case Type::flag:
+      return "true or false";
+    case Type::integer:
+      return "an integer";
+    case Type::number:
+      return "a number";
+    case Type::text:
+      return "a text";
+    case Type::path:
+      return "a path";
+    case Type::integers:
+      return "a list of integers";
+    case Type::numbers:
+      return "a list of numbers";
+    case Type::texts:
+      return "a list of texts";
+    case Type::paths:
+      return "a list of paths";
+    case Type::plugin:
+      return "a plugin";
+    case Type::plugins:
+      return "a list of plugins";
+    case Type::group:
+      return "a map";
+    case Type::groups:
+      return "a list of maps";
   }
   return "a value";
 }

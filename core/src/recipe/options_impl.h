@@ -12,9 +12,9 @@
 namespace capstan {
 
 struct Options::Impl {
-  using Value = std::variant<std::monostate, bool, std::int64_t, double, std::string, std::vector<std::int64_t>,
-                             std::vector<double>, std::vector<std::string>, PluginChoice, std::vector<PluginChoice>, Options,
-                             std::vector<Options>>;
+  using Value =
+      std::variant<std::monostate, bool, std::int64_t, double, std::string, std::vector<std::int64_t>, std::vector<double>,
+                   std::vector<std::string>, PluginChoice, std::vector<PluginChoice>, Options, std::vector<Options>>;
   struct Slot {
     Value value;  ///< monostate: an optional option that was not given
     Origin origin;

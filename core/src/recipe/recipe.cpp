@@ -42,7 +42,8 @@ std::string take_extends(Document& document) {
   }
   const std::string base = (fs::path(document.path).parent_path() / value.text).lexically_normal().string();
   std::error_code error;
-  if (!fs::exists(base, error)) fail(Fault::input, where, "there is no file " + shown(base) + " (the path is relative to this recipe)");
+  if (!fs::exists(base, error))
+    fail(Fault::input, where, "there is no file " + shown(base) + " (the path is relative to this recipe)");
   return base;
 }
 
@@ -88,7 +89,8 @@ void add_search_paths(const std::vector<Document>& chain, const std::vector<Over
     all.entries.push_back(*entry);
   }
   std::vector<Override> mine;
-  std::copy_if(overrides.begin(), overrides.end(), std::back_inserter(mine), [&](const Override& o) { return o.path[0] == spec->name; });
+  std::copy_if(overrides.begin(), overrides.end(), std::back_inserter(mine),
+               [&](const Override& o) { return o.path[0] == spec->name; });
   apply_overrides(all, std::move(mine), root, nullptr);
   const auto* entry = all.find(spec->name);
   if (!entry || entry->value.kind != YamlNode::Kind::list) return;
@@ -106,7 +108,8 @@ void add_search_paths(const std::vector<Document>& chain, const std::vector<Over
 
 }  // namespace
 
-Recipe load_recipe(const std::string& path, const std::vector<std::string>& overrides, const Schema& root, SchemaSource& source) {
+Recipe load_recipe(const std::string& path, const std::vector<std::string>& overrides, const Schema& root,
+                   SchemaSource& source) {
   std::vector<Override> over;
   for (const auto& word : overrides) over.push_back(parse_override(word));
   std::vector<Document> chain = read_chain(path);

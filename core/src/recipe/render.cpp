@@ -73,15 +73,22 @@ class Writer {
     const auto header = [&] { lines_.push_back({indent + spec.name + ":", ""}); };
     const auto integer = [](std::int64_t v) { return std::to_string(v); };
     switch (spec.type) {
-      case Type::flag: return line(std::get<bool>(slot.value) ? "true" : "false");
-      case Type::integer: return line(integer(std::get<std::int64_t>(slot.value)));
-      case Type::number: return line(number_text(std::get<double>(slot.value)));
+      case Type::flag:
+        return line(std::get<bool>(slot.value) ? "true" : "false");
+      case Type::integer:
+        return line(integer(std::get<std::int64_t>(slot.value)));
+      case Type::number:
+        return line(number_text(std::get<double>(slot.value)));
       case Type::text:
-      case Type::path: return line(yaml_text(std::get<std::string>(slot.value)));
-      case Type::integers: return line(flow_list(std::get<std::vector<std::int64_t>>(slot.value), integer));
-      case Type::numbers: return line(flow_list(std::get<std::vector<double>>(slot.value), number_text));
+      case Type::path:
+        return line(yaml_text(std::get<std::string>(slot.value)));
+      case Type::integers:
+        return line(flow_list(std::get<std::vector<std::int64_t>>(slot.value), integer));
+      case Type::numbers:
+        return line(flow_list(std::get<std::vector<double>>(slot.value), number_text));
       case Type::texts:
-      case Type::paths: return line(flow_list(std::get<std::vector<std::string>>(slot.value), yaml_text));
+      case Type::paths:
+        return line(flow_list(std::get<std::vector<std::string>>(slot.value), yaml_text));
       case Type::plugin:
         header();
         return choice(std::get<PluginChoice>(slot.value), slot.origin, rest + "  ", rest + "  ");
@@ -92,7 +99,8 @@ class Writer {
         for (const auto& one : choices) choice(one, slot.origin, rest + "  - ", rest + "    ");
         return;
       }
-      case Type::group: return group(std::get<Options>(slot.value), slot.origin, indent + spec.name + ":", rest + "  ");
+      case Type::group:
+        return group(std::get<Options>(slot.value), slot.origin, indent + spec.name + ":", rest + "  ");
       case Type::groups: {
         const auto& groups = std::get<std::vector<Options>>(slot.value);
         if (groups.empty()) return line("[]");
@@ -109,8 +117,10 @@ class Writer {
   }
 
   void group(const Options& options, const Origin& origin, const std::string& head, const std::string& indent) {
-    if (!has_values(options)) lines_.push_back({head + " {}", origin.text()});
-    else lines_.push_back({head, ""});
+    if (!has_values(options))
+      lines_.push_back({head + " {}", origin.text()});
+    else
+      lines_.push_back({head, ""});
     map(options, indent, indent);
   }
 
@@ -124,15 +134,24 @@ class Writer {
 
 std::string type_name(const OptionSpec& spec) {
   switch (spec.type) {
-    case Type::flag: return "flag";
-    case Type::integer: return "integer";
-    case Type::number: return "number";
-    case Type::text: return "text";
-    case Type::path: return "path";
-    case Type::plugin: return spec.plugin_kind + " plugin";
-    case Type::plugins: return "list of " + spec.plugin_kind + " plugins";
-    case Type::group: return "map";
-    default: return type_words(spec.type).substr(2);  // without the article
+    case Type::flag:
+      return "flag";
+    case Type::integer:
+      return "integer";
+    case Type::number:
+      return "number";
+    case Type::text:
+      return "text";
+    case Type::path:
+      return "path";
+    case Type::plugin:
+      return spec.plugin_kind + " plugin";
+    case Type::plugins:
+      return "list of " + spec.plugin_kind + " plugins";
+    case Type::group:
+      return "map";
+    default:
+      return type_words(spec.type).substr(2);  // without the article
   }
 }
 
@@ -148,8 +167,10 @@ void help_lines(const Schema& schema, const std::string& indent, std::string& ou
     std::string facts = type_name(spec);
     if (const std::string range = range_words(spec); !range.empty()) facts += ", " + range;
     if (!spec.unit.empty()) facts += ", in " + spec.unit;
-    if (spec.required || spec.optional) facts += ", " + default_words(spec);
-    else if (!group) facts += ", default " + default_words(spec);
+    if (spec.required || spec.optional)
+      facts += ", " + default_words(spec);
+    else if (!group)
+      facts += ", default " + default_words(spec);
     out += indent + spec.name + "  (" + facts + ")\n";
     if (!spec.help.empty()) out += indent + "    " + spec.help + "\n";
     if (spec.group) help_lines(*spec.group, indent + "  ", out);
@@ -169,8 +190,9 @@ void markdown_rows(const Schema& schema, const std::string& path, std::string& o
     if (!spec.unit.empty()) values += (values.empty() ? "in " : ", in ") + spec.unit;
     if (spec.type != Type::group) {
       const std::string fallback = default_words(spec);
-      out += fmt::format("| `{}` | {} | {} | {} | {} |\n", key, type_name(spec),
-                         spec.required || spec.optional ? fallback : "`" + cell(fallback) + "`", cell(values), cell(spec.help));
+      out +=
+          fmt::format("| `{}` | {} | {} | {} | {} |\n", key, type_name(spec),
+                      spec.required || spec.optional ? fallback : "`" + cell(fallback) + "`", cell(values), cell(spec.help));
     }
     if (spec.group) markdown_rows(*spec.group, spec.type == Type::groups ? key + "[]" : key, out);
   }

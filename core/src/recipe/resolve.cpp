@@ -21,7 +21,8 @@ class Resolver {
  public:
   Resolver(SchemaSource* source, Findings& findings) : source_(source), findings_(findings) {}
 
-  Options map(const YamlNode& node, const Schema& schema, const std::string& key, const std::string& title, bool plugin_map) {
+  Options map(const YamlNode& node, const Schema& schema, const std::string& key, const std::string& title,
+              bool plugin_map) {
     auto impl = std::make_shared<Impl>();
     impl->schema = std::make_shared<const Schema>(schema);
     impl->key = key;
@@ -31,7 +32,8 @@ class Resolver {
   }
 
  private:
-  void unknown_keys(const YamlNode& node, const Schema& schema, const std::string& key, const std::string& title, bool plugin_map) {
+  void unknown_keys(const YamlNode& node, const Schema& schema, const std::string& key, const std::string& title,
+                    bool plugin_map) {
     std::vector<std::string> known;
     for (const auto& spec : schema.options()) known.push_back(spec.name);
     for (const auto& entry : node.entries) {
@@ -39,7 +41,8 @@ class Resolver {
       std::string message = "unknown key " + shown(entry.name) + (title.empty() ? "" : " in " + title);
       const std::string near = entry.name.size() > 64 ? "" : nearest(entry.name, known);
       if (!near.empty()) message += "; did you mean '" + near + "'?";
-      message += known.empty() ? "; it has no options" : fmt::format("{} known: {}", near.empty() ? ";" : "", fmt::join(known, ", "));
+      message += known.empty() ? "; it has no options"
+                               : fmt::format("{} known: {}", near.empty() ? ";" : "", fmt::join(known, ", "));
       findings_.add(entry.origin, key, message);
     }
   }
@@ -91,15 +94,24 @@ class Resolver {
 
   Impl::Value value(const YamlNode& node, const OptionSpec& spec, const std::string& key) {
     switch (spec.type) {
-      case Type::flag: return scalar(parse_flag(node), node, spec, key);
-      case Type::integer: return scalar(parse_integer(node), node, spec, key);
-      case Type::number: return scalar(parse_number(node), node, spec, key);
-      case Type::text: return scalar(parse_text(node), node, spec, key);
-      case Type::path: return scalar(parse_path(node), node, spec, key);
-      case Type::integers: return list<std::int64_t>(node, spec, key, parse_integer);
-      case Type::numbers: return list<double>(node, spec, key, parse_number);
-      case Type::texts: return list<std::string>(node, spec, key, parse_text);
-      case Type::paths: return list<std::string>(node, spec, key, parse_path);
+      case Type::flag:
+        return scalar(parse_flag(node), node, spec, key);
+      case Type::integer:
+        return scalar(parse_integer(node), node, spec, key);
+      case Type::number:
+        return scalar(parse_number(node), node, spec, key);
+      case Type::text:
+        return scalar(parse_text(node), node, spec, key);
+      case Type::path:
+        return scalar(parse_path(node), node, spec, key);
+      case Type::integers:
+        return list<std::int64_t>(node, spec, key, parse_integer);
+      case Type::numbers:
+        return list<double>(node, spec, key, parse_number);
+      case Type::texts:
+        return list<std::string>(node, spec, key, parse_text);
+      case Type::paths:
+        return list<std::string>(node, spec, key, parse_path);
       case Type::plugin: {
         auto choice = plugin(node, spec, key);
         if (choice) return std::move(*choice);
@@ -109,11 +121,13 @@ class Resolver {
         std::vector<PluginChoice> choices;
         if (!expect_list(node, spec, key)) return choices;
         for (std::size_t i = 0; i < node.items.size(); ++i) {
-          if (auto choice = plugin(node.items[i], spec, join_key(key, std::to_string(i)))) choices.push_back(std::move(*choice));
+          if (auto choice = plugin(node.items[i], spec, join_key(key, std::to_string(i))))
+            choices.push_back(std::move(*choice));
         }
         return choices;
       }
-      case Type::group: return group(node, spec, key);
+      case Type::group:
+        return group(node, spec, key);
       case Type::groups: {
         std::vector<Options> groups;
         if (!expect_list(node, spec, key)) return groups;
@@ -148,7 +162,8 @@ class Resolver {
   }
 
   template <class T>
-  Impl::Value list(const YamlNode& node, const OptionSpec& spec, const std::string& key, Parsed<T> (*parse)(const YamlNode&)) {
+  Impl::Value list(const YamlNode& node, const OptionSpec& spec, const std::string& key,
+                   Parsed<T> (*parse)(const YamlNode&)) {
     std::vector<T> values;
     if (!expect_list(node, spec, key)) return values;
     for (std::size_t i = 0; i < node.items.size(); ++i) {
@@ -181,8 +196,9 @@ class Resolver {
 
   std::optional<PluginChoice> plugin(const YamlNode& node, const OptionSpec& spec, const std::string& key) {
     if (node.kind != YamlNode::Kind::scalar && node.kind != YamlNode::Kind::map) {
-      fault(node.origin, key, fmt::format("expected the name of a plugin of kind {} or {{plugin: NAME, ...}}, got {}",
-                                          spec.plugin_kind, node.describe()));
+      fault(node.origin, key,
+            fmt::format("expected the name of a plugin of kind {} or {{plugin: NAME, ...}}, got {}", spec.plugin_kind,
+                        node.describe()));
       return std::nullopt;
     }
     // Options without a name go to the default plugin: `optimizer: {lr: 1e-3}`.
@@ -248,8 +264,8 @@ void Findings::throw_if_any() const {
   throw Error(Fault::input, all);
 }
 
-Options resolve(const YamlNode& map, const Schema& schema, const std::string& key, const std::string& title, SchemaSource* source,
-                Findings& findings) {
+Options resolve(const YamlNode& map, const Schema& schema, const std::string& key, const std::string& title,
+                SchemaSource* source, Findings& findings) {
   return Resolver(source, findings).map(map, schema, key, title, false);
 }
 

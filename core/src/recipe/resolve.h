@@ -24,8 +24,8 @@ class Findings {
 
 /// Reads `map` strictly by `schema`. `title` names the map in messages ("model (gpt)"), `key` is its path. Findings
 /// leave gaps in the result: it is only for use when there are none. `source` may be null: then no plugin is known.
-Options resolve(const YamlNode& map, const Schema& schema, const std::string& key, const std::string& title, SchemaSource* source,
-                Findings& findings);
+Options resolve(const YamlNode& map, const Schema& schema, const std::string& key, const std::string& title,
+                SchemaSource* source, Findings& findings);
 
 /// The plugin's name in a choice (`name` or `{plugin: name, ...}`), or null where it names none.
 const YamlNode* plugin_name(const YamlNode& choice);

@@ -14,8 +14,10 @@ Schema run_group() {
   Schema s;
   s.path("dir", "", "folder of the run: checkpoints, metrics, samples; empty: runs/<name of the recipe file>");
   s.integer("seed", 1, "seed of everything random: initial weights, order of the data, dropout, samples").at_least(0);
-  s.text("resume", "auto", "auto: continue where the folder's run stopped, if there is one; never: refuse a folder that holds "
-         "a run; require: refuse a folder that holds none").one_of({"auto", "never", "require"});
+  s.text("resume", "auto",
+         "auto: continue where the folder's run stopped, if there is one; never: refuse a folder that holds "
+         "a run; require: refuse a folder that holds none")
+      .one_of({"auto", "never", "require"});
   s.integer("threads", 0, "CPU threads; 0: all cores").range(0, 4096);
   s.text("device", "cpu", "where tensors live; auto: the best device that this build can use").one_of({"cpu", "auto"});
   return s;
@@ -23,8 +25,10 @@ Schema run_group() {
 
 Schema precision_group() {
   Schema s;
-  s.text("compute", "f32", "type of weights and activations in forward and backward; under bf16 the optimizer keeps f32 "
-         "master weights; f64 is for checking").one_of({"f32", "f64", "bf16"});
+  s.text("compute", "f32",
+         "type of weights and activations in forward and backward; under bf16 the optimizer keeps f32 "
+         "master weights; f64 is for checking")
+      .one_of({"f32", "f64", "bf16"});
   return s;
 }
 
@@ -32,7 +36,8 @@ Schema data_set() {
   Schema s;
   s.required(Type::path, "path", "the data set without .bin and .idx");
   s.number("weight", 1, "how often this set is drawn from, relative to the others").above(0);
-  s.list(Type::paths, "text", "[]", "text files, folders or globs (** crosses folders) that the set is built from when it does "
+  s.list(Type::paths, "text", "[]",
+         "text files, folders or globs (** crosses folders) that the set is built from when it does "
          "not exist yet");
   s.integer("max_bytes", 0, "most text to build from; 0: all of it").in("bytes").at_least(0);
   return s;
@@ -45,8 +50,11 @@ Schema data_group() {
   sets.default_text.clear();
   s.required(Type::integer, "sequence_length", "length of one training sequence").in("tokens").range(1, 1 << 24);
   s.required(Type::integer, "batch_size", "sequences in one optimizer step").in("sequences").range(1, 1 << 24);
-  s.integer("micro_batch", 0, "most sequences in one forward and backward; fewer need less memory and give the same result; 0: all of batch_size")
-      .in("sequences").range(0, 1 << 24);
+  s.integer(
+       "micro_batch", 0,
+       "most sequences in one forward and backward; fewer need less memory and give the same result; 0: all of batch_size")
+      .in("sequences")
+      .range(0, 1 << 24);
   s.number("validation", 0.01, "share of the documents kept out of training, for the validation loss").range(0, 0.5);
   s.flag("attend_across_documents", false, "whether tokens see the documents packed before theirs into one sequence");
   s.integer("prefetch", 2, "batches made ready ahead of the step").in("batches").range(0, 1024);
@@ -74,10 +82,15 @@ Schema train_group() {
   s.integer("sample_every", 0, "steps between samples of what the model writes; 0: never").in("steps").at_least(0);
   s.text("sample_prompt", "", "what samples continue; empty: the start of a document");
   s.integer("sample_tokens", 128, "length of a sample").in("tokens").range(1, 1 << 20);
-  s.text("on_nonfinite", "stop", "when loss or gradient is not finite, before it reaches the weights; stop: end the run with a "
-         "message; skip: leave the step out; rollback: go back to the newest checkpoint").one_of({"stop", "skip", "rollback"});
-  s.number("spike_threshold", 0, "reports a loss this far above its running mean; 0: never").in("standard deviations").at_least(0);
-  s.text("recompute", "none", "what backward computes again instead of keeping it; block: the activations inside of each block")
+  s.text("on_nonfinite", "stop",
+         "when loss or gradient is not finite, before it reaches the weights; stop: end the run with a "
+         "message; skip: leave the step out; rollback: go back to the newest checkpoint")
+      .one_of({"stop", "skip", "rollback"});
+  s.number("spike_threshold", 0, "reports a loss this far above its running mean; 0: never")
+      .in("standard deviations")
+      .at_least(0);
+  s.text("recompute", "none",
+         "what backward computes again instead of keeping it; block: the activations inside of each block")
       .one_of({"none", "block"});
   s.integer("log_every", 1, "steps between lines of the log and of metrics.jsonl").in("steps").at_least(1);
   return s;
@@ -91,8 +104,10 @@ Schema checkpoint_group() {
   s.integer("keep", 3, "newest checkpoints to keep; 0: all").at_least(0);
   s.flag("asynchronous", true, "write while training goes on, from a copy in memory");
   s.flag("at_end", true, "write one after the last step");
-  s.text("on_damage", "fallback", "when the newest checkpoint is damaged; fallback: say so and take the newest good one; stop: "
-         "end with a message").one_of({"fallback", "stop"});
+  s.text("on_damage", "fallback",
+         "when the newest checkpoint is damaged; fallback: say so and take the newest good one; stop: "
+         "end with a message")
+      .one_of({"fallback", "stop"});
   return s;
 }
 
@@ -116,19 +131,24 @@ Schema run_schema() {
 
 void check_run_options(const Options& options) {
   const Options& data = options.group("data");
-  if (data.groups("sets").empty()) data.refuse("sets", "an empty list; expected one data set or more, such as [{path: ...}]");
+  if (data.groups("sets").empty())
+    data.refuse("sets", "an empty list; expected one data set or more, such as [{path: ...}]");
   const Options& train = options.group("train");
   if (train.integer("validate_every") > 0 && data.number("validation") == 0) {
-    train.refuse("validate_every", fmt::format("validation every {} steps, but data.validation = 0 keeps no documents for it",
-                                               train.integer("validate_every")));
+    train.refuse("validate_every",
+                 fmt::format("validation every {} steps, but data.validation = 0 keeps no documents for it",
+                             train.integer("validate_every")));
   }
   const Options& schedule = options.group("schedule");
   if (schedule.text("decay") == "wsd" && schedule.text("decay_shape") == "exponential" && schedule.number("final") == 0) {
-    schedule.refuse("final", "an exponential decay never reaches 0; expected a share above 0, or another schedule.decay_shape");
+    schedule.refuse("final",
+                    "an exponential decay never reaches 0; expected a share above 0, or another schedule.decay_shape");
   }
   const Options& checkpoint = options.group("checkpoint");
-  if (train.text("on_nonfinite") == "rollback" && checkpoint.integer("every_steps") == 0 && checkpoint.number("every_minutes") == 0) {
-    train.refuse("on_nonfinite", "rollback needs checkpoints to go back to; set checkpoint.every_steps or checkpoint.every_minutes");
+  if (train.text("on_nonfinite") == "rollback" && checkpoint.integer("every_steps") == 0 &&
+      checkpoint.number("every_minutes") == 0) {
+    train.refuse("on_nonfinite",
+                 "rollback needs checkpoints to go back to; set checkpoint.every_steps or checkpoint.every_minutes");
   }
 }
 

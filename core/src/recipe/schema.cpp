@@ -20,7 +20,9 @@ OptionSpec make(OptionSpec::Type type, std::string name, std::string default_tex
 
 /// Names are path parts in messages and overrides; one that is a number would read as a list index there.
 bool is_name(const std::string& name) {
-  const auto part = [](char c) { return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_'; };
+  const auto part = [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_';
+  };
   return !name.empty() && std::all_of(name.begin(), name.end(), part) && !(name[0] >= '0' && name[0] <= '9');
 }
 
@@ -28,7 +30,8 @@ bool is_name(const std::string& name) {
 
 OptionSpec& Schema::add(OptionSpec spec) {
   if (!is_name(spec.name)) {
-    fail(Fault::programming, "schema", "the option name " + shown(spec.name) + ": expected letters, digits and _, no digit first");
+    fail(Fault::programming, "schema",
+         "the option name " + shown(spec.name) + ": expected letters, digits and _, no digit first");
   }
   if (spec.name == "plugin") {
     fail(Fault::programming, "schema", "an option named 'plugin': that key names the plugin itself; choose another name");

@@ -58,12 +58,18 @@ std::string yaml_text(const std::string& text) {
   std::string out = "\"";
   for (const char c : text) {
     const auto u = static_cast<unsigned char>(c);
-    if (c == '"' || c == '\\') out += '\\', out += c;
-    else if (c == '\n') out += "\\n";
-    else if (c == '\t') out += "\\t";
-    else if (c == '\r') out += "\\r";
-    else if (u < 0x20 || u == 0x7F) out += fmt::format("\\x{:02x}", u);
-    else out += c;
+    if (c == '"' || c == '\\')
+      out += '\\', out += c;
+    else if (c == '\n')
+      out += "\\n";
+    else if (c == '\t')
+      out += "\\t";
+    else if (c == '\r')
+      out += "\\r";
+    else if (u < 0x20 || u == 0x7F)
+      out += fmt::format("\\x{:02x}", u);
+    else
+      out += c;
   }
   return out + '"';
 }
@@ -82,10 +88,10 @@ Parsed<std::int64_t> parse_integer(const YamlNode& node) {
   if (const auto value = whole<std::int64_t>(text)) return {*value, ""};
   const auto real = whole<double>(text);
   if (!real || !std::isfinite(*real)) {
-    if (node.text.find('_') != std::string::npos) return wrong<std::int64_t>("an integer without _ between its digits", node);
-    const bool digits = !text.empty() && std::all_of(text.begin() + (text[0] == '-'), text.end(), [](char c) {
-      return c >= '0' && c <= '9';
-    });
+    if (node.text.find('_') != std::string::npos)
+      return wrong<std::int64_t>("an integer without _ between its digits", node);
+    const bool digits = !text.empty() && std::all_of(text.begin() + (text[0] == '-'), text.end(),
+                                                     [](char c) { return c >= '0' && c <= '9'; });
     return wrong<std::int64_t>(digits && text != "-" ? "an integer of 64 bits" : "an integer", node);
   }
   // Beyond 2^53 a floating form does not name one integer.
@@ -129,7 +135,8 @@ bool is_library_path(const std::string& name) {
 
 std::string range_words(const OptionSpec& spec) {
   if (!spec.allowed.empty()) return fmt::format("one of {}", fmt::join(spec.allowed, ", "));
-  const std::string low = spec.minimum ? number_text(*spec.minimum) : "", high = spec.maximum ? number_text(*spec.maximum) : "";
+  const std::string low = spec.minimum ? number_text(*spec.minimum) : "",
+                    high = spec.maximum ? number_text(*spec.maximum) : "";
   if (spec.minimum && spec.maximum) return spec.exclusive_minimum ? "above " + low + " up to " + high : low + " to " + high;
   if (spec.minimum) return (spec.exclusive_minimum ? "above " : "at least ") + low;
   if (spec.maximum) return "at most " + high;

@@ -31,10 +31,14 @@ std::size_t utf8_length(const std::string& s, std::size_t at) {
   std::size_t length = 0;
   std::uint32_t point = 0, least = 0;
   if (first < 0x80) return 1;
-  if ((first & 0xE0) == 0xC0) length = 2, point = first & 0x1F, least = 0x80;
-  else if ((first & 0xF0) == 0xE0) length = 3, point = first & 0x0F, least = 0x800;
-  else if ((first & 0xF8) == 0xF0) length = 4, point = first & 0x07, least = 0x10000;
-  else return 0;
+  if ((first & 0xE0) == 0xC0)
+    length = 2, point = first & 0x1F, least = 0x80;
+  else if ((first & 0xF0) == 0xE0)
+    length = 3, point = first & 0x0F, least = 0x800;
+  else if ((first & 0xF8) == 0xF0)
+    length = 4, point = first & 0x07, least = 0x10000;
+  else
+    return 0;
   for (std::size_t i = 1; i < length; ++i) {
     if ((byte(at + i) & 0xC0) != 0x80) return 0;
     point = point << 6 | (byte(at + i) & 0x3F);
@@ -69,7 +73,10 @@ void check_bytes(const std::string& text, const Origin& start) {
 class Builder : public YAML::EventHandler {
  public:
   Builder(Origin origin, const YamlLimits& limits, bool many_documents)
-      : origin_(std::move(origin)), first_line_(std::max(origin_.line, 1)), limits_(limits), many_documents_(many_documents) {}
+      : origin_(std::move(origin)),
+        first_line_(std::max(origin_.line, 1)),
+        limits_(limits),
+        many_documents_(many_documents) {}
 
   void OnDocumentStart(const YAML::Mark& mark) override {
     // The parser never advances past some stray characters: it would hand out empty documents for ever.
@@ -109,7 +116,8 @@ class Builder : public YAML::EventHandler {
     open(YamlNode::Kind::list, mark, tag, anchor);
   }
   void OnSequenceEnd() override { close(); }
-  void OnMapStart(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor, YAML::EmitterStyle::value) override {
+  void OnMapStart(const YAML::Mark& mark, const std::string& tag, YAML::anchor_t anchor,
+                  YAML::EmitterStyle::value) override {
     open(YamlNode::Kind::map, mark, tag, anchor);
   }
   void OnMapEnd() override { close(); }
@@ -191,8 +199,8 @@ class Builder : public YAML::EventHandler {
       refuse(name.origin, "a key must be a name, not " + name.describe());
     if (name.text == "<<") refuse(name.origin, "the merge key '<<'; a recipe takes over another one with 'extends:'");
     if (const auto* other = map.find(name.text)) {
-      refuse(name.origin, fmt::format("the key {} twice in one map, first on line {}; keep one", shown(name.text),
-                                      other->origin.line));
+      refuse(name.origin,
+             fmt::format("the key {} twice in one map, first on line {}; keep one", shown(name.text), other->origin.line));
     }
   }
 
@@ -222,8 +230,7 @@ std::string plain_words(const std::string& library_message) {
 }
 
 YamlNode parse(const std::string& text, const Origin& origin, const YamlLimits& limits) {
-  if (text.size() > limits.bytes)
-    refuse(origin, fmt::format("{} bytes; a recipe may have {}", text.size(), limits.bytes));
+  if (text.size() > limits.bytes) refuse(origin, fmt::format("{} bytes; a recipe may have {}", text.size(), limits.bytes));
   Origin start = origin;
   if (start.kind == Origin::Kind::file) start.line = std::max(start.line, 1);
   check_bytes(text, start);
@@ -271,17 +278,22 @@ YamlNode::Entry* YamlNode::find(const std::string& name) { return const_cast<Ent
 
 std::string YamlNode::describe() const {
   switch (kind) {
-    case Kind::null: return "nothing";
-    case Kind::scalar: return quoted ? "the text " + shown(text) : shown(text);
-    case Kind::list: return "a list";
-    case Kind::map: return "a map";
+    case Kind::null:
+      return "nothing";
+    case Kind::scalar:
+      return quoted ? "the text " + shown(text) : shown(text);
+    case Kind::list:
+      return "a list";
+    case Kind::map:
+      return "a map";
   }
   return "nothing";
 }
 
 YamlNode parse_yaml(const std::string& text, const Origin& origin, const YamlLimits& limits) {
   YamlNode root = parse(text, origin, limits);
-  if (root.kind == YamlNode::Kind::null) refuse(origin, "there is nothing in it; expected a map of keys, such as 'model: gpt'");
+  if (root.kind == YamlNode::Kind::null)
+    refuse(origin, "there is nothing in it; expected a map of keys, such as 'model: gpt'");
   if (root.kind != YamlNode::Kind::map) {
     refuse(root.origin, "the whole is " + root.describe() + "; expected a map of keys, such as 'model: gpt'");
   }
@@ -331,10 +343,14 @@ std::string shown(const std::string& text) {
     if (out.size() > most) return out + "...'";
     const auto c = static_cast<unsigned char>(text[i]);
     const std::size_t length = utf8_length(text, i);
-    if (c == '\n') out += "\\n";
-    else if (c == '\t') out += "\\t";
-    else if (c < 0x20 || c == 0x7F || length == 0) out += fmt::format("\\x{:02x}", c);
-    else out.append(text, i, length);
+    if (c == '\n')
+      out += "\\n";
+    else if (c == '\t')
+      out += "\\t";
+    else if (c < 0x20 || c == 0x7F || length == 0)
+      out += fmt::format("\\x{:02x}", c);
+    else
+      out.append(text, i, length);
     i += std::max<std::size_t>(length, 1);
   }
   return out + "'";

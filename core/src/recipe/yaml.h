@@ -1,4 +1,5 @@
-// defines: YamlNode, Origin, read_yaml(): a YAML file or a flow value as a small tree that knows where each part was written.
+// defines: YamlNode, Origin, read_yaml(): a YAML file or a flow value as a small tree that knows where each part was
+// written.
 #pragma once
 #include <capstan/export.h>
 
@@ -28,10 +29,10 @@ struct CAPSTAN_API YamlNode {
   struct Entry;
 
   Kind kind = Kind::null;
-  std::string text;            ///< of a scalar
-  bool quoted = false;         ///< a scalar written in quotes or as a block: never a number or a flag
-  std::vector<YamlNode> items;     ///< of a list
-  std::vector<Entry> entries;  ///< of a map, in the order written, names unique
+  std::string text;             ///< of a scalar
+  bool quoted = false;          ///< a scalar written in quotes or as a block: never a number or a flag
+  std::vector<YamlNode> items;  ///< of a list
+  std::vector<Entry> entries;   ///< of a map, in the order written, names unique
   Origin origin;
 
   const Entry* find(const std::string& name) const;
@@ -48,9 +49,9 @@ struct CAPSTAN_API YamlNode::Entry {
 
 /// What a recipe may cost to read. A real recipe is some kilobytes.
 struct YamlLimits {
-  std::size_t bytes = std::size_t{1} << 20;       ///< of one file
-  std::size_t nodes = 100'000;                    ///< after aliases are expanded
-  std::size_t text = std::size_t{8} << 20;        ///< bytes of all scalars after aliases are expanded
+  std::size_t bytes = std::size_t{1} << 20;  ///< of one file
+  std::size_t nodes = 100'000;               ///< after aliases are expanded
+  std::size_t text = std::size_t{8} << 20;   ///< bytes of all scalars after aliases are expanded
   int depth = 64;
 };
 

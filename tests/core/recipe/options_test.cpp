@@ -10,10 +10,10 @@ namespace {
 
 using ::testing::AllOf;
 using ::testing::ElementsAre;
+using testing::error_of;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
 using ::testing::StartsWith;
-using testing::error_of;
 using Type = OptionSpec::Type;
 
 Schema every_type() {
@@ -59,10 +59,11 @@ TEST(Options, DefaultsAreComplete) {
 }
 
 TEST(Options, ValuesOfEveryType) {
-  const Options o = parse_options(every_type(),
-                                  "flag: false\ninteger: 1e6\nnumber: +2.5e-1\ntext: 007\nchoice: green\npath: /a/../b\n"
-                                  "integers: [3]\nnumbers: []\ntexts: [y]\npaths: [/c/./d]\ngroup: {k: 8}\ngroups: [{k: 9}]\n"
-                                  "optional: 0.5\n");
+  const Options o =
+      parse_options(every_type(),
+                    "flag: false\ninteger: 1e6\nnumber: +2.5e-1\ntext: 007\nchoice: green\npath: /a/../b\n"
+                    "integers: [3]\nnumbers: []\ntexts: [y]\npaths: [/c/./d]\ngroup: {k: 8}\ngroups: [{k: 9}]\n"
+                    "optional: 0.5\n");
   EXPECT_FALSE(o.flag("flag"));
   EXPECT_EQ(o.integer("integer"), 1'000'000);
   EXPECT_EQ(o.number("number"), 0.25);
@@ -104,7 +105,9 @@ TEST(Options, Integers) {
   EXPECT_THAT(wrong("[1]"), HasSubstr("expected an integer, got a list"));
   EXPECT_THAT(wrong("{a: 1}"), HasSubstr("got a map"));
   EXPECT_THAT(wrong(""), HasSubstr("got nothing"));
-  EXPECT_THAT(wrong("12 "  "13"), HasSubstr("got '12 13'"));
+  EXPECT_THAT(wrong("12 "
+                    "13"),
+              HasSubstr("got '12 13'"));
 }
 
 TEST(Options, Numbers) {
@@ -135,7 +138,8 @@ TEST(Options, Flags) {
 
 TEST(Options, Ranges) {
   const Schema s = every_type();
-  EXPECT_THAT(refusal(s, "integer: -11"), HasSubstr("[options:1, integer] out of range: expected -10 to 1000000000000, got -11"));
+  EXPECT_THAT(refusal(s, "integer: -11"),
+              HasSubstr("[options:1, integer] out of range: expected -10 to 1000000000000, got -11"));
   EXPECT_THAT(refusal(s, "number: 0"), HasSubstr("expected above 0 seconds, got 0"));
   EXPECT_THAT(refusal(s, "number: fast"), HasSubstr("(in seconds)"));
   EXPECT_THAT(refusal(s, "integers: [1, 10]"), HasSubstr("[options:1, integers.1] out of range: expected 0 to 9, got 10"));
@@ -173,8 +177,10 @@ TEST(Options, TextsAreTakenAsWritten) {
 TEST(Options, UnknownKeysNameTheNearest) {
   const Schema s = every_type();
   EXPECT_THAT(refusal(s, "flag: true\nnumbr: 1\n"),
-              AllOf(StartsWith("[options:2] unknown key 'numbr'"), HasSubstr("did you mean 'number'?"), HasSubstr("known: flag, integer")));
-  EXPECT_THAT(refusal(s, "group:\n  kk: 1\n"), AllOf(StartsWith("[options:2, group] unknown key 'kk' in group"), HasSubstr("'k'")));
+              AllOf(StartsWith("[options:2] unknown key 'numbr'"), HasSubstr("did you mean 'number'?"),
+                    HasSubstr("known: flag, integer")));
+  EXPECT_THAT(refusal(s, "group:\n  kk: 1\n"),
+              AllOf(StartsWith("[options:2, group] unknown key 'kk' in group"), HasSubstr("'k'")));
   EXPECT_THAT(refusal(s, "qqqqqqqqqqqq: 1"), ::testing::Not(HasSubstr("did you mean")));
   EXPECT_THAT(refusal(Schema{}, "a: 1"), HasSubstr("it has no options"));
   EXPECT_THAT(refusal(s, "plugin: x"), HasSubstr("unknown key 'plugin'"));
@@ -182,8 +188,8 @@ TEST(Options, UnknownKeysNameTheNearest) {
 
 TEST(Options, SeveralFindingsInOneMessage) {
   const std::string text = refusal(every_type(), "integer: x\nnumber: -1\nnope: 3\n");
-  EXPECT_THAT(text, AllOf(StartsWith("3 things are wrong"), HasSubstr("[options:1, integer]"), HasSubstr("[options:2, number]"),
-                          HasSubstr("[options:3] unknown key 'nope'")));
+  EXPECT_THAT(text, AllOf(StartsWith("3 things are wrong"), HasSubstr("[options:1, integer]"),
+                          HasSubstr("[options:2, number]"), HasSubstr("[options:3] unknown key 'nope'")));
 }
 
 TEST(Options, MissingRequiredOptions) {
@@ -193,14 +199,17 @@ TEST(Options, MissingRequiredOptions) {
   s.required(Type::path, "file", "what to read");
   s.group("group", inner, "");
   EXPECT_THAT(refusal(s, "group: {size: 1}"), HasSubstr("[options:1, file] missing; expected a path: what to read"));
-  EXPECT_THAT(refusal(s, "file: x"), HasSubstr("[options:1, group.size] missing; expected an integer, at least 1: how large"));
+  EXPECT_THAT(refusal(s, "file: x"),
+              HasSubstr("[options:1, group.size] missing; expected an integer, at least 1: how large"));
 }
 
 TEST(Options, WrongAccessIsAProgrammingError) {
   const Options o = parse_options(every_type(), "");
   const auto wrong = [](auto call) { return error_of(Fault::programming, call); };
-  EXPECT_THAT(wrong([&] { o.integer("intege"); }), AllOf(HasSubstr("no option 'intege'"), HasSubstr("did you mean 'integer'?")));
-  EXPECT_THAT(wrong([&] { o.number("integer"); }), AllOf(HasSubstr("'integer'"), HasSubstr("as a number"), HasSubstr("as an integer")));
+  EXPECT_THAT(wrong([&] { o.integer("intege"); }),
+              AllOf(HasSubstr("no option 'intege'"), HasSubstr("did you mean 'integer'?")));
+  EXPECT_THAT(wrong([&] { o.number("integer"); }),
+              AllOf(HasSubstr("'integer'"), HasSubstr("as a number"), HasSubstr("as an integer")));
   EXPECT_THAT(wrong([&] { o.path("text"); }), AllOf(HasSubstr("as a path"), HasSubstr("declared as a text")));
   EXPECT_THAT(wrong([&] { o.paths("texts"); }), HasSubstr("declared as a list of texts"));
   EXPECT_EQ(o.text("path"), "");  // a path is a text, a text is no path

@@ -67,7 +67,8 @@ class FakeSource : public SchemaSource {
     asked.emplace_back(kind, name);
     asked_from.push_back(folder);
     const auto found = schemas.find({std::string(kind), std::string(name)});
-    if (found == schemas.end()) fail(Fault::input, "plugin", "no " + std::string(kind) + " plugin '" + std::string(name) + "'");
+    if (found == schemas.end())
+      fail(Fault::input, "plugin", "no " + std::string(kind) + " plugin '" + std::string(name) + "'");
     return found->second;
   }
 
@@ -94,12 +95,13 @@ class RecipeTest : public ::testing::Test {
 
   /// A recipe with all that is required, and `more` at its end.
   static std::string minimal(const std::string& more = "") {
-    return "model: {plugin: gpt, layers: 2}\n"       // line 1
-           "data:\n"                                 // 2
-           "  sets: [{path: data/set}]\n"            // 3
-           "  sequence_length: 16\n"                 // 4
-           "  batch_size: 4\n"                       // 5
-           "train: {steps: 10}\n" + more;            // 6, then 7
+    return "model: {plugin: gpt, layers: 2}\n"  // line 1
+           "data:\n"                            // 2
+           "  sets: [{path: data/set}]\n"       // 3
+           "  sequence_length: 16\n"            // 4
+           "  batch_size: 4\n"                  // 5
+           "train: {steps: 10}\n" +
+           more;  // 6, then 7
   }
 
   Recipe load(const std::string& path, const std::vector<std::string>& overrides = {}) {

@@ -39,7 +39,8 @@ TEST_F(RenderTest, RoundTripOfRecipes) {
 }
 
 TEST_F(RenderTest, ValuesSurviveTheRoundTrip) {
-  const Recipe recipe = load(write("sub/r.yaml", minimal("run: {seed: 9007199254740993, dir: out}\noptimizer: {lr: 0.1}\n")));
+  const Recipe recipe =
+      load(write("sub/r.yaml", minimal("run: {seed: 9007199254740993, dir: out}\noptimizer: {lr: 0.1}\n")));
   const Recipe second = load(write("elsewhere/again.yaml", to_yaml(recipe)));
   EXPECT_EQ(second.options.group("run").integer("seed"), 9007199254740993);
   EXPECT_EQ(second.options.group("run").path("dir"), folder + "/sub/out");
@@ -52,10 +53,53 @@ TEST_F(RenderTest, AnyTextSurvives) {
   Schema schema;
   schema.text("t", "", "");
   schema.list(Type::texts, "l", "[]", "");
-  std::vector<std::string> texts = {"", " ", "a", "true", "No", "null", "~", "1", "1e3", "-", "- a", "a: b", "#x", "a #b", "'", "\"", "\\",
-                                    "a\nb", "\n", "\t", "\r\n", "[", "{", "*a", "&a", "!a", "%", "@", "`", "|", ">", "?", ":", ",", "--- x",
-                                    "...", "\x01\x7F", "\xC3\xA9", "\xE2\x80\xA8", "\xC2\x85", "\xEF\xBB\xBF", "\xF0\x9F\x98\x80", "a/b.c-d_e",
-                                    "/x y", "Inf", ".5", std::string(5000, 'w')};
+  std::vector<std::string> texts = {"",
+                                    " ",
+                                    "a",
+                                    "true",
+                                    "No",
+                                    "null",
+                                    "~",
+                                    "1",
+                                    "1e3",
+                                    "-",
+                                    "- a",
+                                    "a: b",
+                                    "#x",
+                                    "a #b",
+                                    "'",
+                                    "\"",
+                                    "\\",
+                                    "a\nb",
+                                    "\n",
+                                    "\t",
+                                    "\r\n",
+                                    "[",
+                                    "{",
+                                    "*a",
+                                    "&a",
+                                    "!a",
+                                    "%",
+                                    "@",
+                                    "`",
+                                    "|",
+                                    ">",
+                                    "?",
+                                    ":",
+                                    ",",
+                                    "--- x",
+                                    "...",
+                                    "\x01\x7F",
+                                    "\xC3\xA9",
+                                    "\xE2\x80\xA8",
+                                    "\xC2\x85",
+                                    "\xEF\xBB\xBF",
+                                    "\xF0\x9F\x98\x80",
+                                    "a/b.c-d_e",
+                                    "/x y",
+                                    "Inf",
+                                    ".5",
+                                    std::string(5000, 'w')};
   std::mt19937 random(3);
   const std::string letters = "ab01 \n\t\r:#'\"\\[]{},&*!|>%@`-?~.\x02";
   for (int i = 0; i < 2000; ++i) {
@@ -69,8 +113,10 @@ TEST_F(RenderTest, AnyTextSurvives) {
     std::string out = "\"";
     for (const char c : text) {
       const auto u = static_cast<unsigned char>(c);
-      if (u < 0x20 || c == '"' || c == '\\' || u == 0x7F) out += std::string("\\x") + digits[u >> 4] + digits[u & 15];
-      else out += c;
+      if (u < 0x20 || c == '"' || c == '\\' || u == 0x7F)
+        out += std::string("\\x") + digits[u >> 4] + digits[u & 15];
+      else
+        out += c;
     }
     return out + '"';
   };
@@ -111,10 +157,11 @@ TEST_F(RenderTest, ShowsOrigins) {
   write("base.yaml", minimal("optimizer: {plugin: adamw, lr: 1e-3}\n"));
   const std::string path = write("r.yaml", "extends: base.yaml\nschedule:\n  warmup: 5\n");
   const std::string text = to_yaml(load(path, {"train.steps=20", "optimizer.weight_decay=0"}), Origins::show);
-  EXPECT_THAT(text, AllOf(ContainsRegex("  warmup: 5 +# " + path + ":3\n"), ContainsRegex("  steps: 20 +# command line\n"),
-                          ContainsRegex("  lr: 0.001 +# " + folder + "/base.yaml:7\n"), ContainsRegex("  seed: 1 +# default\n"),
-                          ContainsRegex("  plugin: adamw +# " + folder + "/base.yaml:7\n"),
-                          ContainsRegex("  weight_decay: 0 +# command line\n"), ContainsRegex("  # dropout: +# not given\n")));
+  EXPECT_THAT(text,
+              AllOf(ContainsRegex("  warmup: 5 +# " + path + ":3\n"), ContainsRegex("  steps: 20 +# command line\n"),
+                    ContainsRegex("  lr: 0.001 +# " + folder + "/base.yaml:7\n"), ContainsRegex("  seed: 1 +# default\n"),
+                    ContainsRegex("  plugin: adamw +# " + folder + "/base.yaml:7\n"),
+                    ContainsRegex("  weight_decay: 0 +# command line\n"), ContainsRegex("  # dropout: +# not given\n")));
   EXPECT_THAT(to_yaml(load(path)), Not(HasSubstr("#")));
 }
 
@@ -146,13 +193,15 @@ TEST_F(RenderTest, HelpNamesEverything) {
   s.groups("many", inner, "several");
   s.plugin("optimizer", "opt", "adamw", "how");
   const std::string text = help_text(s);
-  EXPECT_THAT(text, AllOf(HasSubstr("  layers  (integer, at least 1, required)\n      number of blocks\n"),
-                          HasSubstr("  inner  (map)\n      a group\n    rate  (number, 0 to 1, in 1/s, default 0.5)\n        how fast\n"),
-                          HasSubstr("opt  (optimizer plugin, default adamw)")));
+  EXPECT_THAT(
+      text,
+      AllOf(HasSubstr("  layers  (integer, at least 1, required)\n      number of blocks\n"),
+            HasSubstr("  inner  (map)\n      a group\n    rate  (number, 0 to 1, in 1/s, default 0.5)\n        how fast\n"),
+            HasSubstr("opt  (optimizer plugin, default adamw)")));
   const std::string table = help_markdown(s);
   EXPECT_THAT(table, AllOf(HasSubstr("| `layers` | integer | required | at least 1 | number of blocks |\n"),
-                           HasSubstr("| `inner.rate` | number | `0.5` | 0 to 1, in 1/s | how fast |\n"), HasSubstr("| `many[].rate` |"),
-                           HasSubstr("one of a\\|b, c")));
+                           HasSubstr("| `inner.rate` | number | `0.5` | 0 to 1, in 1/s | how fast |\n"),
+                           HasSubstr("| `many[].rate` |"), HasSubstr("one of a\\|b, c")));
 }
 
 }  // namespace

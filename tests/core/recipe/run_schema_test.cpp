@@ -69,9 +69,10 @@ TEST_F(RunSchemaTest, RequiredKeys) {
 
 TEST_F(RunSchemaTest, RangesAndWords) {
   const std::string path = write("r.yaml", minimal());
-  for (const char* word : {"data.validation=0.51", "data.validation=-0.1", "data.sets.0.weight=0", "data.batch_size=0", "train.clip=-1",
-                           "train.on_nonfinite=ignore", "run.resume=yes", "run.device=gpu", "precision.compute=f16", "schedule.decay=cos",
-                           "checkpoint.keep=-1", "train.steps=0", "schedule.final=1.5", "run.seed=-1"}) {
+  for (const char* word :
+       {"data.validation=0.51", "data.validation=-0.1", "data.sets.0.weight=0", "data.batch_size=0", "train.clip=-1",
+        "train.on_nonfinite=ignore", "run.resume=yes", "run.device=gpu", "precision.compute=f16", "schedule.decay=cos",
+        "checkpoint.keep=-1", "train.steps=0", "schedule.final=1.5", "run.seed=-1"}) {
     EXPECT_THAT(refusal(path, {word}), HasSubstr("expected")) << word;
   }
 }
@@ -79,7 +80,8 @@ TEST_F(RunSchemaTest, RangesAndWords) {
 TEST_F(RunSchemaTest, Contradictions) {
   EXPECT_THAT(contradiction("", {"data.validation=0", "train.validate_every=5"}), HasSubstr("data.validation = 0"));
   EXPECT_THAT(contradiction("", {"train.on_nonfinite=rollback"}), HasSubstr("rollback needs checkpoints"));
-  EXPECT_THAT(contradiction("schedule: {decay: wsd, decay_shape: exponential, final: 0}\n"), HasSubstr("r.yaml:7, schedule.final] an exponential"));
+  EXPECT_THAT(contradiction("schedule: {decay: wsd, decay_shape: exponential, final: 0}\n"),
+              HasSubstr("r.yaml:7, schedule.final] an exponential"));
   EXPECT_THAT(contradiction("", {"data.sets=[]"}), HasSubstr("[command line, data.sets] an empty list"));
   const std::vector<std::string> rollback = {"train.on_nonfinite=rollback", "checkpoint.every_minutes=1"};
   EXPECT_NO_THROW(check_run_options(load(write("r.yaml", minimal()), rollback).options));
@@ -101,7 +103,9 @@ TEST_F(RunSchemaTest, TheDocumentationListsWhatTheSchemaSays) {
   const std::string docs{std::istreambuf_iterator<char>(stream), {}};
   std::istringstream rows(help_markdown(run_schema()));
   for (std::string row; std::getline(rows, row);) {
-    EXPECT_NE(docs.find(row + "\n"), std::string::npos) << "docs/recipes.md lacks the row (capstan recipe keys --markdown):\n" << row;
+    EXPECT_NE(docs.find(row + "\n"), std::string::npos)
+        << "docs/recipes.md lacks the row (capstan recipe keys --markdown):\n"
+        << row;
   }
 }
 

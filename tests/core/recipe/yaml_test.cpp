@@ -9,10 +9,10 @@ namespace capstan {
 namespace {
 
 using ::testing::AllOf;
+using testing::error_of;
 using ::testing::HasSubstr;
 using ::testing::Not;
 using ::testing::StartsWith;
-using testing::error_of;
 
 const Origin file{Origin::Kind::file, "r.yaml", 0};
 
@@ -41,9 +41,15 @@ TEST(Yaml, KeepsOrderLinesAndQuotes) {
 
 TEST(Yaml, TakesWindowsLinesByteOrderMarkAndDocumentMarkers) {
   EXPECT_EQ(parse_yaml("a: 1\r\nb: 2\r\n", file).find("b")->value.text, "2");
-  EXPECT_EQ(parse_yaml("\xEF\xBB\xBF" "a: 1\n", file).find("a")->value.text, "1");
+  EXPECT_EQ(parse_yaml("\xEF\xBB\xBF"
+                       "a: 1\n",
+                       file)
+                .find("a")
+                ->value.text,
+            "1");
   EXPECT_EQ(parse_yaml("--- # one\na: 1\n...\n", file).find("a")->origin.line, 2);
-  EXPECT_EQ(parse_yaml("a: \xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\n", file).find("a")->value.text, "\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80");
+  EXPECT_EQ(parse_yaml("a: \xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80\n", file).find("a")->value.text,
+            "\xC3\xA9\xE2\x82\xAC\xF0\x9F\x98\x80");
 }
 
 TEST(Yaml, ExpandsAliases) {
@@ -77,7 +83,9 @@ TEST(Yaml, RefusesBytesThatAreNoText) {
   EXPECT_THAT(refusal("a: \xED\xA0\x80\n"), HasSubstr("not UTF-8"));      // a surrogate
   EXPECT_THAT(refusal("a: \xF4\x90\x80\x80\n"), HasSubstr("not UTF-8"));  // past U+10FFFF
   EXPECT_THAT(refusal("a: \xE2\x82"), HasSubstr("not UTF-8"));            // cut off
-  EXPECT_THAT(refusal("\xFF\xFE" "a\0:\0"), HasSubstr("not UTF-8"));      // UTF-16
+  EXPECT_THAT(refusal("\xFF\xFE"
+                      "a\0:\0"),
+              HasSubstr("not UTF-8"));  // UTF-16
   EXPECT_THAT(refusal(std::string("a: 1\n\n\0b: 2\n", 13)), AllOf(StartsWith("[r.yaml:3]"), HasSubstr("NUL")));
   EXPECT_THAT(refusal("a: \"x\\0y\"\n"), HasSubstr("NUL"));
   EXPECT_THAT(refusal("a: \x1B[31m\n"), HasSubstr("control character 0x1b"));
@@ -151,7 +159,8 @@ TEST_F(YamlFile, RefusesWhatIsNoReadableFile) {
   EXPECT_THAT(read("/dev/zero"), HasSubstr("not a regular file"));
   EXPECT_THAT(read(""), HasSubstr("no such file"));
   EXPECT_THAT(read(write("empty.yaml", "")), HasSubstr("nothing in it"));
-  EXPECT_THAT(read(write("big.yaml", "a: 1\n" + std::string(std::size_t{2} << 20, '#'))), HasSubstr("larger than 1048576 bytes"));
+  EXPECT_THAT(read(write("big.yaml", "a: 1\n" + std::string(std::size_t{2} << 20, '#'))),
+              HasSubstr("larger than 1048576 bytes"));
 }
 
 /// Whatever the bytes, the reader gives a tree or Error(input), and nothing else.
@@ -165,7 +174,8 @@ void survive(const std::string& text) {
 }
 
 const std::string sample =
-    "# a recipe\nextends: base.yaml\nmodel:\n  plugin: gpt\n  layers: &l 6\n  betas: [0.9, 0.95]\n  more: {a: 'b', \"c\": *l}\n"
+    "# a recipe\nextends: base.yaml\nmodel:\n  plugin: gpt\n  layers: &l 6\n  betas: [0.9, 0.95]\n  more: {a: 'b', \"c\": "
+    "*l}\n"
     "text: |\n  some\n  \xC3\xA9 text\nfolded: >-\n  x\n  y\nsets:\n- path: a\n  weight: 1e-3\n- path: \"b\\n\"\n? k\n: v\n";
 
 TEST(YamlFuzz, EveryTruncation) {
@@ -196,9 +206,12 @@ TEST(YamlFuzz, RandomEditsAndRandomText) {
     for (unsigned edits = 1 + random() % 12; edits > 0; --edits) {
       const std::size_t at = text.empty() ? 0 : random() % text.size();
       const char c = letters[random() % letters.size()];
-      if (text.empty() || random() % 2) text.insert(at, 1, c);
-      else if (random() % 2) text[at] = c;
-      else text.erase(at, random() % 5);
+      if (text.empty() || random() % 2)
+        text.insert(at, 1, c);
+      else if (random() % 2)
+        text[at] = c;
+      else
+        text.erase(at, random() % 5);
     }
     survive(text);
   }
