@@ -1,5 +1,6 @@
-// The checkpoint format "hdf5": serial HDF5 writes a shard's metadata; the payload goes by pwrite to each
-// dataset's offset in the file, so that it is copied once and HDF5's caches never see it.
+// The checkpoint format "hdf5": serial HDF5 lays out a shard and writes its metadata; the payload goes by pwrite
+// to each dataset's offset in the file, so that it is copied once and HDF5's caches never see it.
+#include "files.h"
 #include "handles.h"
 #include "types.h"
 
@@ -7,20 +8,16 @@
 #include <capstan/plugin.h>
 
 #include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
-#include <algorithm>
-#include <cerrno>
-#include <cstring>
 #include <map>
 #include <memory>
+#include <string>
+#include <vector>
 
 namespace capstan::hdf5 {
 namespace {
 
-constexpr hsize_t alignment = 4096;                     // of payloads of at least this size: a page, a disk block
-constexpr std::int64_t largest_write = 64 * 1024 * 1024;  // between two calls of `progress`
+constexpr hsize_t alignment = 4096;  // of payloads of at least this size: a page, a disk block
 
 using Shape = std::vector<std::int64_t>;
 
@@ -37,24 +34,6 @@ std::string dataset_name(const SavedTensor& t) {
 
 std::string at(const std::string& path, const SavedTensor& t) { return path + ", tensor " + t.name; }
 
-[[noreturn]] void fail_system(const std::string& where, const std::string& action, int error) {
-  fail(Fault::runtime, where, "cannot " + action + ": " + std::strerror(error));
-}
-
-class Descriptor {
- public:
-  Descriptor(const std::string& path, int flags) : fd_(::open(path.c_str(), flags | O_CLOEXEC)) {
-    if (fd_ < 0) fail_system(path, "be opened", errno);
-  }
-  Descriptor(const Descriptor&) = delete;
-  Descriptor& operator=(const Descriptor&) = delete;
-  ~Descriptor() { ::close(fd_); }
-  int get() const { return fd_; }
-
- private:
-  int fd_;
-};
-
 Handle access_properties() {
   Handle p(H5Pcreate(H5P_FILE_ACCESS), H5Pclose, "hdf5", "make access properties");
   // The 1.10 file format whatever the library's own version, so that every supported system reads every file.
@@ -66,9 +45,25 @@ Handle access_properties() {
   return p;
 }
 
-Handle create_file(const std::string& path) {
+// More than HDF5 takes for so many datasets, measured at under 2 KiB each.
+std::int64_t largest_metadata(std::span<const SavedTensor> tensors) {
+  std::int64_t bytes = 1 << 20;
+  for (const auto& t : tensors) bytes += 4 * static_cast<std::int64_t>(alignment) + 4 * static_cast<std::int64_t>(t.name.size());
+  return bytes;
+}
+
+/// Lets `build` fill a new HDF5 file, and puts what came of it into the open file `target`.
+template <class Build>
+void write_hdf5(const std::string& path, const Descriptor& target, std::int64_t at_most, const Build& build) {
+  const MemoryFile memory(path, at_most);
   const auto access = access_properties();
-  return {H5Fcreate(path.c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get()), H5Fclose, path, "create this file"};
+  // The stdio driver, because the default one insists on resolving links, and the path of a memory file is one.
+  check(H5Pset_fapl_stdio(access.get()), path, "choose the stdio driver");
+  Handle file(H5Fcreate(memory.path().c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get()), H5Fclose, path, "create this file");
+  build(file.get());
+  check(H5Fflush(file.get(), H5F_SCOPE_LOCAL), path, "write the metadata");
+  check(file.close(), path, "close this file");
+  memory.copy_to(target, path);
 }
 
 Handle link_properties() {  // names are UTF-8, their '/' make groups
@@ -115,9 +110,8 @@ Shape read_attribute(hid_t object, const char* name, std::size_t count, const st
   return values;
 }
 
-/// Creates all datasets with their space allocated, unfilled, and returns nothing but their offsets.
-void write_metadata(const std::string& path, std::span<SavedTensor> tensors) {
-  auto file = create_file(path);
+/// Creates all datasets, their space allocated but unfilled, and fills in where it lies.
+void create_datasets(hid_t file, const std::string& path, std::span<SavedTensor> tensors) {
   const auto link = link_properties();
   Handle contiguous(H5Pcreate(H5P_DATASET_CREATE), H5Pclose, path, "make dataset properties");
   check(H5Pset_layout(contiguous.get(), H5D_CONTIGUOUS), path, "choose the contiguous layout");
@@ -127,8 +121,8 @@ void write_metadata(const std::string& path, std::span<SavedTensor> tensors) {
     const auto where = at(path, t);
     const auto type = file_type(t.dtype);
     const auto space = space_of(t.box.extent, where);
-    Handle dataset(H5Dcreate2(file.get(), dataset_name(t).c_str(), type.get(), space.get(), link.get(), contiguous.get(),
-                              H5P_DEFAULT), H5Dclose, where, "create its dataset");
+    Handle dataset(H5Dcreate2(file, dataset_name(t).c_str(), type.get(), space.get(), link.get(), contiguous.get(), H5P_DEFAULT),
+                   H5Dclose, where, "create its dataset");
     write_attribute(dataset.get(), "dtype", std::string(name_of(t.dtype)), where);
     write_attribute(dataset.get(), "global_shape", t.global_shape, where);
     write_attribute(dataset.get(), "box_begin", t.box.begin, where);
@@ -138,28 +132,6 @@ void write_metadata(const std::string& path, std::span<SavedTensor> tensors) {
     if (offset == HADDR_UNDEF) fail_hdf5(where, "learn where its bytes lie");
     t.file_offset = static_cast<std::int64_t>(offset);
   }
-  check(H5Fflush(file.get(), H5F_SCOPE_LOCAL), path, "write the metadata");
-  check(file.close(), path, "close this file");
-}
-
-void write_payload(const std::string& path, std::span<const SavedTensor> tensors,
-                   const std::function<void(std::int64_t)>& progress) {
-  const Descriptor file(path, O_WRONLY);
-  std::int64_t written = 0;
-  for (const auto& t : tensors) {
-    for (std::int64_t done = 0; done < t.bytes;) {
-      const auto n = ::pwrite(file.get(), static_cast<const char*>(t.data) + done,
-                              static_cast<std::size_t>(std::min(t.bytes - done, largest_write)), t.file_offset + done);
-      if (n < 0 && errno == EINTR) continue;
-      if (n <= 0) {
-        fail_system(at(path, t), "write " + std::to_string(t.bytes - done) + " of its " + std::to_string(t.bytes) + " bytes",
-                    n < 0 ? errno : ENOSPC);
-      }
-      done += n, written += n;
-      if (progress) progress(written);
-    }
-  }
-  if (::fsync(file.get()) != 0) fail_system(path, "be flushed to the disk", errno);
 }
 
 class Hdf5Format final : public CheckpointFormat {
@@ -170,8 +142,16 @@ class Hdf5Format final : public CheckpointFormat {
   void write_shard(const std::string& path, std::span<SavedTensor> tensors,
                    const std::function<void(std::int64_t)>& progress) override {
     const Quiet quiet;
-    write_metadata(path, tensors);
-    write_payload(path, tensors, progress);
+    const Descriptor file(path, O_WRONLY | O_CREAT | O_TRUNC);
+    auto at_most = largest_metadata(tensors);
+    for (const auto& t : tensors) at_most += t.bytes;
+    write_hdf5(path, file, at_most, [&](hid_t id) { create_datasets(id, path, tensors); });
+    std::int64_t written = 0;
+    for (const auto& t : tensors) {
+      file.write(t.data, t.bytes, t.file_offset, at(path, t), [&](std::int64_t done) { if (progress) progress(written + done); });
+      written += t.bytes;
+    }
+    file.sync();
   }
 
   void read(const std::string& path, const SavedTensor& t, void* target) override {
@@ -188,39 +168,28 @@ class Hdf5Format final : public CheckpointFormat {
       fail(Fault::input, where, "its bytes lie at " + std::to_string(offset) + " of the file, expected " +
                                     std::to_string(t.file_offset));
     }
-    const Descriptor raw(path, O_RDONLY);
-    for (std::int64_t done = 0; done < t.bytes;) {
-      const auto n = ::pread(raw.get(), static_cast<char*>(target) + done,
-                             static_cast<std::size_t>(std::min(t.bytes - done, largest_write)),
-                             static_cast<off_t>(offset) + done);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) fail_system(where, "be read", errno);
-      if (n == 0) {
-        fail(Fault::input, where, "the file ends after " + std::to_string(done) + " of its " + std::to_string(t.bytes) + " bytes");
-      }
-      done += n;
-    }
+    Descriptor(path, O_RDONLY).read(target, t.bytes, static_cast<std::int64_t>(offset), where);
   }
 
   void write_index(const std::string& path, std::span<const SavedTensor> tensors) override {
     const Quiet quiet;
-    auto file = create_file(path);
-    const auto link = link_properties();
     std::map<std::string, std::vector<const SavedTensor*>> boxes;
     for (const auto& t : tensors) boxes[t.name].push_back(&t);
-    for (const auto& [name, pieces] : boxes) {
-      const auto where = at(path, *pieces.front());
-      if (pieces.front()->global_shape.empty()) {  // HDF5 has no virtual scalar
-        check(H5Lcreate_external(pieces.front()->file.c_str(), dataset_name(*pieces.front()).c_str(), file.get(),
-                                 name.c_str(), link.get(), H5P_DEFAULT), where, "link its dataset");
-      } else {
-        write_virtual(file.get(), link.get(), name, pieces, where);
+    const Descriptor target(path, O_WRONLY | O_CREAT | O_TRUNC);
+    write_hdf5(path, target, largest_metadata(tensors), [&](hid_t file) {
+      const auto link = link_properties();
+      for (const auto& [name, pieces] : boxes) {
+        const auto& first = *pieces.front();
+        const auto where = at(path, first);
+        if (first.global_shape.empty()) {  // HDF5 has no virtual scalar
+          check(H5Lcreate_external(first.file.c_str(), dataset_name(first).c_str(), file, name.c_str(), link.get(), H5P_DEFAULT),
+                where, "link its dataset");
+        } else {
+          write_virtual(file, link.get(), name, pieces, where);
+        }
       }
-    }
-    check(H5Fflush(file.get(), H5F_SCOPE_LOCAL), path, "write the index");
-    check(file.close(), path, "close this file");
-    const Descriptor raw(path, O_RDONLY);
-    if (::fsync(raw.get()) != 0) fail_system(path, "be flushed to the disk", errno);
+    });
+    target.sync();
   }
 
  private:
