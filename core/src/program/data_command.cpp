@@ -29,7 +29,7 @@ using Clock = std::chrono::steady_clock;
 
 struct Words {
   data::BuildOptions build;
-  std::string tokenizer = "byte", prefix;
+  std::string tokenizer = "byte", format = "files", prefix;
   std::vector<std::string> tokenizer_options, search;
   std::int64_t show = 0;
   bool verify = false;
@@ -99,6 +99,9 @@ void build(const Program& program, const Words& words) {
   PluginHost host(program.executable);
   data::BuildOptions options = words.build;
   options.tokenizer = make_tokenizer(host, words, words.tokenizer);
+  options.format = words.format == "lines"   ? data::Format::lines
+                   : words.format == "jsonl" ? data::Format::jsonl
+                                             : data::Format::files;
   const auto start = Clock::now();
   ProgressBar bar;
   options.progress = [&](const data::BuildProgress& progress) { bar.show(progress); };
@@ -201,13 +204,9 @@ void add_data(CLI::App& app, Program& program) {
   build_command->add_option("--plugin-path", built->search, "look for plugins in this folder too (may be repeated)")
       ->allow_extra_args(false);
   build_command
-      ->add_option("--format", built->build.format,
-                   "what a document is: a file (files), a line (lines), \"text\" of a JSON line (jsonl)")
-      ->transform(CLI::CheckedTransformer(
-          std::map<std::string, data::Format>{
-              {"files", data::Format::files}, {"lines", data::Format::lines}, {"jsonl", data::Format::jsonl}},
-          CLI::ignore_case))
-      ->default_str("files");
+      ->add_option("--format", built->format, "what a document is: a file (files), a line (lines), \"text\" of a JSON line (jsonl)")
+      ->check(CLI::IsMember({"files", "lines", "jsonl"}))
+      ->capture_default_str();
   build_command->add_option("--max-bytes", built->build.max_bytes, "take about this much text, chosen at random (10MB, 2GB)")
       ->transform(CLI::AsSizeValue(true));
   build_command->add_option("--seed", built->build.seed, "of that choice")->capture_default_str();
