@@ -189,7 +189,8 @@ void check_output(const BuildOptions& options) {
   namespace fs = std::filesystem;
   const fs::path prefix(options.prefix);
   if (options.prefix.empty() || !prefix.has_filename()) {
-    fail(Fault::input, "output", fmt::format("expected a path that ends with a name, as in data/text, got '{}'", options.prefix));
+    fail(Fault::input, "output",
+         fmt::format("expected a path that ends with a name, as in data/text, got '{}'", options.prefix));
   }
   for (const char* suffix : {".idx", ".bin", ".json"}) {
     std::error_code error;

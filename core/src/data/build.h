@@ -29,10 +29,10 @@ struct BuildOptions {
   std::string prefix;               ///< output: prefix.bin, prefix.idx, prefix.json; its folder is made
   std::shared_ptr<const Tokenizer> tokenizer;
   Format format = Format::files;
-  std::int64_t max_bytes = 0;       ///< of text, chosen at random by `seed`; 0: everything
+  std::int64_t max_bytes = 0;  ///< of text, chosen at random by `seed`; 0: everything
   std::uint64_t seed = 0;
-  int threads = 0;                  ///< 0: one for each core
-  bool force = false;               ///< replace a dataset that is there
+  int threads = 0;                                          ///< 0: one for each core
+  bool force = false;                                       ///< replace a dataset that is there
   std::int64_t longest_document = std::int64_t{256} << 20;  ///< bytes, unless the tokenizer splits anywhere
   std::int64_t window = std::int64_t{32} << 20;             ///< bytes of text in flight
   std::function<void(const BuildProgress&)> progress;       ///< called by the calling thread, often

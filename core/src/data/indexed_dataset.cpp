@@ -22,23 +22,33 @@ static_assert(std::endian::native == std::endian::little, "the file format is li
 std::int64_t size_of(TokenType type) {
   switch (type) {
     case TokenType::u8:
-    case TokenType::i8: return 1;
+    case TokenType::i8:
+      return 1;
     case TokenType::i16:
-    case TokenType::u16: return 2;
-    case TokenType::i32: return 4;
-    case TokenType::i64: return 8;
+    case TokenType::u16:
+      return 2;
+    case TokenType::i32:
+      return 4;
+    case TokenType::i64:
+      return 8;
   }
   fail(Fault::programming, "size_of", "unknown token type");
 }
 
 std::string_view name_of(TokenType type) {
   switch (type) {
-    case TokenType::u8: return "u8";
-    case TokenType::i8: return "i8";
-    case TokenType::i16: return "i16";
-    case TokenType::u16: return "u16";
-    case TokenType::i32: return "i32";
-    case TokenType::i64: return "i64";
+    case TokenType::u8:
+      return "u8";
+    case TokenType::i8:
+      return "i8";
+    case TokenType::i16:
+      return "i16";
+    case TokenType::u16:
+      return "u16";
+    case TokenType::i32:
+      return "i32";
+    case TokenType::i64:
+      return "i64";
   }
   fail(Fault::programming, "name_of", "unknown token type");
 }
@@ -108,7 +118,8 @@ void IndexedDataset::check_index() {
   };
   const std::int64_t bytes = index_.bytes();
   if (bytes < layout::lengths_at) {
-    damaged(bytes, "file too short", fmt::format("a header of {} bytes", layout::lengths_at), fmt::format("{} bytes", bytes));
+    damaged(bytes, "file too short", fmt::format("a header of {} bytes", layout::lengths_at),
+            fmt::format("{} bytes", bytes));
   }
   if (std::memcmp(index_.data(), layout::magic, sizeof layout::magic) != 0) {
     std::string got;
@@ -136,8 +147,8 @@ void IndexedDataset::check_index() {
             fmt::format("{}", sequences));
   }
   if (entries == 0 || entries > limit / 8) {
-    damaged(layout::entries_at, "number of document boundaries", fmt::format("1 to {} in a file of {} bytes", limit / 8, bytes),
-            fmt::format("{}", entries));
+    damaged(layout::entries_at, "number of document boundaries",
+            fmt::format("1 to {} in a file of {} bytes", limit / 8, bytes), fmt::format("{}", entries));
   }
   sequences_ = static_cast<std::int64_t>(sequences);
   documents_ = static_cast<std::int64_t>(entries) - 1;
@@ -183,7 +194,8 @@ void IndexedDataset::check_index() {
     const std::int64_t at = layout::documents_at(sequences_) + 8 * i, first = load_i64(at);
     if (i == 0 && first != 0) damaged(at, "first document boundary", "0", fmt::format("{}", first));
     if (first < last || first > sequences_) {
-      damaged(at, fmt::format("document boundary {}", i), fmt::format("{} to {}", last, sequences_), fmt::format("{}", first));
+      damaged(at, fmt::format("document boundary {}", i), fmt::format("{} to {}", last, sequences_),
+              fmt::format("{}", first));
     }
     last = first;
   }
@@ -215,12 +227,18 @@ std::int64_t token_at(const unsigned char* from, TokenType type) {
     return static_cast<std::int64_t>(value);
   };
   switch (type) {
-    case TokenType::u8: return load(std::uint8_t{});
-    case TokenType::i8: return load(std::int8_t{});
-    case TokenType::i16: return load(std::int16_t{});
-    case TokenType::u16: return load(std::uint16_t{});
-    case TokenType::i32: return load(std::int32_t{});
-    case TokenType::i64: return load(std::int64_t{});
+    case TokenType::u8:
+      return load(std::uint8_t{});
+    case TokenType::i8:
+      return load(std::int8_t{});
+    case TokenType::i16:
+      return load(std::int16_t{});
+    case TokenType::u16:
+      return load(std::uint16_t{});
+    case TokenType::i32:
+      return load(std::int32_t{});
+    case TokenType::i64:
+      return load(std::int64_t{});
   }
   return -1;
 }
@@ -237,12 +255,24 @@ void IndexedDataset::read(std::int64_t begin, std::span<std::int32_t> out, std::
   const unsigned char* from = tokens_file_.data() + begin * size;
   bool good = false;
   switch (type_) {
-    case TokenType::u8: good = copy_tokens<std::uint8_t>(from, out, limit); break;
-    case TokenType::i8: good = copy_tokens<std::int8_t>(from, out, limit); break;
-    case TokenType::i16: good = copy_tokens<std::int16_t>(from, out, limit); break;
-    case TokenType::u16: good = copy_tokens<std::uint16_t>(from, out, limit); break;
-    case TokenType::i32: good = copy_tokens<std::int32_t>(from, out, limit); break;
-    case TokenType::i64: good = copy_tokens<std::int64_t>(from, out, limit); break;
+    case TokenType::u8:
+      good = copy_tokens<std::uint8_t>(from, out, limit);
+      break;
+    case TokenType::i8:
+      good = copy_tokens<std::int8_t>(from, out, limit);
+      break;
+    case TokenType::i16:
+      good = copy_tokens<std::int16_t>(from, out, limit);
+      break;
+    case TokenType::u16:
+      good = copy_tokens<std::uint16_t>(from, out, limit);
+      break;
+    case TokenType::i32:
+      good = copy_tokens<std::int32_t>(from, out, limit);
+      break;
+    case TokenType::i64:
+      good = copy_tokens<std::int64_t>(from, out, limit);
+      break;
   }
   if (good) return;
   for (std::int64_t i = 0; i < count; ++i) {

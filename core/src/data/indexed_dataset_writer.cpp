@@ -22,7 +22,11 @@ namespace capstan::data {
 
 struct IndexedDatasetWriter::Impl {
   Impl(std::string p, TokenType t, std::int32_t longest)
-      : prefix(std::move(p)), type(t), longest_sequence(longest), bin(prefix + ".bin"), index(prefix + ".idx"),
+      : prefix(std::move(p)),
+        type(t),
+        longest_sequence(longest),
+        bin(prefix + ".bin"),
+        index(prefix + ".idx"),
         hash(XXH3_createState(), XXH3_freeState) {
     if (longest < 1) fail(Fault::programming, "IndexedDatasetWriter", "longest_sequence must be at least 1");
     XXH3_64bits_reset(hash.get());
@@ -69,12 +73,24 @@ void IndexedDatasetWriter::append(std::span<const std::int32_t> tokens) {
     const std::size_t n = std::min(tokens.size(), static_cast<std::size_t>(w.longest_sequence - w.open_sequence));
     const auto part = tokens.first(n);
     switch (w.type) {
-      case TokenType::u8: w.append_as<std::uint8_t>(part); break;
-      case TokenType::i8: w.append_as<std::int8_t>(part); break;
-      case TokenType::i16: w.append_as<std::int16_t>(part); break;
-      case TokenType::u16: w.append_as<std::uint16_t>(part); break;
-      case TokenType::i32: w.append_as<std::int32_t>(part); break;
-      case TokenType::i64: w.append_as<std::int64_t>(part); break;
+      case TokenType::u8:
+        w.append_as<std::uint8_t>(part);
+        break;
+      case TokenType::i8:
+        w.append_as<std::int8_t>(part);
+        break;
+      case TokenType::i16:
+        w.append_as<std::int16_t>(part);
+        break;
+      case TokenType::u16:
+        w.append_as<std::uint16_t>(part);
+        break;
+      case TokenType::i32:
+        w.append_as<std::int32_t>(part);
+        break;
+      case TokenType::i64:
+        w.append_as<std::int64_t>(part);
+        break;
     }
     w.open_sequence += static_cast<std::int64_t>(n);
     tokens = tokens.subspan(n);

@@ -47,8 +47,7 @@ std::size_t most_behind(const std::vector<double>& weights, const std::vector<st
   double most = 0;
   for (std::size_t d = 0; d < weights.size(); ++d) {
     if (open != nullptr && !(*open)[d]) continue;
-    const double lag =
-        weights[d] * static_cast<double>(std::max<std::int64_t>(sample, 1)) - static_cast<double>(counts[d]);
+    const double lag = weights[d] * static_cast<double>(std::max<std::int64_t>(sample, 1)) - static_cast<double>(counts[d]);
     if (best == weights.size() || lag > most) best = d, most = lag;
   }
   return best;
@@ -108,7 +107,8 @@ void check(const DataOptions& o) {
   }
   for (const auto& set : o.sets) {
     if (!(set.weight > 0) || !std::isfinite(set.weight)) {
-      fail(Fault::input, set.prefix, fmt::format("weight: expected a number above 0, got {}; leave the set out", set.weight));
+      fail(Fault::input, set.prefix,
+           fmt::format("weight: expected a number above 0, got {}; leave the set out", set.weight));
     }
   }
 }
@@ -118,9 +118,10 @@ void check_tokenizer(const IndexedDataset& dataset, const TokenizerIdentity& tok
   if (!sidecar) return;  // another maker's dataset: its ids are checked against the vocabulary as they are read
   if (sidecar->tokenizer != tokenizer.name || sidecar->vocabulary != tokenizer.vocabulary) {
     fail(Fault::input, dataset.prefix(),
-         fmt::format("the dataset was built with tokenizer '{}' ({} words), the recipe names '{}' ({} words); build it again with "
-                     "--tokenizer {}, or change the recipe",
-                     sidecar->tokenizer, sidecar->vocabulary, tokenizer.name, tokenizer.vocabulary, tokenizer.name));
+         fmt::format(
+             "the dataset was built with tokenizer '{}' ({} words), the recipe names '{}' ({} words); build it again with "
+             "--tokenizer {}, or change the recipe",
+             sidecar->tokenizer, sidecar->vocabulary, tokenizer.name, tokenizer.vocabulary, tokenizer.name));
   }
 }
 
@@ -244,9 +245,9 @@ struct DataSource::Impl {
   DataOptions options;
   TokenizerIdentity tokenizer;
   std::shared_ptr<Device> device;
-  std::vector<double> weights;            // sum to 1
+  std::vector<double> weights;  // sum to 1
   std::vector<TokenStream> train, validation;
-  DataCursor at;                          // of make_step(), ahead of what was handed out
+  DataCursor at;  // of make_step(), ahead of what was handed out
 
   std::mutex mutex;  // of what follows
   std::condition_variable space, ready;
@@ -286,13 +287,15 @@ void DataSource::seek(const DataCursor& cursor) {
     }
   }
   // Counts may not exceed what keeps row numbers in 63 bits; their sum is then safe too.
-  const std::int64_t limit = INT64_MAX / 2 / (impl_->options.sequence_length * static_cast<std::int64_t>(cursor.counts.size()));
+  const std::int64_t limit =
+      INT64_MAX / 2 / (impl_->options.sequence_length * static_cast<std::int64_t>(cursor.counts.size()));
   std::int64_t sum = 0;
   for (const std::int64_t count : cursor.counts) {
     if (count < 0 || count > limit) refuse(fmt::format("damaged: a set's count is {}", count));
     sum += count;
   }
-  if (sum != cursor.sample) refuse(fmt::format("damaged: {} samples, but the sets' counts add up to {}", cursor.sample, sum));
+  if (sum != cursor.sample)
+    refuse(fmt::format("damaged: {} samples, but the sets' counts add up to {}", cursor.sample, sum));
   impl_->stop();
   impl_->queue.clear();
   impl_->error = nullptr;

@@ -15,18 +15,18 @@
 namespace capstan::data {
 
 struct DataSet {
-  std::string prefix;   ///< <prefix>.bin and <prefix>.idx
-  double weight = 1;    ///< share of the samples, relative to the other sets'
+  std::string prefix;  ///< <prefix>.bin and <prefix>.idx
+  double weight = 1;   ///< share of the samples, relative to the other sets'
 };
 
 struct DataOptions {
   std::vector<DataSet> sets;
-  std::int64_t sequence_length = 0;      ///< rows of a sample
-  std::int64_t batch_size = 0;           ///< samples of an optimizer step
-  std::int64_t micro_batch = 0;          ///< samples of a microbatch; the last one of a step may have fewer
-  double validation = 0;                 ///< share of each set's documents that are kept from training
+  std::int64_t sequence_length = 0;  ///< rows of a sample
+  std::int64_t batch_size = 0;       ///< samples of an optimizer step
+  std::int64_t micro_batch = 0;      ///< samples of a microbatch; the last one of a step may have fewer
+  double validation = 0;             ///< share of each set's documents that are kept from training
   bool attend_across_documents = false;
-  int prefetch = 2;                      ///< steps made ahead by a thread; 0: no thread
+  int prefetch = 2;  ///< steps made ahead by a thread; 0: no thread
   std::uint64_t seed = 0;
 };
 
@@ -38,10 +38,10 @@ struct TokenizerIdentity {
 
 /// Where training stands in the data. It counts samples, so it outlives a change of batch size, microbatch and mesh.
 struct CAPSTAN_API DataCursor {
-  std::int64_t sample = 0;            ///< samples handed out
-  std::vector<std::int64_t> counts;   ///< of them, from each set
-  std::int64_t sequence_length = 0;   ///< rows of a sample: the unit
-  std::vector<std::int64_t> tokens;   ///< training tokens of each set, to know it again
+  std::int64_t sample = 0;           ///< samples handed out
+  std::vector<std::int64_t> counts;  ///< of them, from each set
+  std::int64_t sequence_length = 0;  ///< rows of a sample: the unit
+  std::vector<std::int64_t> tokens;  ///< training tokens of each set, to know it again
   bool operator==(const DataCursor&) const = default;
   std::string to_json() const;
   /// Error(input) on text that is not a cursor.

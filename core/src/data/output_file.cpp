@@ -46,7 +46,8 @@ OutputFile::OutputFile(std::string path) : path_(std::move(path)), partial_(path
       if (code != EWOULDBLOCK) fail_system(partial_, "lock the file", code);
       fail(Fault::input, partial_, "another process is writing this file; wait for it or choose another name");
     }
-    struct stat mine {}, named {};
+    struct stat mine {
+    }, named{};
     const bool same = ::fstat(file_, &mine) == 0 && ::stat(partial_.c_str(), &named) == 0 && mine.st_ino == named.st_ino &&
                       mine.st_dev == named.st_dev;
     if (same) {

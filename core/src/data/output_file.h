@@ -21,7 +21,9 @@ class CAPSTAN_API OutputFile {
 
   void write(const void* data, std::size_t bytes);
   template <class T>
-  void write(std::span<const T> values) { write(values.data(), values.size_bytes()); }
+  void write(std::span<const T> values) {
+    write(values.data(), values.size_bytes());
+  }
   /// Hands everything to the disk; after it the contents survive a loss of power.
   void sync();
   /// Renames to `path`; sync() must have run.

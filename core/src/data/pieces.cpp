@@ -40,9 +40,10 @@ void read_range(const std::string& path, std::int64_t begin, std::int64_t bytes,
   if (code != 0) fail(Fault::input, path, fmt::format("cannot read the file: {}", std::strerror(code)));
   if (done < bytes) {
     fail(Fault::input, path,
-         fmt::format("the file became shorter while it was read: expected {} bytes, got {}; build again when nothing writes to "
-                     "it",
-                     begin + bytes, begin + done));
+         fmt::format(
+             "the file became shorter while it was read: expected {} bytes, got {}; build again when nothing writes to "
+             "it",
+             begin + bytes, begin + done));
   }
 }
 
@@ -72,8 +73,8 @@ PieceSource::PieceSource(const BuildOptions& options) : options_(options), files
     own.push_back(canonical(options.prefix + suffix + ".partial"));
   }
   std::erase_if(files_, [&](const InputFile& f) {
-    const bool alike = f.path.ends_with(".bin") || f.path.ends_with(".idx") || f.path.ends_with(".json") ||
-                       f.path.ends_with(".partial");
+    const bool alike =
+        f.path.ends_with(".bin") || f.path.ends_with(".idx") || f.path.ends_with(".json") || f.path.ends_with(".partial");
     return alike && std::find(own.begin(), own.end(), canonical(f.path)) != own.end();
   });
   if (options.max_bytes > 0) choose_files();
@@ -111,9 +112,7 @@ void PieceSource::choose_files() {
   files_ = std::move(kept);
 }
 
-std::optional<Piece> PieceSource::next() {
-  return options_.format == Format::files ? next_of_files() : next_of_lines();
-}
+std::optional<Piece> PieceSource::next() { return options_.format == Format::files ? next_of_files() : next_of_lines(); }
 
 std::optional<Piece> PieceSource::next_of_files() {
   if (file_ == files_.size()) return std::nullopt;
@@ -121,9 +120,10 @@ std::optional<Piece> PieceSource::next_of_files() {
   const bool splits = options_.tokenizer->splits_anywhere();
   if (!splits && f.bytes > options_.longest_document) {
     fail(Fault::input, f.path,
-         fmt::format("{} bytes are too many for one document: tokenizer '{}' needs it in memory at once, at most {} bytes; split "
-                     "the file, or use --format lines or jsonl",
-                     f.bytes, options_.tokenizer->name(), options_.longest_document));
+         fmt::format(
+             "{} bytes are too many for one document: tokenizer '{}' needs it in memory at once, at most {} bytes; split "
+             "the file, or use --format lines or jsonl",
+             f.bytes, options_.tokenizer->name(), options_.longest_document));
   }
   Piece piece;
   piece.file = file_, piece.begin = at_;
@@ -168,7 +168,8 @@ std::optional<Piece> PieceSource::next_of_lines() {
       searched = piece.text.size();
       if (static_cast<std::int64_t>(searched) > options_.longest_document) {
         fail(Fault::input, fmt::format("{}:{}", f.path, line_),
-             fmt::format("the line is longer than {} bytes; is the file text, one document a line?", options_.longest_document));
+             fmt::format("the line is longer than {} bytes; is the file text, one document a line?",
+                         options_.longest_document));
       }
     }
     piece.bytes = static_cast<std::int64_t>(piece.text.size());

@@ -17,8 +17,8 @@ struct Piece {
   std::size_t file = 0;
   std::int64_t begin = 0, bytes = 0;  ///< within the file
   bool starts_document = true, ends_document = true;
-  std::int64_t first_line = 1;        ///< of `text`
-  std::string text;                   ///< lines; for whole files the worker reads it (read_text)
+  std::int64_t first_line = 1;  ///< of `text`
+  std::string text;             ///< lines; for whole files the worker reads it (read_text)
 };
 
 /// Not thread-safe: its callers take turns.

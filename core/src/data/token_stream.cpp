@@ -18,7 +18,8 @@ DocumentSplit DocumentSplit::make(const IndexedDataset& dataset, double share) {
   }
   if (dataset.documents() > std::int64_t{UINT32_MAX}) {
     fail(Fault::input, dataset.prefix(),
-         fmt::format("{} documents: at most {} are supported; build several sets and blend them", dataset.documents(), UINT32_MAX));
+         fmt::format("{} documents: at most {} are supported; build several sets and blend them", dataset.documents(),
+                     UINT32_MAX));
   }
   std::vector<std::uint32_t> all;
   all.reserve(static_cast<std::size_t>(dataset.documents()));
@@ -31,12 +32,14 @@ DocumentSplit DocumentSplit::make(const IndexedDataset& dataset, double share) {
     split.train = std::move(all);
     return split;
   }
-  const auto count = std::max<std::size_t>(1, static_cast<std::size_t>(std::llround(share * static_cast<double>(all.size()))));
+  const auto count =
+      std::max<std::size_t>(1, static_cast<std::size_t>(std::llround(share * static_cast<double>(all.size()))));
   if (count >= all.size()) {
     fail(Fault::input, dataset.prefix(),
-         fmt::format("{} documents cannot be split into training and validation: with a share of {} for validation none is left "
-                     "to train on; build the set with smaller documents (--format lines), or set the share to 0",
-                     all.size(), share));
+         fmt::format(
+             "{} documents cannot be split into training and validation: with a share of {} for validation none is left "
+             "to train on; build the set with smaller documents (--format lines), or set the share to 0",
+             all.size(), share));
   }
   // mix64 maps distinct indices to distinct values, so that the order has no ties.
   constexpr std::uint64_t salt = hash_name("data.validation");
@@ -46,11 +49,13 @@ DocumentSplit DocumentSplit::make(const IndexedDataset& dataset, double share) {
                    [&](std::uint32_t a, std::uint32_t b) { return hashed(a) < hashed(b); });
   split.validation.assign(by_hash.begin(), by_hash.begin() + static_cast<std::ptrdiff_t>(count));
   std::sort(split.validation.begin(), split.validation.end());
-  std::set_difference(all.begin(), all.end(), split.validation.begin(), split.validation.end(), std::back_inserter(split.train));
+  std::set_difference(all.begin(), all.end(), split.validation.begin(), split.validation.end(),
+                      std::back_inserter(split.train));
   return split;
 }
 
-TokenStream::TokenStream(std::shared_ptr<const IndexedDataset> dataset, std::vector<std::uint32_t> documents, Settings settings)
+TokenStream::TokenStream(std::shared_ptr<const IndexedDataset> dataset, std::vector<std::uint32_t> documents,
+                         Settings settings)
     : dataset_(std::move(dataset)), documents_(std::move(documents)), settings_(std::move(settings)) {
   for (const std::uint32_t d : documents_) tokens_ += dataset_->document_length(d);
   if (tokens_ == 0) fail(Fault::programming, "TokenStream", "no tokens");
@@ -81,7 +86,8 @@ std::int32_t TokenStream::token(std::int64_t position) {
   const auto next = std::upper_bound(e.begin.begin(), e.begin.end(), row);
   const auto i = static_cast<std::size_t>(next - e.begin.begin() - 1);
   std::int32_t value = 0;
-  dataset_->read(dataset_->document_begin(documents_[e.order[i]]) + row - e.begin[i], std::span(&value, 1), settings_.vocabulary);
+  dataset_->read(dataset_->document_begin(documents_[e.order[i]]) + row - e.begin[i], std::span(&value, 1),
+                 settings_.vocabulary);
   return value;
 }
 

@@ -35,10 +35,10 @@ class CAPSTAN_API TokenStream {
  public:
   struct Settings {
     std::uint64_t seed = 0;
-    std::string name;            ///< addresses the order
-    bool across = false;         ///< attend (and predict) across documents
-    std::int64_t vocabulary = 0; ///< ids at or above are Error(input)
-    bool endless = true;         ///< false: one epoch, and the last row has no successor
+    std::string name;             ///< addresses the order
+    bool across = false;          ///< attend (and predict) across documents
+    std::int64_t vocabulary = 0;  ///< ids at or above are Error(input)
+    bool endless = true;          ///< false: one epoch, and the last row has no successor
   };
   TokenStream(std::shared_ptr<const IndexedDataset> dataset, std::vector<std::uint32_t> documents, Settings settings);
 

@@ -5,10 +5,10 @@
 #include "data/indexed_dataset.h"
 #include "plugin/host.h"
 
-#include <CLI/CLI.hpp>
 #include <capstan/tokenizer.h>
 #include <fmt/format.h>
 #include <unistd.h>
+#include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <bit>
@@ -53,12 +53,13 @@ class ProgressBar {
     last_ = now;
     const double seconds = std::chrono::duration<double>(now - start_).count();
     const double rate = static_cast<double>(p.bytes) / seconds;
-    const double share = p.total_bytes > 0 ? std::min(1.0, static_cast<double>(p.bytes) / static_cast<double>(p.total_bytes)) : 1;
+    const double share =
+        p.total_bytes > 0 ? std::min(1.0, static_cast<double>(p.bytes) / static_cast<double>(p.total_bytes)) : 1;
     const double left = rate > 0 ? static_cast<double>(p.total_bytes - p.bytes) / rate : 0;
     const std::string text =
         fmt::format("{:3.0f}%  {} of {}  {}/s  {} documents  {} tokens  {:.0f} s left", 100 * share,
-                    bytes_text(static_cast<double>(p.bytes)), bytes_text(static_cast<double>(p.total_bytes)), bytes_text(rate),
-                    p.documents, p.tokens, left);
+                    bytes_text(static_cast<double>(p.bytes)), bytes_text(static_cast<double>(p.total_bytes)),
+                    bytes_text(rate), p.documents, p.tokens, left);
     if (terminal_) {
       constexpr int width = 24;
       const int full = static_cast<int>(std::lround(share * width));
@@ -108,10 +109,10 @@ void build(const Program& program, const Words& words) {
   const data::BuildResult result = data::build_dataset(options);
   bar.clear();
   const double seconds = std::chrono::duration<double>(Clock::now() - start).count();
-  fmt::print("{}: {} documents, {} tokens ({}, tokenizer '{}', vocabulary {})\n", options.prefix, result.documents, result.tokens,
-             data::name_of(result.type), options.tokenizer->name(), options.tokenizer->vocabulary());
-  fmt::print("  read {} of text from {} files in {:.2f} s, {}/s\n", bytes_text(static_cast<double>(result.bytes)), result.files,
-             seconds, bytes_text(static_cast<double>(result.bytes) / std::max(seconds, 1e-9)));
+  fmt::print("{}: {} documents, {} tokens ({}, tokenizer '{}', vocabulary {})\n", options.prefix, result.documents,
+             result.tokens, data::name_of(result.type), options.tokenizer->name(), options.tokenizer->vocabulary());
+  fmt::print("  read {} of text from {} files in {:.2f} s, {}/s\n", bytes_text(static_cast<double>(result.bytes)),
+             result.files, seconds, bytes_text(static_cast<double>(result.bytes) / std::max(seconds, 1e-9)));
   if (result.empty > 0) fmt::print("  left out {} documents without text\n", result.empty);
 }
 
@@ -166,7 +167,8 @@ void info(const Program& program, const Words& words) {
   print_histogram(dataset);
   if (words.verify) {
     if (!sidecar) {
-      fail(Fault::input, dataset.prefix() + ".json", "no such file: --verify needs the digest that `data build` writes there");
+      fail(Fault::input, dataset.prefix() + ".json",
+           "no such file: --verify needs the digest that `data build` writes there");
     }
     const std::string digest = data::bin_digest(dataset.prefix());
     if (digest != sidecar->bin_digest) {
@@ -194,8 +196,10 @@ void add_data(CLI::App& app, Program& program) {
   data->require_subcommand(1);
 
   const auto built = std::make_shared<Words>();
-  CLI::App* build_command = data->add_subcommand("build", "Turn text files into PREFIX.bin and PREFIX.idx (Megatron's format)");
-  build_command->add_option("input", built->build.inputs, "files, folders (all files below) and quoted patterns: 'src/**/*.h'")
+  CLI::App* build_command =
+      data->add_subcommand("build", "Turn text files into PREFIX.bin and PREFIX.idx (Megatron's format)");
+  build_command
+      ->add_option("input", built->build.inputs, "files, folders (all files below) and quoted patterns: 'src/**/*.h'")
       ->required();
   build_command->add_option("-o,--out", built->build.prefix, "PREFIX of the files to write, as in data/text")->required();
   build_command->add_option("--tokenizer", built->tokenizer, "tokenizer plugin")->capture_default_str();
@@ -204,7 +208,8 @@ void add_data(CLI::App& app, Program& program) {
   build_command->add_option("--plugin-path", built->search, "look for plugins in this folder too (may be repeated)")
       ->allow_extra_args(false);
   build_command
-      ->add_option("--format", built->format, "what a document is: a file (files), a line (lines), \"text\" of a JSON line (jsonl)")
+      ->add_option("--format", built->format,
+                   "what a document is: a file (files), a line (lines), \"text\" of a JSON line (jsonl)")
       ->check(CLI::IsMember({"files", "lines", "jsonl"}))
       ->capture_default_str();
   build_command->add_option("--max-bytes", built->build.max_bytes, "take about this much text, chosen at random (10MB, 2GB)")

@@ -37,8 +37,8 @@ class ByteTokenizer final : public capstan::Tokenizer {
         text.push_back(static_cast<char>(tokens[i]));
       } else if (!has_end_ || tokens[i] != 256) {
         capstan::fail(Fault::input, "byte tokenizer",
-                      "token " + std::to_string(i) + ": expected an id of 0 to " + std::to_string(vocabulary() - 1) + ", got " +
-                          std::to_string(tokens[i]));
+                      "token " + std::to_string(i) + ": expected an id of 0 to " + std::to_string(vocabulary() - 1) +
+                          ", got " + std::to_string(tokens[i]));
       }
     }
     return text;

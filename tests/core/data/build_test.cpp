@@ -40,7 +40,8 @@ class Build : public ::testing::Test {
     return o;
   }
   std::string outputs(const std::string& name) {
-    return read_file(folder_ / (name + ".bin")) + read_file(folder_ / (name + ".idx")) + read_file(folder_ / (name + ".json"));
+    return read_file(folder_ / (name + ".bin")) + read_file(folder_ / (name + ".idx")) +
+           read_file(folder_ / (name + ".json"));
   }
   std::vector<std::string> names(const std::vector<std::string>& inputs) {
     std::vector<std::string> result;
@@ -98,7 +99,10 @@ TEST_F(Build, InputsThatLeadNowhere) {
   ASSERT_EQ(::mkfifo((folder_ / "pipe").c_str(), 0600), 0);
   EXPECT_THAT(error_of(Fault::input, [&] { find_inputs({}); }), HasSubstr("no inputs"));
   EXPECT_THAT(error_of(Fault::input, [&] { find_inputs({folder_ / "empty"}); }), HasSubstr("no files"));
-  EXPECT_THAT(error_of(Fault::input, [&] { find_inputs({folder_ / "in", folder_ / "nothing"}); }),
+  EXPECT_THAT(error_of(Fault::input,
+                       [&] {
+                         find_inputs({folder_ / "in", folder_ / "nothing"});
+                       }),
               AllOf(HasSubstr("nothing"), HasSubstr("no such file")));
   EXPECT_THAT(error_of(Fault::input, [&] { find_inputs({folder_ / "in/*.cpp"}); }), HasSubstr("no file matches"));
   EXPECT_THAT(error_of(Fault::input, [&] { find_inputs({folder_ / "no/**/*.cpp"}); }), HasSubstr("no file matches"));
@@ -190,7 +194,9 @@ TEST_F(Build, LinesAndJson) {
 TEST_F(Build, JsonErrorsNameTheLine) {
   const auto message = [&](const std::string& line) {
     std::string text;
-    for (int i = 0; i < 30000; ++i) text += R"({"text": "a perfectly good line of text that goes on"})" "\n";
+    for (int i = 0; i < 30000; ++i)
+      text += R"({"text": "a perfectly good line of text that goes on"})"
+              "\n";
     write_file(folder_ / "rows.jsonl", text + "\n" + line + "\n");
     BuildOptions o = options(folder_ / "rows.jsonl");
     o.format = Format::jsonl;

@@ -104,7 +104,10 @@ TEST(ByteTokenizer, AnyBytesComeBack) {
   EXPECT_EQ(byte->decode(tokens), "\x07" + all);
   EXPECT_EQ(byte->decode(std::vector<std::int32_t>{72, 256, 105}), "Hi");
   for (const std::int32_t bad : {-1, 257}) {
-    EXPECT_THAT(error_of(Fault::input, [&] { byte->decode(std::vector<std::int32_t>{1, bad}); }),
+    EXPECT_THAT(error_of(Fault::input,
+                         [&] {
+                           byte->decode(std::vector<std::int32_t>{1, bad});
+                         }),
                 AllOf(HasSubstr("token 1"), HasSubstr("got " + std::to_string(bad))));
   }
   const std::pair<std::string, std::string> off[] = {{"end_of_document", "false"}};

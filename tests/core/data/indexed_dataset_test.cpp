@@ -50,8 +50,8 @@ TEST(IndexedDataset, ChoosesTheTypeByVocabulary) {
 
 TEST(IndexedDataset, EveryTypeComesBack) {
   const TempFolder folder;
-  const std::map<TokenType, std::int32_t> largest = {{TokenType::u8, 255},       {TokenType::i8, 127},
-                                                     {TokenType::i16, 32767},    {TokenType::u16, 65535},
+  const std::map<TokenType, std::int32_t> largest = {{TokenType::u8, 255},        {TokenType::i8, 127},
+                                                     {TokenType::i16, 32767},     {TokenType::u16, 65535},
                                                      {TokenType::i32, INT32_MAX}, {TokenType::i64, INT32_MAX}};
   for (const auto& [type, top] : largest) {
     const std::string prefix = folder / std::string(name_of(type));
@@ -64,7 +64,8 @@ TEST(IndexedDataset, EveryTypeComesBack) {
     EXPECT_EQ(read_dataset(dataset), documents);
     EXPECT_EQ(read_file(prefix + ".bin").size(), static_cast<std::size_t>(6 * size_of(type)));
     if (top == INT32_MAX) continue;
-    EXPECT_THAT(error_of(Fault::input, [&] { write_dataset(folder / "over", {{top + 1}}, type); }), HasSubstr("does not fit"));
+    EXPECT_THAT(error_of(Fault::input, [&] { write_dataset(folder / "over", {{top + 1}}, type); }),
+                HasSubstr("does not fit"));
   }
   EXPECT_FALSE(std::filesystem::exists(folder / "over.idx"));
 }
@@ -138,10 +139,12 @@ TEST_F(Damaged, EveryFieldIsNamed) {
   EXPECT_THAT(with(26, std::uint64_t{0}), AllOf(HasSubstr("byte 26"), HasSubstr("document boundaries")));
   EXPECT_THAT(with(26, ~std::uint64_t{0}), HasSubstr("byte 26"));
   EXPECT_THAT(with(26, std::uint64_t{5}), HasSubstr("expected 110 bytes"));
-  EXPECT_THAT(with(34, std::int32_t{-1}), AllOf(HasSubstr("byte 34"), HasSubstr("length of sequence 0"), HasSubstr("got -1")));
+  EXPECT_THAT(with(34, std::int32_t{-1}),
+              AllOf(HasSubstr("byte 34"), HasSubstr("length of sequence 0"), HasSubstr("got -1")));
   EXPECT_THAT(with(42, std::int32_t{2}), AllOf(HasSubstr("byte 42"), HasSubstr("at most 1 tokens"), HasSubstr("got 2")));
   EXPECT_THAT(with(34, INT32_MAX), HasSubstr("byte 34"));
-  EXPECT_THAT(with(54, std::int64_t{8}), AllOf(HasSubstr("byte 54"), HasSubstr("offset of sequence 1"), HasSubstr("expected 12")));
+  EXPECT_THAT(with(54, std::int64_t{8}),
+              AllOf(HasSubstr("byte 54"), HasSubstr("offset of sequence 1"), HasSubstr("expected 12")));
   EXPECT_THAT(with(54, std::int64_t{-8}), HasSubstr("got -8"));
   EXPECT_THAT(with(70, std::int64_t{1}), AllOf(HasSubstr("byte 70"), HasSubstr("first document boundary")));
   EXPECT_THAT(with(78, std::int64_t{4}), AllOf(HasSubstr("byte 78"), HasSubstr("document boundary 1"), HasSubstr("got 4")));

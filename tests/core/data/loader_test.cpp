@@ -66,7 +66,9 @@ class Loader : public ::testing::Test {
     options_.sequence_length = 16, options_.batch_size = 3, options_.micro_batch = 2;
     options_.prefetch = 0, options_.seed = 9;
   }
-  std::unique_ptr<DataSource> source() { return std::make_unique<DataSource>(options_, TokenizerIdentity{"t", vocabulary}, device_); }
+  std::unique_ptr<DataSource> source() {
+    return std::make_unique<DataSource>(options_, TokenizerIdentity{"t", vocabulary}, device_);
+  }
   Seen run(int steps) {
     const auto s = source();
     Seen seen;
@@ -215,7 +217,8 @@ TEST_F(Loader, BlendsKeepTheirProportions) {
   for (int n = 1; n <= 900; ++n) {
     const auto tokens = host<std::int32_t>(s->next().at(0).stream("tokens"));
     const auto set = static_cast<std::size_t>(tokens[0] / 10000);
-    for (const std::int32_t token : tokens) EXPECT_EQ(static_cast<std::size_t>(token / 10000), set);  // a sample is of one set
+    for (const std::int32_t token : tokens)
+      EXPECT_EQ(static_cast<std::size_t>(token / 10000), set);  // a sample is of one set
     ++counts[set];
     streams[set].insert(streams[set].end(), tokens.begin(), tokens.end());
     for (std::size_t d = 0; d < 3; ++d) {
