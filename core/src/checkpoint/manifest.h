@@ -40,12 +40,12 @@ struct Manifest {
   std::map<std::string, FileRecord> files;
   std::map<std::string, StoredTensor> tensors;
 
-  std::int64_t bytes() const;  ///< of all files
+  CAPSTAN_API std::int64_t bytes() const;  ///< of all files
 };
 
 /// Why `name` cannot be a tensor's name, or "". Names are '/'-separated components of printable UTF-8; none is
 /// empty, "." or "..".
-std::string name_fault(const std::string& name);
+CAPSTAN_API std::string name_fault(const std::string& name);
 
 /// A sound manifest of a version that this program does not read: no damage, so nothing to fall back from.
 class UnknownVersion : public Error { using Error::Error; };

@@ -6,6 +6,8 @@
 
 #include <gtest/gtest.h>
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -16,8 +18,9 @@ namespace capstan::checkpoint::testing {
 
 namespace fs = std::filesystem;
 
-Folder::Folder() {
-  std::string pattern = (fs::temp_directory_path() / "capstan_checkpoint_XXXXXX").string();
+Folder::Folder(bool in_memory) {
+  const bool memory = in_memory && fs::is_directory("/dev/shm") && ::access("/dev/shm", W_OK) == 0;
+  std::string pattern = ((memory ? fs::path("/dev/shm") : fs::temp_directory_path()) / "capstan_checkpoint_XXXXXX").string();
   if (::mkdtemp(pattern.data()) == nullptr) throw std::runtime_error("cannot make " + pattern);
   path_ = pattern;
 }
