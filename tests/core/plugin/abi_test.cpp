@@ -9,8 +9,10 @@
 #include <capstan/ops.h>
 #include <capstan/optimizer.h>
 #include <capstan/options.h>
+#include <capstan/paged_state.h>
 #include <capstan/plugin.h>
 #include <capstan/tokenizer.h>
+#include <capstan/walk.h>
 
 #include <gtest/gtest.h>
 
@@ -178,7 +180,7 @@ std::string layouts() {
          SIZE(Head) + SIZE(Model) + LAYOUT(LayerContext, LayerContext) + LAYOUT(Score, Score) + LAYOUT(Call, Call) +
          LAYOUT(Linear, nn::Linear) + LAYOUT(Norm, nn::Norm) + LAYOUT(Embedding, nn::Embedding) +
          LAYOUT(AttentionShape, ops::AttentionShape) + LAYOUT(HeadScore, ops::HeadScore) + LAYOUT(StateSpec, StateSpec) +
-         LAYOUT(PagedKV, PagedKV) + SIZE(SequenceState) + LAYOUT(StateDecl, StateDecl) + LAYOUT(UpdateItem, UpdateItem) +
+         LAYOUT(PagedKV, PagedKV) + SIZE(SequenceState) + SIZE(PagedState) + SIZE(WalkHooks) + LAYOUT(StateDecl, StateDecl) + LAYOUT(UpdateItem, UpdateItem) +
          LAYOUT(UpdateContext, UpdateContext) + SIZE(Optimizer) + LAYOUT(Box, Box) + LAYOUT(SavedTensor, SavedTensor) +
          SIZE(CheckpointFormat) + SIZE(Tokenizer) + LAYOUT(SamplingParams, SamplingParams) + LAYOUT(Request, Request) +
          LAYOUT(Completion, Completion) + SIZE(InferenceEngine);
@@ -229,8 +231,144 @@ std::string enumerators() {
 }
 
 /// The table of epoch `golden_epoch`.
-constexpr std::uint32_t golden_epoch = 0;
+constexpr std::uint32_t golden_epoch = 1;
 constexpr const char* golden = R"(
+Dims 56/8: v_@0+48[8] size_@48+4
+Storage 56/8: device@0+16 data@16+8 bytes@24+8 owned@32+1 keeper@40+16
+Tensor 160/8: storage_@0+16 shape_@16+56 strides_@72+56 offset_@128+8 dtype_@136+1 output_index_@140+4 node_@144+16
+Cost 32/8: flop@0+8 read@8+8 write@16+8 comm@24+8
+OpRecord 80/8: name@0+32[1] calls@32+8 cost@40+32 seconds@72+8
+Device 72/8: held_@24+8 peak_@32+8 recording_@40+1 timed_@41+1 ledger_@48+24[80]
+OpScope 72/8: name_@8+16[1] cost_@24+32 start_@56+8 meta_@64+1
+Edge 24/8: node@0+16 index@16+4
+Node 40/8: inputs@8+24[24] outputs@32+4 released@36+1
+Leaf 240/8: hook@40+32 parameter_@72+1 filled_@73+1 uses_@76+4 grad_@80+160
+Deferred 24/8: items@0+24[40]
+Deferred::Item 40/8: node@0+16 grads@16+24[160]
+Space 576/8: name@0+32[1] starts@32+160 positions@192+160 sample_ids@352+160 host_starts@512+24[4] past@536+24[4] capacity@560+8 longest@568+8
+Batch 56/8: spaces@0+24[576] step_weight@24+8 streams_@32+24[192]
+Rng 16/8: key_@0+8 step_@8+8
+Segment 80/8: axis@0+32[1] count@32+8 width@40+8 part@48+32[1]
+Init 16/8: kind@0+1 scale@8+8
+ParameterSpec 56/8: dims@0+24[24] role@24+1 init@32+16 trainable@48+1 persistent@49+1
+Parameter 304/8: name_@0+32[1] spec_@32+56 local_@88+160 version_@248+8 derived_@256+48[200]
+OptionSpec 248/8: name@0+32[1] help@32+32[1] unit@64+32[1] type@96+1 required@97+1 optional@98+1 default_text@104+32[1] minimum@136+16[8] maximum@152+16[8] exclusive_minimum@168+1 allowed@176+24[32] plugin_kind@200+32[1] group@232+16
+Schema 24/8: options_@0+24[248]
+Options 16/8: impl_@0+16
+PluginChoice 80/8: kind@0+32[1] name@32+32[1] options@64+16
+PluginInfo 204/4: magic@0+8 size@8+4 core_epoch@12+4 kind_epoch@16+4 kind@20+16 name@36+48 version@84+24 toolchain@108+96
+PluginError 1024/1:
+Registrar 8/8:
+Error 24/8:
+LossEntry 208/8: name@0+32[1] sum@32+160 count@192+8 weight@200+8
+ForwardContext 176/8: dtype@16+1 state@24+8 grad@32+1 training@33+1 step@40+8 seed@48+8 values_@56+48[192] memo_@104+48[192] losses_@152+24[208]
+Module 64/8: name_@8+32[1] items_@40+24[32]
+Block 64/8:
+Layer 64/8:
+LayerMaker 8/8:
+Head 64/8:
+Model 8/8:
+LayerContext 136/8: name@0+32[1] hidden@32+8 index@40+8 layers@48+8 init_std@56+8 residual_init_std@64+8 norm@72+32[1] norm_epsilon@104+8 bias@112+1 dropout@120+8 longest@128+8
+Score 480/8: logprob@0+160 logsumexp@160+160 entropy@320+160
+Call 64/8: block@0+8 reads@8+24[32] writes@32+24[32] recompute@56+1
+nn::Linear 80/8: weight_@64+8 bias_@72+8
+nn::Norm 96/8: weight_@64+8 bias_@72+8 epsilon_@80+8 rms_@88+1
+nn::Embedding 72/8: weight_@64+8
+ops::AttentionShape 32/8: heads@0+8 kv_heads@8+8 head_size@16+8 scale@24+8
+ops::HeadScore 640/8: logprob@0+160 logsumexp@160+160 entropy@320+160 objective@480+160
+StateSpec 96/8: kind@0+1 name@8+32[1] shape@40+56
+PagedKV 648/8: k@0+160 v@160+160 blocks@320+160 lengths@480+160 page@640+8
+SequenceState 8/8:
+PagedState 528/8:
+WalkHooks 64/8:
+StateDecl 40/8: name@0+32[1] dtype@32+1
+UpdateItem 352/8: parameter@0+8 value@8+160 grad@168+160 state@328+24[160]
+UpdateContext 32/8: device@0+8 step@8+8 lr_scale@16+8 grad_scale@24+8
+Optimizer 8/8:
+Box 48/8: begin@0+24[8] extent@24+24[8]
+SavedTensor 176/8: name@0+32[1] dtype@32+1 global_shape@40+24[8] box@64+48 data@112+8 bytes@120+8 xxh3@128+8 file@136+32[1] file_offset@168+8
+CheckpointFormat 8/8:
+Tokenizer 8/8:
+SamplingParams 80/8: temperature@0+8 top_k@8+8 top_p@16+8 min_p@24+8 seed@32+8 max_tokens@40+8 stop@48+24[32] logprobs@72+1
+Request 112/8: id@0+8 prompt@8+24[4] sampling@32+80
+Completion 120/8: id@0+8 tokens@8+24[4] text@32+32[1] finish@64+32[1] logprobs@96+24[4]
+InferenceEngine 8/8:
+Registrar::add slot 2 MN7capstan9RegistrarEFvSt17basic_string_viewIcSt11char_traitsIcEES4_RKNS_6SchemaESt8functionIFSt10shared_ptrIvERKNS_7OptionsERS0_EEE
+Registrar::make slot 3 MN7capstan9RegistrarEFSt10shared_ptrIvERKNS_12PluginChoiceEE
+Registrar::choice slot 4 MN7capstan9RegistrarEFNS_12PluginChoiceESt17basic_string_viewIcSt11char_traitsIcEES5_St4spanIKSt4pairINSt7__cxx1112basic_stringIcS4_SaIcEEESB_ELm18446744073709551615EEE
+Registrar slots 5
+Device::kind slot 2 MN7capstan6DeviceEKFNS_10DeviceKindEvE
+Device::allocate slot 3 MN7capstan6DeviceEFPvlE
+Device::release slot 4 MN7capstan6DeviceEDoFvPvlE
+Device::bytes_reserved slot 5 MN7capstan6DeviceEKFlvE
+Device::cpu slot 6 MN7capstan6DeviceEFRNS_7kernels3cpu7ContextEvE
+Device slots 7
+Node::name slot 2 MN7capstan4NodeEKFSt17basic_string_viewIcSt11char_traitsIcEEvE
+Node::backward slot 3 MN7capstan4NodeEFSt6vectorINS_6TensorESaIS2_EESt4spanIKS2_Lm18446744073709551615EENS_4PartEE
+Node::release slot 4 MN7capstan4NodeEFvvE
+Node slots 5
+Module slots 2
+Block::forward slot 2 MN7capstan5BlockEFvRNS_14ForwardContextEE
+Block::state slot 3 MN7capstan5BlockEKFSt6vectorINS_9StateSpecESaIS2_EEvE
+Block slots 4
+Layer::forward slot 2 MN7capstan5LayerEFvRNS_14ForwardContextEE
+Layer::state slot 3 MN7capstan5BlockEKFSt6vectorINS_9StateSpecESaIS2_EEvE
+Layer::apply slot 4 MN7capstan5LayerEFNS_6TensorERNS_14ForwardContextERKS1_E
+Layer slots 5
+LayerMaker::make slot 2 MN7capstan10LayerMakerEFSt10shared_ptrINS_5LayerEERKNS_12LayerContextEE
+LayerMaker slots 3
+Head::forward slot 2 MN7capstan4HeadEFvRNS_14ForwardContextEE
+Head::state slot 3 MN7capstan5BlockEKFSt6vectorINS_9StateSpecESaIS2_EEvE
+Head::score slot 4 MN7capstan4HeadEFNS_5ScoreERNS_14ForwardContextERKNS_6TensorEPS5_PS4_E
+Head::logits slot 5 MN7capstan4HeadEFNS_6TensorERNS_14ForwardContextERKS1_E
+Head::vocabulary slot 6 MN7capstan4HeadEKFlvE
+Head slots 7
+Model::calls slot 2 MN7capstan5ModelEKFRKSt6vectorINS_4CallESaIS2_EEvE
+Model::head slot 3 MN7capstan5ModelEFRNS_4HeadESt17basic_string_viewIcSt11char_traitsIcEEE
+Model::vocabulary slot 4 MN7capstan5ModelEKFlvE
+Model::hidden slot 5 MN7capstan5ModelEKFlvE
+Model::longest slot 6 MN7capstan5ModelEKFlvE
+Model::describe slot 7 MN7capstan5ModelEKFNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEEvE
+Model slots 8
+SequenceState::append slot 2 MN7capstan13SequenceStateEFNS_7PagedKVESt17basic_string_viewIcSt11char_traitsIcEERKNS_6TensorES8_E
+SequenceState::slot slot 3 MN7capstan13SequenceStateEFNS_6TensorESt17basic_string_viewIcSt11char_traitsIcEEE
+SequenceState::truncate slot 4 MN7capstan13SequenceStateEFvllE
+SequenceState::commit slot 5 MN7capstan13SequenceStateEFvllE
+SequenceState::fork slot 6 MN7capstan13SequenceStateEFllE
+SequenceState::weights_version slot 7 MN7capstan13SequenceStateEKFmlE
+SequenceState slots 8
+Optimizer::state_of slot 2 MN7capstan9OptimizerEKFSt6vectorINS_9StateDeclESaIS2_EERKNS_9ParameterEE
+Optimizer::atomicity slot 3 MN7capstan9OptimizerEKFNS_9AtomicityERKNS_9ParameterEE
+Optimizer::peak_lr slot 4 MN7capstan9OptimizerEKFdvE
+Optimizer::update slot 5 MN7capstan9OptimizerEFvRKNS_13UpdateContextESt4spanINS_10UpdateItemELm18446744073709551615EEE
+Optimizer slots 6
+CheckpointFormat::name slot 2 MN7capstan16CheckpointFormatEKFSt17basic_string_viewIcSt11char_traitsIcEEvE
+CheckpointFormat::extension slot 3 MN7capstan16CheckpointFormatEKFSt17basic_string_viewIcSt11char_traitsIcEEvE
+CheckpointFormat::write_shard slot 4 MN7capstan16CheckpointFormatEFvRKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEESt4spanINS_11SavedTensorELm18446744073709551615EERKSt8functionIFvlEEE
+CheckpointFormat::read slot 5 MN7capstan16CheckpointFormatEFvRKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEERKNS_11SavedTensorEPvE
+CheckpointFormat::write_index slot 6 MN7capstan16CheckpointFormatEFvRKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEESt4spanIKNS_11SavedTensorELm18446744073709551615EEE
+CheckpointFormat slots 7
+Tokenizer::name slot 2 MN7capstan9TokenizerEKFSt17basic_string_viewIcSt11char_traitsIcEEvE
+Tokenizer::vocabulary slot 3 MN7capstan9TokenizerEKFlvE
+Tokenizer::end_of_document slot 4 MN7capstan9TokenizerEKFivE
+Tokenizer::encode slot 5 MN7capstan9TokenizerEKFvSt17basic_string_viewIcSt11char_traitsIcEERSt6vectorIiSaIiEEE
+Tokenizer::decode slot 6 MN7capstan9TokenizerEKFNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEESt4spanIKiLm18446744073709551615EEE
+Tokenizer::splits_anywhere slot 7 MN7capstan9TokenizerEKFbvE
+Tokenizer slots 8
+InferenceEngine::attach slot 2 MN7capstan15InferenceEngineEFvSt10shared_ptrINS_5ModelEES1_IKNS_9TokenizerEES1_INS_6DeviceEENS_5DTypeEmE
+InferenceEngine::submit slot 3 MN7capstan15InferenceEngineEFvNS_7RequestEE
+InferenceEngine::step slot 4 MN7capstan15InferenceEngineEFbRKSt8functionIFvlRKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEEEEE
+InferenceEngine::finished slot 5 MN7capstan15InferenceEngineEFSt6vectorINS_10CompletionESaIS2_EEvE
+InferenceEngine slots 6
+Fault 0 1 2 of 1
+DType 0 1 2 3 4 5 6 7 8 9 of 1
+DeviceKind 0 1 2 of 1
+Part 1 2 3 of 1
+Role 0 1 2 3 4 5 6 7 of 1
+Init::Kind 0 1 2 3 of 1
+StateSpec::Kind 0 1 2 of 1
+Atomicity 0 1 2 3 of 1
+OptionSpec::Type 0 1 2 3 4 5 6 7 8 9 10 11 12 of 1
 )";
 
 TEST(Abi, LayoutsAreThoseOfTheEpoch) {

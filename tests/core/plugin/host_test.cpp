@@ -241,7 +241,7 @@ TEST(PluginHost, NamesNeverReachTheFileSystem) {
   fs::copy_file(library("good"), prefix.folder.path / "lib/capstan/tokenizer_outside.so");
   PluginHost host(prefix.program);
   using namespace std::string_literals;
-  for (const std::string& name : {"..", ".", "", "~", "good\0.."s, "a\nb", "*", "%s%n"}) {
+  for (const std::string& name : std::initializer_list<std::string>{"..", ".", "", "~", "good\0.."s, "a\nb", "*", "%s%n"}) {
     const Caught caught = error_of([&] { host.schema("tokenizer", name, prefix.folder.path.string()); });
     EXPECT_EQ(caught.fault, Fault::input) << name;
   }

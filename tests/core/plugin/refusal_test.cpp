@@ -188,7 +188,7 @@ TEST(ElfSection, DamagedHeadersNeverCrash) {
   std::mt19937 random(7);
   int good = 0, bad = 0;
   const std::string path = (folder.path / "x.so").string();
-  for (int round = 0; round < 1500; ++round) {
+  for (int round = 0; round < 600; ++round) {
     std::string bytes = whole;
     for (int k = 0; k <= round % 4; ++k) {
       bytes[places[random() % places.size()]] = static_cast<char>(round % 3 == 0 ? 0xff : random());
@@ -202,8 +202,8 @@ TEST(ElfSection, DamagedHeadersNeverCrash) {
       ++bad;
     }
   }
-  EXPECT_GT(good, 100);
-  EXPECT_GT(bad, 100);
+  EXPECT_GT(good, 40);
+  EXPECT_GT(bad, 40);
 }
 
 TEST(ElfSection, HugeCountsCostNothing) {
