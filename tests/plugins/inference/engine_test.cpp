@@ -41,7 +41,7 @@ class Letters : public Tokenizer {
 
 class Engine : public GptFixture {
  protected:
-  std::shared_ptr<Device> device = make_cpu_device(2);
+  std::shared_ptr<Device> device = make_cpu_device(1);
   std::shared_ptr<Letters> letters = std::make_shared<Letters>();
   std::shared_ptr<Model> model = small(29);
 

@@ -109,18 +109,18 @@ class Invariance : public GptFixture, public testing::WithParamInterface<std::pa
 };
 
 TEST_P(Invariance, DecodingTokenByTokenEqualsOneForward) {
-  place_on(make_cpu_device(2));
+  place_on(make_cpu_device(1));
   EXPECT_EQ(chunked(1), whole());
 }
 
 TEST_P(Invariance, ChunksOfAnySizeEqualOneForward) {
-  place_on(make_cpu_device(2));
+  place_on(make_cpu_device(1));
   const auto expected = whole();
   for (const std::int64_t chunk : {7, 64, 100, 150}) EXPECT_EQ(chunked(chunk), expected) << "chunks of " << chunk;
 }
 
 TEST_P(Invariance, OtherRequestsInTheBatchChangeNothing) {
-  place_on(make_cpu_device(2));
+  place_on(make_cpu_device(1));
   const auto expected = whole();
   for (const std::int64_t chunk : {1, 7, 64})
     EXPECT_EQ(chunked(chunk, 5), expected) << "chunks of " << chunk << " beside 5 others";
@@ -138,7 +138,7 @@ TEST_P(Invariance, ThreadsChangeNothing) {
 }
 
 TEST_P(Invariance, TrainingsForwardWithAGraphGivesTheSameBits) {
-  place_on(make_cpu_device(2));
+  place_on(make_cpu_device(1));
   const auto expected = whole();
   place(*model, *device, DType::f32, 0.2, true);
   const std::vector<std::int32_t> lengths{20, static_cast<std::int32_t>(length)};
@@ -153,7 +153,7 @@ TEST_P(Invariance, TrainingsForwardWithAGraphGivesTheSameBits) {
 }
 
 TEST_P(Invariance, ForkedAndTruncatedSequencesContinueAsIfAlone) {
-  place_on(make_cpu_device(2));
+  place_on(make_cpu_device(1));
   const auto expected = whole();
   const std::size_t row = vocabulary * sizeof(float);
   const auto last_rows = [&](std::int64_t from) {
@@ -180,7 +180,7 @@ TEST_P(Invariance, ForkedAndTruncatedSequencesContinueAsIfAlone) {
 }
 
 TEST_P(Invariance, TheCheckSeesOneChangedBitOfTheState) {
-  place_on(make_cpu_device(2));
+  place_on(make_cpu_device(1));
   const auto expected = whole();
   int step = 0;
   const auto meddle = [&](PagedState& state) {
@@ -203,7 +203,7 @@ TEST_P(Invariance, TheCheckSeesOneChangedBitOfTheState) {
 }
 
 TEST_P(Invariance, TheCheckSeesAnotherOrderOfSummation) {
-  place_on(make_cpu_device(2));
+  place_on(make_cpu_device(1));
   // The last step, written out plainly: a sum from the first column to the last, in f32. Equal within rounding, and yet
   // the comparison of bits tells it from the model's own.
   const std::vector<std::int32_t> lengths{static_cast<std::int32_t>(length)};
