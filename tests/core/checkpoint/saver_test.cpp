@@ -10,6 +10,7 @@
 #include <csignal>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <fstream>
@@ -21,7 +22,6 @@ namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
-using ::testing::Not;
 
 class BothWays : public ::testing::TestWithParam<bool> {};
 INSTANTIATE_TEST_SUITE_P(Saver, BothWays, ::testing::Bool(), [](const auto& p) { return p.param ? "Asynchronous" : "Synchronous"; });
@@ -308,6 +308,31 @@ TEST(Saver, AFolderThatCannotBeMadeIsNamed) {
   const auto text = error_of([&] { Saver saver(root.path() / "run/checkpoints", hdf5(), options(true)); });
   EXPECT_THAT(text, HasSubstr("run/checkpoints"));
   EXPECT_THAT(text, HasSubstr("Not a directory"));
+}
+
+TEST(Saver, AFolderWithoutTheRightToWriteIsNamed) {
+  const Folder root;
+  const auto old = Model::mixed(1);
+  Saver saver(root, hdf5(), options(true));
+  save(saver, old, 1);
+  namespace fs = std::filesystem;
+  const auto nobody = static_cast<uid_t>(65534);
+  const bool is_root = ::geteuid() == 0;  // whom permissions do not stop
+  fs::permissions(root.path(), fs::perms(0555));
+  if (is_root) {
+    ASSERT_EQ(::seteuid(nobody), 0);
+  }
+  saver.save(Model::mixed(2).snapshot(2));
+  saver.wait();
+  if (is_root) {
+    ASSERT_EQ(::seteuid(0), 0);
+  }
+  fs::permissions(root.path(), fs::perms::owner_all);
+  const auto error = saver.take_error();
+  ASSERT_TRUE(error);
+  EXPECT_THAT(error->what(), ::testing::AllOf(HasSubstr(root.path().string()), HasSubstr("Permission denied"), HasSubstr("run.dir")));
+  EXPECT_EQ(error->fault(), Fault::input);
+  EXPECT_TRUE(load_newest(root, old).model == old);
 }
 
 TEST(Saver, AnErrorDuringTheCommitKeepsTheOldStep) {
