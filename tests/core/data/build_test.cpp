@@ -334,9 +334,10 @@ TEST_F(Build, AKilledBuildLeavesNothingVisible) {
 TEST_F(Build, KilledAtAnyMomentADatasetIsWholeOrAbsent) {
   write_file(folder_ / "a/1", std::string(30'000, 'a')), write_file(folder_ / "b/1", std::string(50'000, 'b'));
   std::mt19937 random(5);
-  build_dataset(options(folder_ / "a"));
   int whole = 0;
-  for (int round = 0; round < 60; ++round) {
+  for (int round = 0; round < 40; ++round) {
+    int fds[2];
+    ASSERT_EQ(::pipe(fds), 0);
     const pid_t child = ::fork();
     ASSERT_GE(child, 0);
     if (child == 0) {
@@ -344,9 +345,13 @@ TEST_F(Build, KilledAtAnyMomentADatasetIsWholeOrAbsent) {
         BuildOptions o = options(folder_ / (i % 2 ? "b" : "a"));
         o.force = true, o.threads = 1;
         build_dataset(o);
+        if (i == 0 && ::write(fds[1], "x", 1) != 1) ::_exit(1);
       }
     }
-    std::this_thread::sleep_for(std::chrono::microseconds(500 + random() % 40000));
+    char byte = 0;
+    ASSERT_EQ(::read(fds[0], &byte, 1), 1);  // one is there: what follows replaces it
+    ::close(fds[0]), ::close(fds[1]);
+    std::this_thread::sleep_for(std::chrono::microseconds(random() % 40000));
     ::kill(child, SIGKILL);
     int status = 0;
     ::waitpid(child, &status, 0);
@@ -359,7 +364,7 @@ TEST_F(Build, KilledAtAnyMomentADatasetIsWholeOrAbsent) {
     EXPECT_TRUE(dataset.tokens() == 30'001 || dataset.tokens() == 50'001) << dataset.tokens();
     ++whole;
   }
-  EXPECT_GT(whole, 5);
+  EXPECT_GT(whole, 0);
 }
 
 }  // namespace
