@@ -49,6 +49,11 @@ awk -F'"loss":' '/"loss":/ { split($2, rest, /[,}]/); loss[++n] = rest[1] }
         printf "%d steps, loss %.3f -> %.3f\n", n, first, last
         exit !(n >= 40 && last < 0.75 * first) }' run/metrics.jsonl || die "the loss did not fall"
 
+step "the trained model writes text through the installed engine"
+capstan generate run --prompt "const " --max-tokens 40 > text
+cat text
+(($(wc -c < text) > 10)) || die "it wrote $(wc -c < text) bytes"
+
 step "a plugin that is not there, by the installed program: exit code 2 and a message that helps"
 code=0
 capstan train my_model/recipe.yaml run.dir="$work/none" model.plugin=my_modle 2> message || code=$?

@@ -56,14 +56,14 @@ std::string readable(std::string text) {
 std::uint64_t hash_file(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   const std::string bytes{std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
-  if (in.bad() || bytes.empty()) fail(Fault::runtime, "plugin", fmt::format("cannot read {}: {}", path, std::strerror(errno)));
+  if (in.bad() || bytes.empty()) fail(Fault::runtime, "", fmt::format("cannot read {}: {}", path, std::strerror(errno)));
   return XXH3_64bits(bytes.data(), bytes.size());
 }
 
 void check_kind(std::string_view kind) {
   if (kind_epoch(kind) != 0) return;
   const std::string near = nearest(std::string(kind), plugin_kinds);
-  fail(Fault::input, "plugin", fmt::format("there is no plugin kind '{}'{}; the kinds are: {}", kind,
+  fail(Fault::input, "", fmt::format("there is no plugin kind '{}'{}; the kinds are: {}", kind,
        near.empty() ? "" : fmt::format(", did you mean '{}'?", near), fmt::join(plugin_kinds, ", ")));
 }
 
@@ -109,14 +109,14 @@ const Schema& PluginHost::schema(std::string_view kind, std::string_view name, c
 void PluginHost::add(std::string_view kind, std::string_view name, const Schema& schema, Factory factory) {
   check_kind(kind);
   if (name.empty() || is_path(name)) {
-    fail(Fault::programming, "plugin", fmt::format("'{}' cannot be the name of a {}: it is empty or reads as a path", name, kind));
+    fail(Fault::programming, "", fmt::format("'{}' cannot be the name of a {}: it is empty or reads as a path", name, kind));
   }
-  if (!factory) fail(Fault::programming, "plugin", fmt::format("{} '{}' is registered without a factory", kind, name));
+  if (!factory) fail(Fault::programming, "", fmt::format("{} '{}' is registered without a factory", kind, name));
   const auto [entry, is_new] =
       entries_.try_emplace(Key(kind, name), Entry{schema, std::move(factory), registering_});
   if (!is_new) {
     const auto source = [](const Library* l) { return l == nullptr ? "this program" : l->file.path; };
-    fail(Fault::input, "plugin", fmt::format("{} '{}' is registered twice: by {} and by {}; names are unique within a kind",
+    fail(Fault::input, "", fmt::format("{} '{}' is registered twice: by {} and by {}; names are unique within a kind",
          kind, name, source(entry->second.library), source(registering_)));
   }
 }
@@ -173,7 +173,7 @@ std::vector<PluginFile> PluginHost::files() const {
 const PluginHost::Entry& PluginHost::find(std::string_view kind, std::string_view name, const std::string& folder) {
   check_kind(kind);
   if (name.empty() || std::any_of(name.begin(), name.end(), [](unsigned char c) { return c < ' ' || c == 0x7f; })) {
-    fail(Fault::input, "plugin", fmt::format("the name of a {} plugin is empty or holds control characters", kind));
+    fail(Fault::input, "", fmt::format("the name of a {} plugin is empty or holds control characters", kind));
   }
   const std::string of_kind(kind), named(name);
   return is_path(name) ? find_path(of_kind, named, folder) : find_name(of_kind, named);
@@ -184,7 +184,7 @@ const PluginHost::Entry& PluginHost::find_path(const std::string& kind, const st
   fs::path path(name);
   if (path.is_relative()) {
     if (folder.empty() && known == resolved_.end()) {
-      fail(Fault::input, "plugin", fmt::format("'{}' is a relative path, and there is no recipe here that it could be relative "
+      fail(Fault::input, "", fmt::format("'{}' is a relative path, and there is no recipe here that it could be relative "
            "to; give an absolute one", name));
     }
     path = folder.empty() ? fs::path(known->second) : fs::path(folder) / path;
@@ -196,7 +196,7 @@ const PluginHost::Entry& PluginHost::find_path(const std::string& kind, const st
            fmt::format("name a library of kind '{}', or use this one where a {} belongs", kind, file.kind));
   }
   if (known != resolved_.end() && known->second != file.path) {
-    fail(Fault::input, "plugin", fmt::format("{} '{}' means two files: {} in one recipe and {} in another that it extends; "
+    fail(Fault::input, "", fmt::format("{} '{}' means two files: {} in one recipe and {} in another that it extends; "
          "give absolute paths", kind, name, known->second, file.path));
   }
   const Library& library = load(file, kind, file.name);
@@ -215,7 +215,7 @@ const PluginHost::Entry& PluginHost::find_name(const std::string& kind, const st
   for (const auto& file : found) {
     if (!file.problem.empty() || file.kind != kind || file.name != name) continue;
     if (match != nullptr && !match->same_file(file)) {
-      fail(Fault::input, "plugin", fmt::format("{} '{}' is ambiguous: {} and {} both bring it; remove one, or name the one that "
+      fail(Fault::input, "", fmt::format("{} '{}' is ambiguous: {} and {} both bring it; remove one, or name the one that "
            "is meant by its path", kind, name, match->path, file.path));
     }
     match = &file;
@@ -252,7 +252,7 @@ void PluginHost::unknown(const std::string& kind, const std::string& name, const
   if (!kinds.empty()) text += fmt::format("\n  but:          '{}' exists as {}", name, fmt::join(kinds, ", "));
   text += fmt::format("\n  what to do:   correct the name, or add the folder of the library to plugin_path in the recipe"
                       "\n  searched:     {}", searched());
-  fail(Fault::input, "plugin", text);
+  fail(Fault::input, "", text);
 }
 
 const PluginHost::Library& PluginHost::load(const PluginFile& file, const std::string& kind, const std::string& name) {
@@ -316,7 +316,7 @@ std::string PluginHost::message(const PluginFile& file, std::string_view kind, s
   const std::string wanted(kind.empty() ? std::string_view(file.kind) : kind);
   const std::string named(name.empty() ? std::string_view(file.name) : name);
   const std::string own = file.kind.empty() ? wanted : file.kind;
-  std::string text = "[plugin] cannot load ";
+  std::string text = "cannot load ";
   if (!wanted.empty()) text += wanted + " ";
   text += named.empty() ? "plugin" : fmt::format("plugin '{}'", named);
   text += fmt::format(" from {}: {}", file.path, why);
