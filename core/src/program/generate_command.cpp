@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdio>
 #include <filesystem>
@@ -37,9 +38,10 @@ std::string read_prompt(const GenerateOptions& o) {
     text.assign(std::istreambuf_iterator<char>(std::cin), {});
   } else {
     std::ifstream file(o.prompt_file, std::ios::binary);
-    text.assign(std::istreambuf_iterator<char>(file), {});
-    if (!file)
+    if (!file || std::filesystem::is_directory(o.prompt_file)) {
       fail(Fault::input, o.prompt_file, "the prompt cannot be read: expected a readable file, or - for standard input");
+    }
+    text.assign(std::istreambuf_iterator<char>(file), {});
   }
   return text;
 }

@@ -1,5 +1,5 @@
-// The numerics contract, bit for bit in f32: a position's logits are the same from one forward over the whole text, token
-// by token, in chunks of any size, beside other requests, and on any number of threads. And: the check can fail.
+// The numerics contract, bit for bit in f32 and bf16: a position's logits are the same from one forward over the whole text,
+// token by token, in chunks of any size, beside other requests, and on any number of threads. And: the check can fail.
 #include "tests/plugins/models/fixture.h"
 
 #include <capstan/ops.h>
@@ -16,12 +16,13 @@ const Overrides base{{"layers", "2"}, {"width", "48"}, {"heads", "4"}, {"context
 class Invariance : public GptFixture, public testing::WithParamInterface<std::pair<const char*, Overrides>> {
  protected:
   static constexpr std::int64_t length = 150, vocabulary = 97;
+  const DType dtype = std::string(GetParam().first).ends_with("bf16") ? DType::bf16 : DType::f32;
   std::shared_ptr<Model> model = make(base + GetParam().second);
   std::vector<std::int32_t> text = tokens(length, vocabulary, 5);
 
   void place_on(const std::shared_ptr<Device>& d) {
     device = d;
-    place(*model, *device, DType::f32, 0.2);
+    place(*model, *device, dtype, 0.2);
   }
 
   std::vector<unsigned char> all_logits(ForwardContext& context, std::int64_t first, std::int64_t rows) const {
@@ -34,7 +35,7 @@ class Invariance : public GptFixture, public testing::WithParamInterface<std::pa
   std::vector<unsigned char> whole() const {
     const std::vector<std::int32_t> lengths{static_cast<std::int32_t>(length)};
     const Batch batch = make_batch(*device, text, lengths);
-    ForwardContext context(batch, *device, DType::f32);
+    ForwardContext context(batch, *device, dtype);
     run_forward(*model, context, false);
     return all_logits(context, 0, length);
   }
@@ -61,7 +62,7 @@ class Invariance : public GptFixture, public testing::WithParamInterface<std::pa
     space.past = past;
     space.positions = Tensor::of<std::int32_t>(positions, {static_cast<std::int64_t>(positions.size())}, *device);
     space.longest = 1 + *std::max_element(positions.begin(), positions.end());
-    ForwardContext context(batch, *device, DType::f32);
+    ForwardContext context(batch, *device, dtype);
     context.state = &state;
     state.begin(ids, lengths);
     run_forward(*model, context, false);
@@ -74,7 +75,7 @@ class Invariance : public GptFixture, public testing::WithParamInterface<std::pa
   std::vector<unsigned char> chunked(std::int64_t chunk, int others = 0,
                                      const std::function<void(PagedState&)>& meddle = {}) const {
     const std::vector<StateSpec> specs = model->state();
-    PagedState state(*device, DType::f32, specs, 4096);
+    PagedState state(*device, dtype, specs, 4096);
     std::vector<std::int64_t> other_ids;
     for (int i = 0; i < others; ++i) other_ids.push_back(state.open(0));
     const std::int64_t id = state.open(0);
@@ -140,12 +141,12 @@ TEST_P(Invariance, ThreadsChangeNothing) {
 TEST_P(Invariance, TrainingsForwardWithAGraphGivesTheSameBits) {
   place_on(make_cpu_device(1));
   const auto expected = whole();
-  place(*model, *device, DType::f32, 0.2, true);
+  place(*model, *device, dtype, 0.2, true);
   const std::vector<std::int32_t> lengths{20, static_cast<std::int32_t>(length)};
   std::vector<std::int32_t> both = tokens(20, vocabulary, 9);
   both.insert(both.end(), text.begin(), text.end());
   const Batch batch = make_batch(*device, both, lengths);
-  ForwardContext context(batch, *device, DType::f32);
+  ForwardContext context(batch, *device, dtype);
   context.grad = true;
   context.training = true;
   run_forward(*model, context, false);
@@ -161,7 +162,7 @@ TEST_P(Invariance, ForkedAndTruncatedSequencesContinueAsIfAlone) {
                                       expected.end());
   };
   const std::vector<StateSpec> specs = model->state();
-  PagedState state(*device, DType::f32, specs, 4096);
+  PagedState state(*device, dtype, specs, 4096);
   const std::int64_t a = state.open(0);
   const auto nothing = [](ForwardContext&) {};
   const auto piece = [&](std::int64_t from, std::int64_t to) {
@@ -179,7 +180,10 @@ TEST_P(Invariance, ForkedAndTruncatedSequencesContinueAsIfAlone) {
   EXPECT_EQ(got, last_rows(90));
 }
 
-TEST_P(Invariance, TheCheckSeesOneChangedBitOfTheState) {
+/// Whether the comparisons above can fail.
+class InvarianceCheck : public Invariance {};
+
+TEST_P(InvarianceCheck, TheCheckSeesOneChangedBitOfTheState) {
   place_on(make_cpu_device(1));
   const auto expected = whole();
   int step = 0;
@@ -202,7 +206,7 @@ TEST_P(Invariance, TheCheckSeesOneChangedBitOfTheState) {
   EXPECT_NE(chunked(64, 0, meddle), expected);
 }
 
-TEST_P(Invariance, TheCheckSeesAnotherOrderOfSummation) {
+TEST_P(InvarianceCheck, TheCheckSeesAnotherOrderOfSummation) {
   place_on(make_cpu_device(1));
   // The last step, written out plainly: a sum from the first column to the last, in f32. Equal within rounding, and yet
   // the comparison of bits tells it from the model's own.
@@ -234,11 +238,16 @@ TEST_P(Invariance, TheCheckSeesAnotherOrderOfSummation) {
   EXPECT_NE(bits(plain), expected);
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, Invariance,
-                         testing::Values(std::pair{"gpt2", gpt2_form},
-                                         std::pair{"llama", llama_form + Overrides{{"kv_heads", "2"}}},
-                                         std::pair{"qwen", qwen_form + Overrides{{"kv_heads", "1"}, {"head_size", "20"}}}),
-                         [](const auto& info) { return std::string(info.param.first); });
+const auto forms =
+    testing::Values(std::pair{"gpt2", gpt2_form}, std::pair{"llama", llama_form + Overrides{{"kv_heads", "2"}}},
+                    std::pair{"qwen", qwen_form + Overrides{{"kv_heads", "1"}, {"head_size", "20"}}});
+const auto name_of_form = [](const auto& info) { return std::string(info.param.first); };
+INSTANTIATE_TEST_SUITE_P(Forms, Invariance, forms, name_of_form);
+INSTANTIATE_TEST_SUITE_P(Forms, InvarianceCheck, forms, name_of_form);
+INSTANTIATE_TEST_SUITE_P(Bf16, Invariance,
+                         testing::Values(std::pair{"gpt2_bf16", gpt2_form},
+                                         std::pair{"qwen_bf16", qwen_form + Overrides{{"kv_heads", "1"}}}),
+                         name_of_form);
 
 }  // namespace
 }  // namespace capstan::test
