@@ -46,6 +46,7 @@ struct Case {
   Function op;
   Function plain;        ///< the composition that specifies it; may be empty
   bool by_rows = false;  ///< output row t depends on row t of the inputs alone
+  bool gradient_by_rows = true;  ///< and so does the gradient, to the bit
 };
 inline void PrintTo(const Case& c, std::ostream* out) { *out << c.name; }
 

@@ -1,0 +1,99 @@
+// linear and matmul: against each other, rows alone and in a batch, gradients into leaves.
+#include "core/ops/harness.h"
+
+#include <gmock/gmock.h>
+
+namespace capstan::testing {
+namespace {
+
+using Ins = std::span<const Tensor>;
+using ::testing::HasSubstr;
+
+std::vector<Case> linear_cases() {
+  std::vector<Case> cases;
+  struct Shape { std::int64_t rows, in, out; };
+  for (auto [rows, in, out] : {Shape{1, 1, 1}, {3, 17, 5}, {31, 33, 65}, {65, 64, 48}, {130, 129, 257}}) {
+    const Input x{{rows, in}}, w{{out, in}, -1, 1, false, true}, b{{out}, -1, 1, false, true}, r{{rows, out}};
+    const std::string suffix = std::string("_") + std::to_string(rows) + "x" + std::to_string(in) + "x" + std::to_string(out);
+    const auto product = [](Ins t) { return ops::matmul(t[0], ops::transpose(t[1], 0, 1)); };
+    cases.push_back({"linear" + suffix, {x, w}, [](const Place&, Ins t) { return ops::linear(t[0], t[1]); },
+                     [product](const Place&, Ins t) { return product(t); }, true, false});
+    cases.push_back({"linear_bias" + suffix, {x, w, b}, [](const Place&, Ins t) { return ops::linear(t[0], t[1], t[2]); },
+                     [product](const Place&, Ins t) { return ops::add(product(t), t[2]); }, true, false});
+    cases.push_back({"linear_residual" + suffix, {x, w, r}, [](const Place&, Ins t) { return ops::linear(t[0], t[1], {}, t[2]); },
+                     [product](const Place&, Ins t) { return ops::add(product(t), t[2]); }, true, false});
+    cases.push_back({"linear_bias_residual" + suffix, {x, w, b, r}, [](const Place&, Ins t) { return ops::linear(t[0], t[1], t[2], t[3]); },
+                     [product](const Place&, Ins t) { return ops::add(ops::add(product(t), t[2]), t[3]); }, true, false});
+  }
+  cases.push_back({"linear_of_a_slice", {{{9, 40}}, {{7, 20}, -1, 1, false, true}},
+                   [](const Place&, Ins t) { return ops::linear(ops::slice(t[0], 1, 3, 20), t[1]); },
+                   [](const Place&, Ins t) { return ops::matmul(ops::slice(t[0], 1, 3, 20), ops::transpose(t[1], 0, 1)); }, true, false});
+  cases.push_back({"linear_with_a_computed_weight", {{{9, 5}}, {{7, 5}, -1, 1, false}},
+                   [](const Place&, Ins t) { return ops::linear(t[0], ops::exp(t[1])); }, {}, true, false});
+  return cases;
+}
+CAPSTAN_OP_CASES(Linear, linear_cases());
+
+std::vector<Case> matmul_cases() {
+  const auto f = [](const Place&, Ins t) { return ops::matmul(t[0], t[1]); };
+  // The sum over k written out: [M, K, 1] * [1, K, N], summed over K.
+  const auto plain = [](const Place&, Ins t) {
+    const Dims a = t[0].shape(), b = t[1].shape();
+    return ops::sum(ops::mul(ops::reshape(t[0], Dims{a[0], a[1], 1}), ops::reshape(t[1], Dims{1, b[0], b[1]})), 1);
+  };
+  return {
+      {"matmul_1", {{{1, 1}}, {{1, 1}, -1, 1, false}}, f, plain, true, false},
+      {"matmul_odd", {{{3, 17}}, {{17, 5}, -1, 1, false}}, f, plain, true, false},
+      {"matmul_wide", {{{33, 65}}, {{65, 31}, -1, 1, false}}, f, plain, true, false},
+      {"matmul_batched", {{{2, 3, 5, 7}}, {{2, 3, 7, 4}}}, f, {}},
+      {"matmul_shared", {{{4, 5, 7}}, {{7, 3}, -1, 1, false}}, f, {}, true, false},
+      {"matmul_transposed", {{{2, 7, 5}}, {{2, 3, 7}}},
+       [](const Place&, Ins t) { return ops::matmul(ops::transpose(t[0], 1, 2), ops::transpose(t[1], 1, 2)); }, {}},
+      {"matmul_itself", {{{6, 6}}}, [](const Place&, Ins t) { return ops::matmul(t[0], t[0]); }, {}},
+  };
+}
+CAPSTAN_OP_CASES(Matmul, matmul_cases());
+
+TEST(Matmul, BatchesAreSingleProducts) {
+  auto device = make_cpu_device(2);
+  const Tensor a = make(*device, random_values(2 * 3 * 5, 1), Dims{2, 3, 5}, DType::f64);
+  const Tensor b = make(*device, random_values(2 * 5 * 4, 2), Dims{2, 5, 4}, DType::f64), c = ops::matmul(a, b);
+  for (int i = 0; i < 2; ++i) {
+    const Tensor one = ops::matmul(a.narrow(0, i, 1).view(Dims{3, 5}), b.narrow(0, i, 1).view(Dims{5, 4}));
+    EXPECT_TRUE(near(c.narrow(0, i, 1).view(Dims{3, 4}), one, DType::f64));
+  }
+}
+
+TEST(Linear, AddsItsWeightGradientIntoTheLeaf) {
+  auto device = make_cpu_device(2);
+  const Tensor x = make(*device, random_values(15, 1), Dims{5, 3}, DType::f32);
+  const Tensor w = make_leaf(make(*device, random_values(12, 2), Dims{4, 3}, DType::f32), true);
+  auto* leaf = static_cast<Leaf*>(w.node().get());
+  const Tensor buffer = Tensor::full(Dims{4, 3}, NAN, DType::f32, *device);
+  leaf->set_buffer(buffer);
+  backward(ops::sum_all(ops::linear(x, w)));
+  const std::vector<double> once = doubles(buffer);
+  backward(ops::sum_all(ops::linear(x, w)));
+  std::vector<double> twice = once;
+  for (double& v : twice) v *= 2;
+  EXPECT_TRUE(near(doubles(buffer), twice, tolerance_of(DType::f32)));
+  const std::vector<double> xs = doubles(x);
+  std::vector<double> columns(3, 0.0), want;
+  for (std::size_t i = 0; i < xs.size(); ++i) columns[i % 3] += xs[i];
+  for (int o = 0; o < 4; ++o) want.insert(want.end(), columns.begin(), columns.end());
+  EXPECT_TRUE(near(once, want, tolerance_of(DType::f32)));
+}
+
+TEST(Linear, SaysWhatDoesNotFit) {
+  auto device = make_cpu_device(1);
+  const auto t = [&](const Dims& shape, DType dtype = DType::f32) { return Tensor::zeros(shape, dtype, *device); };
+  EXPECT_THAT(error_of([&] { ops::linear(t({3, 4}), t({5, 6})); }), HasSubstr("[3, 4] and [5, 6]"));
+  EXPECT_THAT(error_of([&] { ops::linear(t({3, 4}), t({5, 4}, DType::f64)); }), HasSubstr("f64"));
+  EXPECT_THAT(error_of([&] { ops::linear(t({3, 4}), t({5, 4}), t({4})); }), HasSubstr("expected [5]"));
+  EXPECT_THAT(error_of([&] { ops::linear(t({3, 4}), t({5, 4}), {}, t({3, 4})); }), HasSubstr("expected [3, 5]"));
+  EXPECT_THAT(error_of([&] { ops::matmul(t({3, 4}), t({5, 4})); }), HasSubstr("[3, 4] and [5, 4]"));
+  EXPECT_THAT(error_of([&] { ops::matmul(t({2, 3, 4}), t({3, 4, 5})); }), HasSubstr("[2, 3, 4] and [3, 4, 5]"));
+}
+
+}  // namespace
+}  // namespace capstan::testing
