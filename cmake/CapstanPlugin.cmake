@@ -25,7 +25,8 @@ function(capstan_add_plugin name)
   set_target_properties(${target} PROPERTIES PREFIX "" OUTPUT_NAME ${target} CXX_VISIBILITY_PRESET hidden
     VISIBILITY_INLINES_HIDDEN ON CXX_EXTENSIONS OFF LINK_DEPENDS ${CAPSTAN_PLUGIN_EXPORTS})
   # Hidden visibility does not reach instantiations of the standard library's templates; the script does.
-  target_link_options(${target} PRIVATE -Wl,-z,nodelete -Wl,--version-script=${CAPSTAN_PLUGIN_EXPORTS})
+  # And a symbol that nobody defines is the linker's error, not that of the first run.
+  target_link_options(${target} PRIVATE -Wl,-z,nodelete -Wl,-z,defs -Wl,--version-script=${CAPSTAN_PLUGIN_EXPORTS})
   if(TARGET capstan_flags)
     target_link_libraries(${target} PRIVATE capstan_flags)
     set_target_properties(${target} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CAPSTAN_PLUGIN_OUTPUT}
@@ -33,8 +34,6 @@ function(capstan_add_plugin name)
     install(TARGETS ${target} LIBRARY DESTINATION ${CAPSTAN_PLUGIN_INSTALL} COMPONENT program)
     set_property(GLOBAL APPEND PROPERTY CAPSTAN_PLUGIN_TARGETS ${target})
   else()
-    # A symbol that nobody defines is the linker's error, not that of the first run.
-    target_link_options(${target} PRIVATE -Wl,-z,defs)
     set_target_properties(${target} PROPERTIES LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR})
   endif()
 endfunction()
