@@ -18,51 +18,59 @@ constexpr std::int64_t tile = attention_tile;
 
 std::int64_t pad(std::int64_t n, std::int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
 
-/// Work of one thread: which sequence and which rows of it (a tile of query rows).
-struct RowTile { std::int32_t sequence; std::int64_t first; };
-
 template <class A>
 struct Buffers {
-  A *q, *kt, *v, *scores, *out, *max, *sum;
+  A *q, *scores, *out, *max, *sum;
+  A *keys, *values;  // packed tiles of one sequence and key/value head: keys transposed, both padded
 };
 
-/// One tile of query rows against key tiles 0 .. last, tile pointers by `keys(t)` and `values(t)`.
-template <class A, class T, class KeyTile, class ValueTile>
+/// One tile of query rows against packed key tiles 0 .. last.
+template <class A, class T>
 void query_tile(const Buffers<A>& b, std::int64_t rows, std::int64_t first_position, std::int64_t head_size, double scale,
-                const T* q, std::int64_t q_stride, KeyTile keys, std::int64_t k_stride, ValueTile values, std::int64_t v_stride,
-                T* out, std::int64_t out_stride, A* lse) {
+                const T* q, std::int64_t q_stride, T* out, std::int64_t out_stride, A* lse) {
   using V = Vec<A>;
   const std::int64_t d_pad = pad(head_size, V::lanes);
   load_tile(rows, head_size, head_size, q, q_stride, b.q);
   for (std::int64_t i = 0; i < rows * head_size; ++i) b.q[i] *= static_cast<A>(scale);
-  for (std::int64_t r = 0; r < rows; ++r) b.max[r] = -std::numeric_limits<A>::infinity(), b.sum[r] = A(0);
+  std::fill(b.max, b.max + tile, -std::numeric_limits<A>::infinity());
+  std::fill(b.sum, b.sum + tile, A(0));
   std::fill(b.out, b.out + rows * d_pad, A(0));
   const std::int64_t last_position = first_position + rows - 1;
   for (std::int64_t t = 0; t * tile <= last_position; ++t) {
     const std::int64_t count = std::min(tile, last_position + 1 - t * tile);
-    load_tile_transposed(count, head_size, tile, keys(t), k_stride, b.kt);
-    tile_gemm<A>(rows, tile, head_size, b.q, head_size, 1, b.kt, tile, b.scores, tile, false);
+    tile_gemm<A>(rows, tile, head_size, b.q, head_size, 1, b.keys + t * tile * head_size, tile, b.scores, tile, false);
+    // Three passes over the rows, so that the exponentials of one do not wait for the maximum of another.
+    A highest[tile], shrink[tile];
     for (std::int64_t r = 0; r < rows; ++r) {
       A* s = b.scores + r * tile;
-      const std::int64_t valid = std::min(tile, first_position + r + 1 - t * tile);
-      for (std::int64_t j = std::max<std::int64_t>(valid, 0); j < tile; ++j) s[j] = -std::numeric_limits<A>::infinity();
-      V highest = V::load(s);
-      for (std::int64_t j = V::lanes; j < tile; j += V::lanes) highest = max(highest, V::load(s + j));
-      const A m = std::max(b.max[r], reduce_max(highest));
-      const A shrink = exp(V(b.max[r] - m))[0];
+      const std::int64_t valid = std::clamp<std::int64_t>(first_position + r + 1 - t * tile, 0, tile);
+      for (std::int64_t j = valid; j < tile; ++j) s[j] = -std::numeric_limits<A>::infinity();
+      V m = V::load(s);
+      for (std::int64_t j = V::lanes; j < tile; j += V::lanes) m = max(m, V::load(s + j));
+      highest[r] = std::max(b.max[r], reduce_max(m));
+    }
+    for (std::int64_t r = rows; r < tile; ++r) highest[r] = A(0);
+    for (std::int64_t r = 0; r < rows; r += V::lanes) {
+      const V f = exp_flushed(V::load(b.max + r) - V::load(highest + r));
+      f.store(shrink + r);
+      (V::load(b.sum + r) * f).store(b.sum + r);
+    }
+    for (std::int64_t r = 0; r < rows; ++r) {
+      A* s = b.scores + r * tile;
+      const V m(highest[r]);
       V total(A(0));
       for (std::int64_t j = 0; j < tile; j += V::lanes) {
-        const V p = exp(V::load(s + j) - V(m));
+        const V p = exp_flushed(V::load(s + j) - m);
         p.store(s + j);
         total = total + p;
       }
-      b.sum[r] = b.sum[r] * shrink + reduce_add(total);
-      b.max[r] = m;
+      b.sum[r] += reduce_add(total);
+      b.max[r] = highest[r];
+      if (shrink[r] == A(1) || t == 0) continue;  // times 1, or nothing there yet
       A* o = b.out + r * d_pad;
-      for (std::int64_t j = 0; j < d_pad; j += V::lanes) (V::load(o + j) * V(shrink)).store(o + j);
+      for (std::int64_t j = 0; j < d_pad; j += V::lanes) (V::load(o + j) * V(shrink[r])).store(o + j);
     }
-    load_tile(count, head_size, d_pad, values(t), v_stride, b.v);
-    tile_gemm<A>(rows, d_pad, count, b.scores, tile, 1, b.v, d_pad, b.out, d_pad, true);
+    tile_gemm<A>(rows, d_pad, count, b.scores, tile, 1, b.values + t * tile * d_pad, d_pad, b.out, d_pad, true);
   }
   for (std::int64_t r = 0; r < rows; ++r) {
     const A inverse = A(1) / b.sum[r];
@@ -73,28 +81,37 @@ void query_tile(const Buffers<A>& b, std::int64_t rows, std::int64_t first_posit
 }
 
 template <class A>
-Buffers<A> take_buffers(Context& context, std::int64_t head_size) {
+Buffers<A> take_buffers(Context& context, std::int64_t head_size, std::int64_t most_tiles) {
   const std::int64_t d = pad(head_size, 16);
-  const std::int64_t need = tile * d * 4 + tile * tile + tile * 2;
+  const std::int64_t need = tile * d * 2 + tile * tile + tile * 2 + most_tiles * tile * (head_size + d);
   A* p = static_cast<A*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>(need) * sizeof(A)));
   Buffers<A> b{};
   b.q = p, p += tile * d;
-  b.kt = p, p += tile * d;
-  b.v = p, p += tile * d;
   b.out = p, p += tile * d;
   b.scores = p, p += tile * tile;
   b.max = p, p += tile;
-  b.sum = p;
+  b.sum = p, p += tile;
+  b.keys = p, p += most_tiles * tile * head_size;
+  b.values = p;
   return b;
 }
 
-std::vector<RowTile> row_tiles(const std::int32_t* starts, std::int64_t sequences) {
-  std::vector<RowTile> tiles;
-  for (std::int64_t s = 0; s < sequences; ++s)
-    for (std::int64_t r = 0; r < starts[s + 1] - starts[s]; r += tile) tiles.push_back({static_cast<std::int32_t>(s), r});
+std::int64_t tiles_of(std::int64_t rows) { return (rows + tile - 1) / tile; }
+
+/// Query tiles [first, end) of one sequence: what one thread does for one key/value head at a time.
+struct Work { std::int64_t sequence, first, end; };
+
+/// Packing the keys serves all query tiles of a piece, so pieces are as long as keeps the threads busy.
+std::vector<Work> pieces(const std::int32_t* starts, std::int64_t sequences, std::int64_t kv_heads, int threads) {
+  const std::int64_t cuts = std::max<std::int64_t>(1, 4 * threads / std::max<std::int64_t>(1, sequences * kv_heads));
+  std::vector<Work> all;
+  for (std::int64_t s = 0; s < sequences; ++s) {
+    const std::int64_t n = tiles_of(starts[s + 1] - starts[s]), piece = (n + cuts - 1) / cuts;
+    for (std::int64_t t = 0; t < n; t += piece) all.push_back({s, t, std::min(n, t + piece)});
+  }
   // The last tiles of a sequence have the most keys: starting with them evens out the threads.
-  std::stable_sort(tiles.begin(), tiles.end(), [](const RowTile& a, const RowTile& b) { return a.first > b.first; });
-  return tiles;
+  std::stable_sort(all.begin(), all.end(), [](const Work& a, const Work& b) { return a.end > b.end; });
+  return all;
 }
 
 }  // namespace
@@ -102,23 +119,28 @@ std::vector<RowTile> row_tiles(const std::int32_t* starts, std::int64_t sequence
 template <class T>
 void attention_forward(Context& context, const AttentionArgs<T>& a) {
   using A = Compute<T>;
-  const std::vector<RowTile> tiles = row_tiles(a.starts, a.sequences);
-  const std::int64_t group = a.heads / a.kv_heads, items = static_cast<std::int64_t>(tiles.size()) * a.heads;
+  const std::vector<Work> work = pieces(a.starts, a.sequences, a.kv_heads, context.threads());
+  const std::int64_t group = a.heads / a.kv_heads, items = static_cast<std::int64_t>(work.size()) * a.kv_heads, d = a.head_size;
+  const std::int64_t d_pad = pad(d, Vec<A>::lanes), most = work.empty() ? 0 : work.front().end;
 #pragma omp parallel num_threads(context.threads())
   {
-    const Buffers<A> b = take_buffers<A>(context, a.head_size);
+    const Buffers<A> b = take_buffers<A>(context, d, most);
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t item = 0; item < items; ++item) {
-      const RowTile& rt = tiles[static_cast<std::size_t>(item / a.heads)];
-      const std::int64_t h = item % a.heads, begin = a.starts[rt.sequence], row = begin + rt.first;
-      const std::int64_t rows = std::min(tile, a.starts[rt.sequence + 1] - row);
-      const T* k = a.k + begin * a.k_stride + h / group * a.head_size;
-      const T* v = a.v + begin * a.v_stride + h / group * a.head_size;
-      query_tile<A, T>(b, rows, rt.first, a.head_size, a.scale, a.q + row * a.q_stride + h * a.head_size, a.q_stride,
-                       [&](std::int64_t t) { return k + t * tile * a.k_stride; }, a.k_stride,
-                       [&](std::int64_t t) { return v + t * tile * a.v_stride; }, a.v_stride,
-                       a.out + row * a.out_stride + h * a.head_size, a.out_stride,
-                       a.lse == nullptr ? nullptr : static_cast<A*>(a.lse) + h * a.rows + row);
+      const Work& w = work[static_cast<std::size_t>(item / a.kv_heads)];
+      const std::int64_t g = item % a.kv_heads, begin = a.starts[w.sequence], length = a.starts[w.sequence + 1] - begin;
+      for (std::int64_t t = 0; t < w.end; ++t) {
+        const std::int64_t count = std::min(tile, length - t * tile), row = begin + t * tile;
+        load_tile_transposed(count, d, tile, a.k + row * a.k_stride + g * d, a.k_stride, b.keys + t * tile * d);
+        load_tile(count, d, d_pad, a.v + row * a.v_stride + g * d, a.v_stride, b.values + t * tile * d_pad);
+      }
+      for (std::int64_t h = g * group; h < (g + 1) * group; ++h)
+        for (std::int64_t t = w.first; t < w.end; ++t) {
+          const std::int64_t row = begin + t * tile;
+          query_tile<A, T>(b, std::min(tile, length - t * tile), t * tile, d, a.scale, a.q + row * a.q_stride + h * d, a.q_stride,
+                           a.out + row * a.out_stride + h * d, a.out_stride,
+                           a.lse == nullptr ? nullptr : static_cast<A*>(a.lse) + h * a.rows + row);
+        }
     }
   }
 }
@@ -126,25 +148,32 @@ void attention_forward(Context& context, const AttentionArgs<T>& a) {
 template <class T>
 void attention_paged(Context& context, const PagedAttentionArgs<T>& a) {
   using A = Compute<T>;
-  const std::vector<RowTile> tiles = row_tiles(a.starts, a.sequences);
-  const std::int64_t group = a.heads / a.kv_heads, items = static_cast<std::int64_t>(tiles.size()) * a.heads;
+  const std::vector<Work> work = pieces(a.starts, a.sequences, a.kv_heads, context.threads());
+  const std::int64_t group = a.heads / a.kv_heads, items = static_cast<std::int64_t>(work.size()) * a.kv_heads, d = a.head_size;
+  const std::int64_t d_pad = pad(d, Vec<A>::lanes);
+  std::int64_t most = 0;
+  for (std::int64_t s = 0; s < a.sequences; ++s) most = std::max(most, tiles_of(a.lengths[s]));
 #pragma omp parallel num_threads(context.threads())
   {
-    const Buffers<A> b = take_buffers<A>(context, a.head_size);
+    const Buffers<A> b = take_buffers<A>(context, d, most);
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t item = 0; item < items; ++item) {
-      const RowTile& rt = tiles[static_cast<std::size_t>(item / a.heads)];
-      const std::int64_t h = item % a.heads, row = a.starts[rt.sequence] + rt.first;
-      const std::int64_t rows = std::min(tile, a.starts[rt.sequence + 1] - row);
-      const std::int64_t past = a.lengths[rt.sequence] - (a.starts[rt.sequence + 1] - a.starts[rt.sequence]);
-      const std::int32_t* blocks = a.blocks + rt.sequence * a.blocks_stride;
-      auto page = [&](const T* pages, std::int64_t t) {
-        return pages + (static_cast<std::int64_t>(blocks[t]) * a.kv_heads + h / group) * tile * a.head_size;
-      };
-      query_tile<A, T>(b, rows, past + rt.first, a.head_size, a.scale, a.q + row * a.q_stride + h * a.head_size, a.q_stride,
-                       [&](std::int64_t t) { return page(a.k_pages, t); }, a.head_size,
-                       [&](std::int64_t t) { return page(a.v_pages, t); }, a.head_size,
-                       a.out + row * a.out_stride + h * a.head_size, a.out_stride, static_cast<A*>(nullptr));
+      const Work& w = work[static_cast<std::size_t>(item / a.kv_heads)];
+      const std::int64_t g = item % a.kv_heads, begin = a.starts[w.sequence], fresh = a.starts[w.sequence + 1] - begin;
+      const std::int64_t held = a.lengths[w.sequence], past = held - fresh;
+      const std::int32_t* blocks = a.blocks + w.sequence * a.blocks_stride;
+      const std::int64_t last = std::min(held, past + w.end * tile);  // keys that this piece's rows can see
+      for (std::int64_t t = 0; t < tiles_of(last); ++t) {
+        const std::int64_t count = std::min(tile, held - t * tile), at = (static_cast<std::int64_t>(blocks[t]) * a.kv_heads + g) * tile * d;
+        load_tile_transposed(count, d, tile, a.k_pages + at, d, b.keys + t * tile * d);
+        load_tile(count, d, d_pad, a.v_pages + at, d, b.values + t * tile * d_pad);
+      }
+      for (std::int64_t h = g * group; h < (g + 1) * group; ++h)
+        for (std::int64_t t = w.first; t < w.end; ++t) {
+          const std::int64_t row = begin + t * tile;
+          query_tile<A, T>(b, std::min(tile, fresh - t * tile), past + t * tile, d, a.scale, a.q + row * a.q_stride + h * d, a.q_stride,
+                           a.out + row * a.out_stride + h * d, a.out_stride, static_cast<A*>(nullptr));
+        }
     }
   }
 }

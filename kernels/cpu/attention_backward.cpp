@@ -75,7 +75,7 @@ void attention_backward(Context& context, const AttentionArgs<T>& a) {
               const V l(lse[q0 + r]), dl(delta[q0 + r]), sc(static_cast<A>(a.scale));
               const std::int64_t valid = std::min(keys, q0 + r + 1 - kt0);
               for (std::int64_t c = 0; c < tile; c += V::lanes) {
-                const V e = exp(fma(V::load(pr + c), sc, -l));
+                const V e = exp_flushed(fma(V::load(pr + c), sc, -l));
                 e.store(pr + c);
                 (e * (V::load(gr + c) - dl) * sc).store(gr + c);
               }

@@ -6,7 +6,9 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -42,14 +44,19 @@ const GemmCache::Entry& matmul_for(GemmCache& cache, const Gemm& g) {
   }
   if (g.bias) e.bias = g.batch == 1 ? memory::desc({1, g.n}, memory::data_type::f32, memory::dims{g.n, 1})
                                     : memory::desc({1, 1, g.n}, memory::data_type::f32, memory::dims{g.n, g.n, 1});
+  // With many rows the library's own layout of B pays for the copy into it (the same bits either way).
+  e.packed = g.batch == 1 && g.trans_b && g.m >= 2048 && g.n <= 8192;
+  const memory::desc b = e.packed ? memory::desc({g.k, g.n}, type_of(g.b), memory::format_tag::any) : e.b;
 #if DNNL_VERSION_MAJOR >= 3
-  const auto pd = g.bias ? dnnl::matmul::primitive_desc(cache.engine, e.a, e.b, e.bias, e.c, attr)
-                         : dnnl::matmul::primitive_desc(cache.engine, e.a, e.b, e.c, attr);
+  const auto pd = g.bias ? dnnl::matmul::primitive_desc(cache.engine, e.a, b, e.bias, e.c, attr)
+                         : dnnl::matmul::primitive_desc(cache.engine, e.a, b, e.c, attr);
 #else
-  const auto pd = g.bias ? dnnl::matmul::primitive_desc({e.a, e.b, e.bias, e.c}, attr, cache.engine)
-                         : dnnl::matmul::primitive_desc({e.a, e.b, e.c}, attr, cache.engine);
+  const auto pd = g.bias ? dnnl::matmul::primitive_desc({e.a, b, e.bias, e.c}, attr, cache.engine)
+                         : dnnl::matmul::primitive_desc({e.a, b, e.c}, attr, cache.engine);
 #endif
   e.primitive = dnnl::matmul(pd);
+  e.primitive_b = pd.weights_desc();
+  if (e.packed) e.pack = dnnl::reorder(dnnl::reorder::primitive_desc(cache.engine, e.b, cache.engine, e.primitive_b));
   // Shapes of inference vary without end; primitives are cheap to make again.
   if (cache.entries.size() > 4096) cache.entries.clear();
   return cache.entries.emplace(key, std::move(e)).first->second;
@@ -57,8 +64,19 @@ const GemmCache::Entry& matmul_for(GemmCache& cache, const Gemm& g) {
 
 void run_matmul(GemmCache& cache, const Gemm& g, const void* a, const void* b, void* c, const void* bias) {
   const GemmCache::Entry& e = matmul_for(cache, g);
+  if (e.packed) {
+    const std::size_t need = e.primitive_b.get_size();
+    if (cache.packed_bytes < need) {
+      cache.packed.reset(std::aligned_alloc(64, (need + 4095) / 4096 * 4096));
+      cache.packed_bytes = cache.packed ? need : 0;
+      if (!cache.packed) throw std::bad_alloc();
+    }
+    memory from(e.b, cache.engine, const_cast<void*>(b)), to(e.primitive_b, cache.engine, cache.packed.get());
+    e.pack.execute(cache.stream, from, to);
+    b = cache.packed.get();
+  }
   std::unordered_map<int, memory> args{{DNNL_ARG_SRC, memory(e.a, cache.engine, const_cast<void*>(a))},
-                                       {DNNL_ARG_WEIGHTS, memory(e.b, cache.engine, const_cast<void*>(b))},
+                                       {DNNL_ARG_WEIGHTS, memory(e.primitive_b, cache.engine, const_cast<void*>(b))},
                                        {DNNL_ARG_DST, memory(e.c, cache.engine, c)}};
   if (g.bias) args.emplace(DNNL_ARG_BIAS, memory(e.bias, cache.engine, const_cast<void*>(bias)));
   e.primitive.execute(cache.stream, args);
@@ -162,9 +180,11 @@ void gemm(Context& context, const Gemm& g, const void* a, const void* b, void* c
         return run_in_row_blocks(cache, g, static_cast<const char*>(a), static_cast<const char*>(b), static_cast<char*>(c), bias);
       return run_matmul(cache, g, a, b, c, bias);
     }
-    // sgemm is the faster path where A is read along its rows (gradients of activations).
-    if (f32 && g.batch == 1 && !g.bias && !g.trans_a && g.m >= 16) {
-      const auto status = dnnl_sgemm('N', g.trans_b ? 'T' : 'N', g.m, g.n, g.k, 1.0f, static_cast<const float*>(a), g.lda,
+    // sgemm is the faster path where A is read along its rows (gradients of activations), and where rows of B a
+    // multiple of 4 KiB apart would fall on the same cache sets (it packs B). The choice hangs on the shape
+    // alone: the same run gives the same bits.
+    if (f32 && g.batch == 1 && !g.bias && g.m >= 16 && (!g.trans_a || g.ldb % 1024 == 0)) {
+      const auto status = dnnl_sgemm(g.trans_a ? 'T' : 'N', g.trans_b ? 'T' : 'N', g.m, g.n, g.k, 1.0f, static_cast<const float*>(a), g.lda,
                                      static_cast<const float*>(b), g.ldb, g.accumulate ? 1.0f : 0.0f, static_cast<float*>(c), g.ldc);
       if (status != dnnl_success) throw std::runtime_error("dnnl_sgemm returned " + std::to_string(static_cast<int>(status)));
       return;

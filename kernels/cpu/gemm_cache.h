@@ -4,7 +4,9 @@
 
 #include <oneapi/dnnl/dnnl.hpp>
 
+#include <cstdlib>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <tuple>
 
@@ -15,8 +17,14 @@ struct GemmCache {
                          std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
   struct Entry {
     dnnl::matmul primitive;
-    dnnl::memory::desc a, b, c, bias, scratchpad;
+    dnnl::reorder pack;  ///< of B, when `packed`
+    dnnl::memory::desc a, b, c, bias;
+    dnnl::memory::desc primitive_b;  ///< B as the primitive reads it
+    bool packed = false;
   };
+  struct Free { void operator()(void* p) const { std::free(p); } };
+  std::unique_ptr<void, Free> packed;  ///< one B at a time
+  std::size_t packed_bytes = 0;
   dnnl::engine engine{dnnl::engine::kind::cpu, 0};
   dnnl::stream stream{engine};
   std::map<Key, Entry> entries;

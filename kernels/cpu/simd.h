@@ -299,6 +299,9 @@ template <class F> CAPSTAN_INLINE double fold(Vec<double> a, F f) {
 
 /// Sum of the lanes in a fixed tree.
 template <class T> CAPSTAN_INLINE T reduce_add(Vec<T> a) { return detail::fold(a, [](auto x, auto y) { return x + y; }); }
+#if defined(CAPSTAN_AVX512)
+CAPSTAN_INLINE float reduce_max(Vec<float> a) { return _mm512_reduce_max_ps(reinterpret_cast<__m512>(a.v)); }
+#endif
 template <class T> CAPSTAN_INLINE T reduce_max(Vec<T> a) { return detail::fold(a, [](auto x, auto y) { return x > y ? x : y; }); }
 template <class T> CAPSTAN_INLINE T reduce_min(Vec<T> a) { return detail::fold(a, [](auto x, auto y) { return x < y ? x : y; }); }
 
@@ -348,6 +351,14 @@ CAPSTAN_INLINE Vec<float> exp(Vec<float> a) {
   return detail::scale2(p, n);
 }
 CAPSTAN_INLINE Vec<double> exp(Vec<double> a) { return detail::each_lane(a, [](double x) { return std::exp(x); }); }
+
+/// e^a with results below e^-87 made 0: for softmax, where they vanish beside 1 and denormal lanes would cost
+/// a hundred times the others.
+CAPSTAN_INLINE Vec<float> exp_flushed(Vec<float> a) {
+  const Vec<float> lowest(-87.f);
+  return select(a < lowest, Vec<float>(0.f), exp(max(a, lowest)));
+}
+CAPSTAN_INLINE Vec<double> exp_flushed(Vec<double> a) { return exp(a); }
 
 /// Natural logarithm, within 2 ulp; -inf at 0, inf at inf, NaN below 0 and at NaN.
 CAPSTAN_INLINE Vec<float> log(Vec<float> a) {

@@ -29,7 +29,7 @@ RowScore<A> score_row(A* x, std::int64_t n, bool keep) {
   V sum0(A(0)), sum1(A(0)), dot0(A(0)), dot1(A(0));
   auto block = [&](std::int64_t at, V& sum, V& dot, auto mask) {
     V y = V::load(x + at, mask) - V(m);
-    V e = exp(y);
+    V e = exp_flushed(y);
     if constexpr (std::is_same_v<decltype(mask), Part>) {  // lanes past the row count as nothing
       A tail[lanes];
       e.store(tail);
