@@ -36,7 +36,7 @@ class Command : public ::testing::Test {
     save(saver, Model::mixed(2), 200);
   }
   std::string quoted(const std::string& below = "") const { return "'" + (run_folder.path() / below).string() + "'"; }
-  const Folder run_folder{true};
+  const Folder run_folder;
 };
 
 TEST_F(Command, InfoTellsStepsAndState) {

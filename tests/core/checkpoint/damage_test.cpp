@@ -53,7 +53,7 @@ class Damage : public ::testing::Test {
     EXPECT_TRUE(target == one.blank()) << "nothing may be written before all is verified";
   }
 
-  const Folder root{true};
+  const Folder root;
   const Path newest = root.path() / "step_000002";
   const Path shard = newest / "shard_00000.h5";
   const Model one = Model::mixed(1), two = Model::mixed(2);

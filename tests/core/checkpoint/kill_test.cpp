@@ -38,7 +38,7 @@ void prepare(const Path& root, Before before) {
 }
 
 std::vector<std::string> stages_of(Before before, bool asynchronous) {
-  const Folder root(true);
+  const Folder root;
   prepare(root, before);
   std::vector<std::string> seen;
   Saver saver(root, hdf5(), saving(asynchronous, [&](std::string_view stage) {
@@ -82,7 +82,7 @@ TEST_P(Kill, AtEveryStageLeavesAGoodCheckpoint) {
   const int old = before == Before::nothing ? 0 : 1;
   for (std::size_t i = 0; i < stages.size(); ++i) {
     SCOPED_TRACE(stages[i]);
-    const Folder root(true);
+    const Folder root;
     prepare(root, before);
     save_until(root, asynchronous, stages[i]);
     if (HasFatalFailure()) return;
@@ -135,7 +135,7 @@ TEST(Saver, EveryNamedStageIsReachedAndEveryReachedStageIsNamed) {
 
 // The start after a kill may itself be killed: cleaning again ends in the same place.
 TEST(Saver, CleaningRestoresASupersededStepWithoutSuccessor) {
-  const Folder root(true);
+  const Folder root;
   prepare(root, Before::the_same_step);
   std::filesystem::rename(root.path() / "step_000002", root.path() / "step_000002.superseded");
   std::filesystem::create_directory(root.path() / "step_000002.tmp-77");

@@ -64,7 +64,7 @@ void save_in_pieces(const Path& root, Model& model, int writers, std::mt19937& r
 TEST(Reshard, AnySplitLoadsIntoAnyOther) {
   std::mt19937 random(11);
   for (int trial = 0; trial < 12; ++trial) {
-    const Folder root(true);
+    const Folder root;
     auto model = Model::mixed(static_cast<unsigned>(trial));
     model.add("experts", DType::bf16, {4, 6, 5, 3}, whole({4, 6, 5, 3}));
     model.randomize(static_cast<unsigned>(trial + 100));
@@ -85,7 +85,7 @@ TEST(Reshard, AnySplitLoadsIntoAnyOther) {
 }
 
 TEST(Reshard, AHoleBetweenWritersIsRefusedAtCommit) {
-  const Folder root(true);
+  const Folder root;
   auto model = Model::of("w", DType::f32, {4, 4}, 1);
   auto tensors = model.snapshot(1).tensors;
   tensors[0].box = {{0, 0}, {3, 4}}, tensors[0].bytes = 48;  // the writer of the last row forgot it

@@ -27,7 +27,7 @@ class BothWays : public ::testing::TestWithParam<bool> {};
 INSTANTIATE_TEST_SUITE_P(Saver, BothWays, ::testing::Bool(), [](const auto& p) { return p.param ? "Asynchronous" : "Synchronous"; });
 
 TEST_P(BothWays, EveryBitOfEveryElementTypeComesBack) {
-  const Folder root;
+  const Folder root(false);
   const auto model = Model::mixed(1);
   {
     Saver saver(root.path() / "checkpoints", hdf5(), options(GetParam()));
@@ -86,7 +86,7 @@ TEST(Saver, TheSnapshotIsWhatTheTensorsWereWhenSaveReturned) {
 }
 
 TEST(Saver, ManyTensorsOfOddSizesAreStagedWhole) {
-  const Folder root;
+  const Folder root(false);
   Model model;
   for (int i = 0; i < 60; ++i) {
     const Shape shape{1 + i * 7919 % 700'001};

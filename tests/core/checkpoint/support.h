@@ -15,8 +15,8 @@ namespace capstan::checkpoint::testing {
 /// A new folder, removed with all in it at the end.
 class Folder {
  public:
-  /// `in_memory`: where many fsyncs are cheap, if there is such a place; for what a kill leaves it makes no difference.
-  explicit Folder(bool in_memory = false);
+  /// In memory, where fsyncs are cheap, if there is such a place; for what a kill leaves it makes no difference.
+  explicit Folder(bool in_memory = true);
   ~Folder();
   Folder(const Folder&) = delete;
   Folder& operator=(const Folder&) = delete;
