@@ -176,6 +176,8 @@ void gemm(Context& context, const Gemm& g, const void* a, const void* b, void* c
     if (g.k == 0) throw std::invalid_argument("an inner dimension of 0");
     const bool f32 = g.a == Num::f32 && g.b == Num::f32 && g.c == Num::f32;
     if (g.invariant) {
+      // Padded rows select another implementation, whose bits depend on the row count.
+      if (g.trans_a || g.lda != g.k || g.ldc != g.n) throw std::invalid_argument("rows of A and C must lie close together in an invariant product");
       if (g.batch == 1 && rows_depend_on_count(cache))
         return run_in_row_blocks(cache, g, static_cast<const char*>(a), static_cast<const char*>(b), static_cast<char*>(c), bias);
       return run_matmul(cache, g, a, b, c, bias);

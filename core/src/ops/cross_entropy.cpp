@@ -31,7 +31,7 @@ struct Pass {
   Pass(const Tensor& x_in, const Tensor& w, const Tensor& targets_in) : x(x_in), weight(w), targets(targets_in) {
     t = x.size(0), c = x.size(1), v = weight.size(0);
     compute = score_type(x.dtype());
-    ld = (v + 15) / 16 * 16;  // rows on cache lines
+    ld = v;  // padded rows would send the library down a path whose bits depend on the row count
     chunk = std::clamp<std::int64_t>(chunk_bytes / (ld * size_of(compute)) / 16 * 16, 16, 4096);
     chunk = std::min(chunk, t);
     logits = Tensor::empty(Dims{chunk, ld}, compute, x.device());

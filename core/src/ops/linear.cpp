@@ -88,7 +88,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const T
   if (residual.defined() && (!(residual.shape() == Dims{t, out}) || residual.dtype() != x.dtype()))
     fail(Fault::programming, "linear", "residual: expected " + to_string(Dims{t, out}) + " of x's element type, got " + to_string(residual.shape()));
 
-  const Tensor rows = row_matrix(x), w = row_matrix(weight);
+  const Tensor rows = x.detach().contiguous(), w = weight.detach().contiguous();  // what keeps rows independent of their count
   Tensor y = Tensor::empty(Dims{t, out}, x.dtype(), x.device());
   {
     OpScope scope(x.device(), "linear", {2 * d(t) * d(out) * d(in), d(x.bytes() + weight.bytes() + (residual.defined() ? y.bytes() : 0)), d(y.bytes())});

@@ -20,8 +20,13 @@ struct Operand {
   std::int64_t ld = 0, batch_stride = 0;
 };
 
-Operand operand(const Tensor& t) {
+Operand operand(const Tensor& t, bool plain) {
   Operand o;
+  if (plain) {
+    o.value = t.detach().contiguous();
+    o.ld = t.size(-1);
+    return o;
+  }
   const int r = t.rank();
   const std::int64_t rows = t.size(-2), cols = t.size(-1);
   auto leading_ok = [&](const Tensor& v) {
@@ -62,13 +67,14 @@ Tensor product(const Tensor& a, const Tensor& b, const Dims& shape, const char* 
     c.fill(0);
     return c;
   }
-  const Operand x = operand(a), y = operand(b);
+  // One product keeps rows of A independent of their count, which asks for a plain A; batches do not promise it.
+  const Operand x = operand(a, batch == 1), y = operand(b, false);
   Gemm g;
   g.a = g.b = g.c = num_of(a.dtype(), "matmul");
   g.trans_a = x.transposed, g.trans_b = y.transposed;
   g.m = m, g.n = n, g.k = k, g.lda = x.ld, g.ldb = y.ld, g.ldc = n;
   g.batch = batch, g.stride_a = x.batch_stride, g.stride_b = y.batch_stride, g.stride_c = m * n;
-  g.invariant = true;
+  g.invariant = batch == 1;
   kernels::cpu::gemm(a.device().cpu(), g, x.value.raw(), y.value.raw(), c.raw());
   return c;
 }
