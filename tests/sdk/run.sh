@@ -18,7 +18,7 @@ prefix=$work/prefix
 for file in "$prefix"/bin/capstan "$prefix"/lib/libcapstan.so "$prefix"/lib/capstan/plugins/*.so; do
   if readelf -d "$file" | grep -E 'R(UN)?PATH' | grep -F -e "$build" -e "$work"; then die "$file remembers a folder"; fi
 done
-if grep -rlF -e "$build" -e "$work" "$prefix"/lib/cmake "$prefix"/include "$prefix"/share; then die "the package remembers a folder"; fi
+if grep -rlF -e "$build" -e "$work" "$prefix"/{lib/cmake,include,share}; then die "the package remembers a folder"; fi
 
 # From here on only the installed program, from another folder and with a bare environment.
 cd "$work"

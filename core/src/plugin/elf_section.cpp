@@ -85,7 +85,8 @@ std::uint64_t entry_at(std::uint64_t table, std::uint64_t index, std::uint64_t e
 Elf64_Ehdr read_header(const File& file) {
   if (!file.holds(0, sizeof(Elf64_Ehdr))) refuse("not a shared library: shorter than an ELF header");
   const auto header = file.at<Elf64_Ehdr>(0, "the ELF header");
-  if (std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0) refuse("not a shared library: it does not start as an ELF file does");
+  if (std::memcmp(header.e_ident, ELFMAG, SELFMAG) != 0)
+    refuse("not a shared library: it does not start as an ELF file does");
   if (header.e_ident[EI_CLASS] != ELFCLASS64) refuse("not a 64-bit library");
   constexpr unsigned char order = std::endian::native == std::endian::little ? ELFDATA2LSB : ELFDATA2MSB;
   if (header.e_ident[EI_DATA] != order) refuse("a library of the other byte order");
@@ -138,7 +139,8 @@ std::optional<std::string> read_elf_section(const std::string& path, std::string
     const char* begin = names.data() + section.sh_name;
     const std::string_view section_name(begin, ::strnlen(begin, names.size() - section.sh_name));
     if (section_name != name || section.sh_type != SHT_PROGBITS) continue;
-    if (section.sh_size > most_section_bytes) refuse(fmt::format("corrupt: section {} holds {} bytes", name, section.sh_size));
+    if (section.sh_size > most_section_bytes)
+      refuse(fmt::format("corrupt: section {} holds {} bytes", name, section.sh_size));
     bytes.emplace(section.sh_size, '\0');
     file.read(section.sh_offset, bytes->data(), bytes->size(), "the plugin's description");
   }

@@ -1,11 +1,11 @@
 // The plugin host: discovery, checks, loading by Boost.DLL, and making what recipes choose.
 #include "plugin/host.h"
 
-#include <boost/dll/shared_library.hpp>
-#include <boost/dll/shared_library_load_mode.hpp>
 #include <cxxabi.h>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <boost/dll/shared_library.hpp>
+#include <boost/dll/shared_library_load_mode.hpp>
 
 #define XXH_INLINE_ALL
 #define XXH_VECTOR XXH_SCALAR  // fast enough for a library, and GCC 12 warns of its own AVX-512 header
@@ -63,8 +63,9 @@ std::uint64_t hash_file(const std::string& path) {
 void check_kind(std::string_view kind) {
   if (kind_epoch(kind) != 0) return;
   const std::string near = nearest(std::string(kind), plugin_kinds);
-  fail(Fault::input, "", fmt::format("there is no plugin kind '{}'{}; the kinds are: {}", kind,
-       near.empty() ? "" : fmt::format(", did you mean '{}'?", near), fmt::join(plugin_kinds, ", ")));
+  fail(Fault::input, "",
+       fmt::format("there is no plugin kind '{}'{}; the kinds are: {}", kind,
+                   near.empty() ? "" : fmt::format(", did you mean '{}'?", near), fmt::join(plugin_kinds, ", ")));
 }
 
 }  // namespace
@@ -80,8 +81,10 @@ PluginHost::PluginHost(const std::string& executable_path) {
       rest.remove_prefix(std::min(colon + 1, rest.size()));
       if (folder.empty()) continue;
       if (folder[0] != '/') {
-        fail(Fault::input, "CAPSTAN_PLUGIN_PATH", fmt::format("'{}' is a relative folder: expected absolute ones, with colons "
-             "between; plugins are never looked for in the working directory", folder));
+        fail(Fault::input, "CAPSTAN_PLUGIN_PATH",
+             fmt::format("'{}' is a relative folder: expected absolute ones, with colons "
+                         "between; plugins are never looked for in the working directory",
+                         folder));
       }
       folders_.push_back(folder);
     }
@@ -112,12 +115,12 @@ void PluginHost::add(std::string_view kind, std::string_view name, const Schema&
     fail(Fault::programming, "", fmt::format("'{}' cannot be the name of a {}: it is empty or reads as a path", name, kind));
   }
   if (!factory) fail(Fault::programming, "", fmt::format("{} '{}' is registered without a factory", kind, name));
-  const auto [entry, is_new] =
-      entries_.try_emplace(Key(kind, name), Entry{schema, std::move(factory), registering_});
+  const auto [entry, is_new] = entries_.try_emplace(Key(kind, name), Entry{schema, std::move(factory), registering_});
   if (!is_new) {
     const auto source = [](const Library* l) { return l == nullptr ? "this program" : l->file.path; };
-    fail(Fault::input, "", fmt::format("{} '{}' is registered twice: by {} and by {}; names are unique within a kind",
-         kind, name, source(entry->second.library), source(registering_)));
+    fail(Fault::input, "",
+         fmt::format("{} '{}' is registered twice: by {} and by {}; names are unique within a kind", kind, name,
+                     source(entry->second.library), source(registering_)));
   }
 }
 
@@ -163,7 +166,8 @@ std::vector<PluginFile> PluginHost::files() const {
   for (const auto& folder : folders_) {
     for (auto& file : scan(folder)) {
       // The same real file by two ways is one plugin.
-      const bool known = std::any_of(all.begin(), all.end(), [&](const PluginFile& f) { return f.inode != 0 && f.same_file(file); });
+      const bool known =
+          std::any_of(all.begin(), all.end(), [&](const PluginFile& f) { return f.inode != 0 && f.same_file(file); });
       if (!known) all.push_back(std::move(file));
     }
   }
@@ -184,8 +188,10 @@ const PluginHost::Entry& PluginHost::find_path(const std::string& kind, const st
   fs::path path(name);
   if (path.is_relative()) {
     if (folder.empty() && known == resolved_.end()) {
-      fail(Fault::input, "", fmt::format("'{}' is a relative path, and there is no recipe here that it could be relative "
-           "to; give an absolute one", name));
+      fail(Fault::input, "",
+           fmt::format("'{}' is a relative path, and there is no recipe here that it could be relative "
+                       "to; give an absolute one",
+                       name));
     }
     path = folder.empty() ? fs::path(known->second) : fs::path(folder) / path;
   }
@@ -196,8 +202,10 @@ const PluginHost::Entry& PluginHost::find_path(const std::string& kind, const st
            fmt::format("name a library of kind '{}', or use this one where a {} belongs", kind, file.kind));
   }
   if (known != resolved_.end() && known->second != file.path) {
-    fail(Fault::input, "", fmt::format("{} '{}' means two files: {} in one recipe and {} in another that it extends; "
-         "give absolute paths", kind, name, known->second, file.path));
+    fail(Fault::input, "",
+         fmt::format("{} '{}' means two files: {} in one recipe and {} in another that it extends; "
+                     "give absolute paths",
+                     kind, name, known->second, file.path));
   }
   const Library& library = load(file, kind, file.name);
   resolved_[{kind, name}] = file.path;
@@ -215,8 +223,10 @@ const PluginHost::Entry& PluginHost::find_name(const std::string& kind, const st
   for (const auto& file : found) {
     if (!file.problem.empty() || file.kind != kind || file.name != name) continue;
     if (match != nullptr && !match->same_file(file)) {
-      fail(Fault::input, "", fmt::format("{} '{}' is ambiguous: {} and {} both bring it; remove one, or name the one that "
-           "is meant by its path", kind, name, match->path, file.path));
+      fail(Fault::input, "",
+           fmt::format("{} '{}' is ambiguous: {} and {} both bring it; remove one, or name the one that "
+                       "is meant by its path",
+                       kind, name, match->path, file.path));
     }
     match = &file;
   }
@@ -250,13 +260,16 @@ void PluginHost::unknown(const std::string& kind, const std::string& name, const
   text += names.empty() ? fmt::format("\n  there are:    none of kind {}", kind)
                         : fmt::format("\n  there are:    {}", fmt::join(names, ", "));
   if (!kinds.empty()) text += fmt::format("\n  but:          '{}' exists as {}", name, fmt::join(kinds, ", "));
-  text += fmt::format("\n  what to do:   correct the name, or add the folder of the library to plugin_path in the recipe"
-                      "\n  searched:     {}", searched());
+  text += fmt::format(
+      "\n  what to do:   correct the name, or add the folder of the library to plugin_path in the recipe"
+      "\n  searched:     {}",
+      searched());
   fail(Fault::input, "", text);
 }
 
 const PluginHost::Library& PluginHost::load(const PluginFile& file, const std::string& kind, const std::string& name) {
-  for (const auto& library : libraries_) if (library.file.same_file(file)) return library;
+  for (const auto& library : libraries_)
+    if (library.file.same_file(file)) return library;
   if (!refusal(file).empty()) throw Error(Fault::input, refusal_text(file, kind, name));
 
   const std::string rebuild = fmt::format("rebuild it against this program: cmake -B build -DCapstan_DIR={}", sdk());
@@ -293,10 +306,12 @@ void PluginHost::register_library(const Library& library, bool (*entry_point)(Re
   const bool good = entry_point(this, &error);
   registering_ = outer;
   error.text[sizeof error.text - 1] = '\0';
-  if (!good) throw Error(Fault::input, fmt::format("its registration failed: {}", error.text[0] ? error.text : "no reason given"));
+  if (!good)
+    throw Error(Fault::input, fmt::format("its registration failed: {}", error.text[0] ? error.text : "no reason given"));
   const auto own = entries_.find({library.file.kind, library.file.name});
   if (own == entries_.end() || own->second.library != &library) {
-    throw Error(Fault::input, fmt::format("it registers no {} '{}', which it says to be", library.file.kind, library.file.name));
+    throw Error(Fault::input,
+                fmt::format("it registers no {} '{}', which it says to be", library.file.kind, library.file.name));
   }
 }
 
@@ -320,8 +335,9 @@ std::string PluginHost::message(const PluginFile& file, std::string_view kind, s
   if (!wanted.empty()) text += wanted + " ";
   text += named.empty() ? "plugin" : fmt::format("plugin '{}'", named);
   text += fmt::format(" from {}: {}", file.path, why);
-  text += fmt::format("\n  built for:    {}", file.problem.empty()
-      ? describe_build(file.core_epoch, file.kind, file.kind_epoch, file.toolchain) : "unknown");
+  text += fmt::format(
+      "\n  built for:    {}",
+      file.problem.empty() ? describe_build(file.core_epoch, file.kind, file.kind_epoch, file.toolchain) : "unknown");
   text += fmt::format("\n  this program: {}", describe_build(core_epoch, own, kind_epoch(own), CAPSTAN_TOOLCHAIN));
   text += fmt::format("\n  what to do:   {}\n  searched:     {}", advice, searched());
   return text;
@@ -329,9 +345,10 @@ std::string PluginHost::message(const PluginFile& file, std::string_view kind, s
 
 std::string PluginHost::refusal_text(const PluginFile& file, std::string_view kind, std::string_view name) const {
   const std::string why = refusal(file);
-  return message(file, kind, name, why, file.problem.empty()
-      ? fmt::format("rebuild it against this program: cmake -B build -DCapstan_DIR={}", sdk())
-      : "put a whole plugin library there, or remove the file");
+  return message(file, kind, name, why,
+                 file.problem.empty()
+                     ? fmt::format("rebuild it against this program: cmake -B build -DCapstan_DIR={}", sdk())
+                     : "put a whole plugin library there, or remove the file");
 }
 
 void PluginHost::refuse(const PluginFile& file, std::string_view kind, std::string_view name, const std::string& why,

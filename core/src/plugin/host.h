@@ -91,7 +91,7 @@ class CAPSTAN_API PluginHost final : public Registrar, public SchemaSource {
   std::string prefix_;  // the folder above the program's
   std::vector<std::string> folders_;
   std::ptrdiff_t recipe_folders_ = 0;  // how many of them, at the front, recipes brought
-  std::list<Library> libraries_;  // addresses stay
+  std::list<Library> libraries_;       // addresses stay
   std::map<Key, Entry> entries_;
   std::map<Key, std::string> resolved_;  // (kind, path as a recipe says it) -> real path
   const Library* registering_ = nullptr;

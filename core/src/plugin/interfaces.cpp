@@ -1,4 +1,4 @@
-// The out-of-line destructors of the interfaces that have no other source file: they put each one's vtable and type information
+// The out-of-line destructors of the interfaces that have no other source file: they put each vtable and type information
 // into libcapstan, once, so that casts and catches agree across libraries.
 #include <capstan/inference.h>
 #include <capstan/plugin.h>

@@ -15,7 +15,8 @@ namespace {
 
 template <std::size_t N>
 constexpr bool all_have_epochs(const std::array<std::string_view, N>& kinds) {
-  for (auto kind : kinds) if (kind_epoch(kind) == 0) return false;
+  for (auto kind : kinds)
+    if (kind_epoch(kind) == 0) return false;
   return true;
 }
 static_assert(all_have_epochs(plugin_kinds), "a kind without an epoch: see kind_epoch() in plugin.h");
@@ -77,8 +78,10 @@ PluginFile inspect(const std::string& path) {
   file.inode = status.st_ino;
   try {
     const auto bytes = read_elf_section(file.path, ".capstan_plugin");
-    if (bytes) parse(*bytes, file);
-    else file.problem = "a shared library, but no Capstan plugin: it has no section .capstan_plugin";
+    if (bytes)
+      parse(*bytes, file);
+    else
+      file.problem = "a shared library, but no Capstan plugin: it has no section .capstan_plugin";
   } catch (const Error& e) {
     file.problem = e.what();
   }
@@ -105,7 +108,8 @@ std::string refusal(const PluginFile& file) {
   if (file.kind_epoch != kind_epoch(file.kind)) {
     return fmt::format("{} epoch {}, here {}", file.kind, file.kind_epoch, kind_epoch(file.kind));
   }
-  if (file.toolchain != CAPSTAN_TOOLCHAIN) return fmt::format("toolchain '{}', here '{}'", file.toolchain, CAPSTAN_TOOLCHAIN);
+  if (file.toolchain != CAPSTAN_TOOLCHAIN)
+    return fmt::format("toolchain '{}', here '{}'", file.toolchain, CAPSTAN_TOOLCHAIN);
   return "";
 }
 

@@ -17,12 +17,12 @@ inline constexpr std::array<std::string_view, 6> plugin_kinds = {"model",      "
 
 /// A library on disk and the PluginInfo inside it.
 struct CAPSTAN_API PluginFile {
-  std::string path;                           ///< absolute, symbolic links resolved
-  std::uint64_t device = 0, inode = 0;        ///< which real file it is
-  std::string kind, name, version, toolchain; ///< "" when unreadable
+  std::string path;                            ///< absolute, symbolic links resolved
+  std::uint64_t device = 0, inode = 0;         ///< which real file it is
+  std::string kind, name, version, toolchain;  ///< "" when unreadable
   std::uint32_t core_epoch = 0, kind_epoch = 0;
-  std::string info;                           ///< the raw PluginInfo; "" when there is none
-  std::string problem;                        ///< why it is no plugin at all; "" when `info` was read and is well formed
+  std::string info;     ///< the raw PluginInfo; "" when there is none
+  std::string problem;  ///< why it is no plugin at all; "" when `info` was read and is well formed
   bool same_file(const PluginFile& other) const { return device == other.device && inode == other.inode; }
 };
 

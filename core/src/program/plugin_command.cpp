@@ -4,9 +4,9 @@
 #include "plugin/host.h"
 #include "recipe/recipe.h"
 
-#include <CLI/CLI.hpp>
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <cctype>
@@ -33,7 +33,9 @@ void add_folders(PluginHost& host, const Words& words) {
 void list(const Program& program, const Words& words) {
   PluginHost host(program.executable);
   add_folders(host, words);
-  struct Row { std::string kind, name, version, file, problem; };
+  struct Row {
+    std::string kind, name, version, file, problem;
+  };
   std::vector<Row> rows;
   for (const auto& file : host.files()) {
     if (!words.kind.empty() && file.kind != words.kind && !file.kind.empty()) continue;
@@ -80,8 +82,10 @@ void print_info(PluginHost& host, const PluginFile& file, const std::string& nam
     if (loaded.file == file.path) fmt::print("  xxh3:      {:016x}\n", loaded.xxh3);
   }
   fmt::print("\n");
-  if (schema.options().empty()) fmt::print("It has no options.\n");
-  else fmt::print("{}", help_text(schema));
+  if (schema.options().empty())
+    fmt::print("It has no options.\n");
+  else
+    fmt::print("{}", help_text(schema));
 }
 
 void info(const Program& program, const Words& words) {
@@ -104,10 +108,12 @@ void info(const Program& program, const Words& words) {
   if (found.empty() && !words.kind.empty()) host.schema(words.kind, words.name, "");  // throws: says what there is
   if (found.empty()) {
     std::vector<std::string> names;
-    for (const auto& file : host.files()) if (file.problem.empty()) names.push_back(file.name);
+    for (const auto& file : host.files())
+      if (file.problem.empty()) names.push_back(file.name);
     const std::string near = nearest(words.name, names);
-    fail(Fault::input, "plugin info", fmt::format("there is no plugin '{}'{}; `capstan plugin list` shows all\n  searched: {}",
-         words.name, near.empty() ? "" : fmt::format(", did you mean '{}'?", near), fmt::join(host.search_path(), ", ")));
+    fail(Fault::input, "plugin info",
+         fmt::format("there is no plugin '{}'{}; `capstan plugin list` shows all\n  searched: {}", words.name,
+                     near.empty() ? "" : fmt::format(", did you mean '{}'?", near), fmt::join(host.search_path(), ", ")));
   }
   bool first = true;
   for (const auto& file : found) {
@@ -122,7 +128,10 @@ std::string class_name(const std::string& name) {
   std::string out;
   bool upper = true;
   for (char c : name) {
-    if (c == '_') { upper = true; continue; }
+    if (c == '_') {
+      upper = true;
+      continue;
+    }
     out += upper ? static_cast<char>(std::toupper(static_cast<unsigned char>(c))) : c;
     upper = false;
   }
@@ -150,17 +159,18 @@ std::string read_file(const fs::path& path) {
 void create(const Program& program, const Words& words) {
   const std::string& name = words.name;
   const bool good = !name.empty() && name.size() <= 40 && name[0] >= 'a' && name[0] <= 'z' &&
-                    std::all_of(name.begin(), name.end(), [](char c) {
-                      return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_';
-                    });
+                    std::all_of(name.begin(), name.end(),
+                                [](char c) { return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '_'; });
   if (!good) {
-    fail(Fault::input, "plugin new", fmt::format("'{}' cannot name a plugin here: expected at most 40 small letters, digits and "
-         "underscores, a letter first", name));
+    fail(Fault::input, "plugin new",
+         fmt::format("'{}' cannot name a plugin here: expected at most 40 small letters, digits and "
+                     "underscores, a letter first",
+                     name));
   }
   std::error_code ignored;
   const fs::path real = fs::canonical(program.executable, ignored);
-  const fs::path templates = (ignored ? fs::path(program.executable) : real).parent_path().parent_path() /
-                             "share/capstan/templates/plugin";
+  const fs::path templates =
+      (ignored ? fs::path(program.executable) : real).parent_path().parent_path() / "share/capstan/templates/plugin";
   const fs::path from = templates / words.kind;
   if (!fs::is_directory(from, ignored)) {
     std::vector<std::string> kinds;
@@ -169,8 +179,8 @@ void create(const Program& program, const Words& words) {
     }
     std::sort(kinds.begin(), kinds.end());
     if (kinds.empty()) fail(Fault::runtime, "plugin new", fmt::format("no templates in {}", templates.string()));
-    fail(Fault::input, "plugin new", fmt::format("there is no template for kind '{}'; there are: {}", words.kind,
-         fmt::join(kinds, ", ")));
+    fail(Fault::input, "plugin new",
+         fmt::format("there is no template for kind '{}'; there are: {}", words.kind, fmt::join(kinds, ", ")));
   }
   const fs::path to = words.folder.empty() ? fs::path(name) : fs::path(words.folder);
   if (fs::exists(to, ignored) && !(fs::is_directory(to, ignored) && fs::is_empty(to, ignored))) {

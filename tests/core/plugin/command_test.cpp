@@ -77,15 +77,19 @@ TEST(PluginInfoCommand, PrintsOptionsByNameOrFile) {
                                   "info runs_on_load --kind tokenizer --plugin-path ."}) {
     const Outcome r = run(words, folder.path);
     EXPECT_EQ(r.code, 0) << r.text;
-    EXPECT_THAT(r.text, AllOf(HasSubstr("tokenizer plugin 'runs_on_load' 1.0.0"), HasSubstr("pieces"), HasSubstr("how many pieces"),
-                              HasSubstr((folder.path / "x.so").string()))) << words;
+    EXPECT_THAT(r.text, AllOf(HasSubstr("tokenizer plugin 'runs_on_load' 1.0.0"), HasSubstr("pieces"),
+                              HasSubstr("how many pieces"), HasSubstr((folder.path / "x.so").string())))
+        << words;
   }
 }
 
 TEST(PluginInfoCommand, SaysWhatIsWrong) {
   TempFolder folder;
   write_bytes(folder.path / "x.so", "no library at all");
-  const struct { const char* words; const char* text; } cases[] = {
+  const struct {
+    const char* words;
+    const char* text;
+  } cases[] = {
       {"info adamv", "did you mean 'adamw'?"},
       {"info adamw --kind tokenizer", "'adamw' exists as optimizer"},
       {"info ./x.so", "shorter than an ELF header"},

@@ -65,7 +65,8 @@ struct Prefix {
 inline std::size_t info_offset(const std::string& bytes) {
   const std::string magic("CAPSTAN\0\xcc\0\0\0", 12);  // 204, its size
   const std::size_t at = bytes.find(magic);
-  if (at == std::string::npos || bytes.find(magic, at + 1) != std::string::npos) throw std::runtime_error("no single PluginInfo");
+  if (at == std::string::npos || bytes.find(magic, at + 1) != std::string::npos)
+    throw std::runtime_error("no single PluginInfo");
   return at;
 }
 

@@ -1,6 +1,6 @@
 // What the plugin host finds, loads and makes, and how it refuses.
-#include "core/plugin/helpers.h"
 #include "plugin/host.h"
+#include "core/plugin/helpers.h"
 
 #include <capstan/tokenizer.h>
 
@@ -138,7 +138,11 @@ TEST(PluginHost, FactoryErrorsKeepTheirFaultAndGainAPlace) {
   const fs::path file = prefix.put("good");
   PluginHost host(prefix.program);
   const std::string place = "in tokenizer plugin good 1.2.3 (" + file.string() + ")";
-  const struct { const char* mode; Fault fault; const char* text; } cases[] = {
+  const struct {
+    const char* mode;
+    Fault fault;
+    const char* text;
+  } cases[] = {
       {"input", Fault::input, "the letters are wrong"},
       {"programming", Fault::programming, "a contract is broken"},
       {"memory", Fault::runtime, "bad_alloc"},
@@ -159,7 +163,8 @@ TEST(PluginHost, NestedFactoriesAreAllNamed) {
   host.schema("tokenizer", "good", "");
   const Caught caught = error_of([&] { host.make(choose(host, "good_outer", "{inner: {plugin: good, mode: input}}")); });
   EXPECT_EQ(caught.fault, Fault::input);
-  const auto inner = caught.text.find("in tokenizer plugin good 1.2.3"), outer = caught.text.find("in tokenizer plugin good_outer");
+  const auto inner = caught.text.find("in tokenizer plugin good 1.2.3"),
+             outer = caught.text.find("in tokenizer plugin good_outer");
   ASSERT_NE(inner, std::string::npos);
   ASSERT_NE(outer, std::string::npos);
   EXPECT_LT(inner, outer);
@@ -180,8 +185,9 @@ TEST(PluginHost, PathsAreRelativeToTheRecipe) {
     PluginHost host(prefix.program);
     EXPECT_EQ(host.schema("tokenizer", name, folder).options().size(), 1u) << name;
     // The name that the recipe says is the name that makes it.
-    EXPECT_EQ(host.make_as<Tokenizer>({"tokenizer", name, parse_options(host.schema("tokenizer", name, folder), "{}")})->name(),
-              "good");
+    EXPECT_EQ(
+        host.make_as<Tokenizer>({"tokenizer", name, parse_options(host.schema("tokenizer", name, folder), "{}")})->name(),
+        "good");
   }
   PluginHost host(prefix.program);
   EXPECT_THAT(error_of([&] { host.schema("tokenizer", "./mine.so", ""); }).text, HasSubstr("relative"));

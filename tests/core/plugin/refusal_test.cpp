@@ -55,7 +55,8 @@ TEST_F(Refusal, OldCore) {
 TEST_F(Refusal, OldKind) {
   EXPECT_THAT(refused_info([](PluginInfo& i) { i.kind_epoch += 1; }),
               AllOf(HasSubstr("tokenizer epoch " + std::to_string(kind_epoch("tokenizer") + 1) + ", here " +
-                              std::to_string(kind_epoch("tokenizer"))), HasSubstr("rebuild")));
+                              std::to_string(kind_epoch("tokenizer"))),
+                    HasSubstr("rebuild")));
 }
 
 TEST_F(Refusal, OtherToolchain) {
@@ -90,8 +91,9 @@ TEST_F(Refusal, MissingSymbol) {
 }
 
 TEST_F(Refusal, UndefinedSymbolOfCore) {
-  EXPECT_THAT(refused_library("undefined_symbol"),
-              AllOf(HasSubstr("undefined symbol"), HasSubstr("capstan::function_of_a_later_core(int)"), HasSubstr("rebuild")));
+  EXPECT_THAT(
+      refused_library("undefined_symbol"),
+      AllOf(HasSubstr("undefined symbol"), HasSubstr("capstan::function_of_a_later_core(int)"), HasSubstr("rebuild")));
 }
 
 TEST_F(Refusal, RegistrationThrows) {
@@ -227,7 +229,8 @@ TEST(ElfSection, HugeCountsCostNothing) {
                 first.sh_size = ~0ull;
                 std::memcpy(bytes.data() + h.e_shoff, &first, sizeof first);
                 h.e_shnum = 0;
-              }), HasSubstr("sections"));
+              }),
+              HasSubstr("sections"));
 }
 
 TEST(ElfSection, ReadsWhatTheLinkerWrote) {

@@ -29,7 +29,8 @@ std::vector<Include> includes_of(const fs::path& folder) {
       if (hash == std::string::npos || line[hash] != '#') continue;
       const auto word = line.find("include", hash);
       const auto open = line.find_first_of("<\"", hash);
-      if (word == std::string::npos || open == std::string::npos || line.find_first_not_of(" \t", hash + 1) != word) continue;
+      if (word == std::string::npos || open == std::string::npos || line.find_first_not_of(" \t", hash + 1) != word)
+        continue;
       const auto close = line.find_first_of(">\"", open + 1);
       all.push_back({entry.path().string(), line.substr(open + 1, close - open - 1), line[open] == '"'});
     }
@@ -57,9 +58,11 @@ TEST(Tree, KernelsKnowNothingOfCore) {
   const auto all = includes_of(root / "kernels");
   ASSERT_FALSE(all.empty());
   for (const auto& i : all) {
-    EXPECT_FALSE(starts(i.target, "capstan/") && !starts(i.target, "capstan/kernels/")) << i.file << " includes " << i.target;
+    EXPECT_FALSE(starts(i.target, "capstan/") && !starts(i.target, "capstan/kernels/"))
+        << i.file << " includes " << i.target;
     EXPECT_FALSE(starts(i.target, "core/") || starts(i.target, "plugins/")) << i.file << " includes " << i.target;
-    EXPECT_EQ(core_areas().count(fs::path(i.target).begin()->string()) == 1 && i.quoted && !lies_in(i, root / "kernels"), false)
+    EXPECT_EQ(core_areas().count(fs::path(i.target).begin()->string()) == 1 && i.quoted && !lies_in(i, root / "kernels"),
+              false)
         << i.file << " includes " << i.target;
   }
 }
@@ -78,8 +81,8 @@ TEST(Tree, PublicHeadersIncludeOnlyPublicOnes) {
     for (const auto& i : includes_of(folder)) {
       EXPECT_FALSE(i.quoted) << i.file << " includes \"" << i.target << "\"";
       const bool standard = i.target.find('/') == std::string::npos && i.target.find('.') == std::string::npos;
-      const bool own = starts(i.target, "capstan/") && (fs::exists(root / "core/include" / i.target) ||
-                                                        fs::exists(root / "kernels/include" / i.target));
+      const bool own = starts(i.target, "capstan/") &&
+                       (fs::exists(root / "core/include" / i.target) || fs::exists(root / "kernels/include" / i.target));
       EXPECT_TRUE(standard || own || i.target == "immintrin.h") << i.file << " includes " << i.target;
     }
   }
@@ -94,7 +97,8 @@ TEST(Tree, PluginsUseWhatThirdPartiesHave) {
       EXPECT_TRUE(lies_in(i, fs::path(i.file).parent_path())) << i.file << " includes \"" << i.target << "\"";
     }
     EXPECT_FALSE(starts(i.target, "capstan/") && !fs::exists(root / "core/include" / i.target) &&
-                 !fs::exists(root / "kernels/include" / i.target)) << i.file << " includes " << i.target;
+                 !fs::exists(root / "kernels/include" / i.target))
+        << i.file << " includes " << i.target;
     EXPECT_FALSE(starts(i.target, "core/") || starts(i.target, "kernels/")) << i.file << " includes " << i.target;
   }
 }

@@ -30,8 +30,7 @@ class TableHead : public Head {
     weight_ = &declare("weight", spec);
   }
   Score score(ForwardContext& context, const Tensor& targets, const Tensor* weights, Tensor* objective) override {
-    const ops::HeadScore s =
-        ops::linear_cross_entropy(context.get("h"), weight(context), targets, weights, context.grad);
+    const ops::HeadScore s = ops::linear_cross_entropy(context.get("h"), weight(context), targets, weights, context.grad);
     if (objective) *objective = s.objective;
     return {s.logprob, s.logsumexp, s.entropy};
   }
@@ -42,9 +41,7 @@ class TableHead : public Head {
   std::int64_t vocabulary() const override { return vocabulary_; }
 
  private:
-  Tensor weight(const ForwardContext& context) const {
-    return context.grad ? weight_->local() : weight_->local().detach();
-  }
+  Tensor weight(const ForwardContext& context) const { return context.grad ? weight_->local() : weight_->local().detach(); }
   std::int64_t vocabulary_;
   Parameter* weight_ = nullptr;
 };
@@ -52,7 +49,9 @@ class TableHead : public Head {
 class MyModel : public Model {
  public:
   MyModel(std::int64_t vocabulary, std::int64_t width)
-      : width_(width), table_(vocabulary, width), head_(vocabulary, width),
+      : width_(width),
+        table_(vocabulary, width),
+        head_(vocabulary, width),
         calls_{{&table_, {}, {"h"}}, {&head_, {"h"}, {}}} {}
   const std::vector<Call>& calls() const override { return calls_; }
   Head& head(std::string_view) override { return head_; }
