@@ -38,7 +38,7 @@ Tensor plain_scores(const Place& place, const Tensor& x, const Tensor& w, const 
 std::vector<Case> score_cases() {
   std::vector<Case> cases;
   struct Shape { std::int64_t rows, cols, vocabulary; };
-  for (auto [rows, cols, vocabulary] : {Shape{1, 1, 2}, {3, 17, 5}, {31, 33, 65}, {65, 16, 257}, {130, 64, 1000}}) {
+  for (auto [rows, cols, vocabulary] : {Shape{1, 1, 2}, {3, 17, 5}, {31, 33, 65}, {65, 16, 257}, {66, 33, 500}}) {
     const std::vector<std::int32_t> y = targets_of(rows, vocabulary);
     cases.push_back({"scores_" + std::to_string(vocabulary), {{{rows, cols}, -1, 1}, {{vocabulary, cols}, -1, 1, false, true}},
                      [y](const Place& p, Ins t) {
