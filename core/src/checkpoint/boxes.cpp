@@ -12,8 +12,10 @@ std::optional<std::int64_t> volume(std::span<const std::int64_t> extents) {
   bool empty = false;
   for (const auto extent : extents) {
     if (extent < 0) return std::nullopt;
-    if (extent == 0) empty = true;
-    else if (__builtin_mul_overflow(product, extent, &product)) return std::nullopt;
+    if (extent == 0)
+      empty = true;
+    else if (__builtin_mul_overflow(product, extent, &product))
+      return std::nullopt;
   }
   return empty ? 0 : product;
 }

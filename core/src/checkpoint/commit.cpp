@@ -12,10 +12,10 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::array<std::string_view, 20> stages = {
-    "snapshot begun",     "snapshot taken",    "folder created",   "shard being written", "shard written",
-    "shard checked",      "state written",     "index written",    "manifest written",    "folder flushed",
-    "old step set aside", "renamed",           "rename flushed",   "latest written",      "latest renamed",
-    "latest flushed",     "old step removed",  "trash renamed",    "trash removed",       "done"};
+    "snapshot begun",     "snapshot taken",   "folder created", "shard being written", "shard written",
+    "shard checked",      "state written",    "index written",  "manifest written",    "folder flushed",
+    "old step set aside", "renamed",          "rename flushed", "latest written",      "latest renamed",
+    "latest flushed",     "old step removed", "trash renamed",  "trash removed",       "done"};
 
 constexpr std::string_view temporary_mark = ".tmp-";
 constexpr std::string_view trash_prefix = ".trash-";
@@ -74,9 +74,9 @@ void clean(const Path& root) {
         rename_to(path, root / original);
         restored = true;
       }
-    } else if (const auto mark = name.find(temporary_mark);
-               (mark != std::string::npos && step_of(name.substr(0, mark))) || name.starts_with(trash_prefix) ||
-               name == std::string(latest_name) + ".tmp") {
+    } else if (const auto mark = name.find(temporary_mark); (mark != std::string::npos && step_of(name.substr(0, mark))) ||
+                                                            name.starts_with(trash_prefix) ||
+                                                            name == std::string(latest_name) + ".tmp") {
       remove_tree(path);
     }
   }
@@ -126,15 +126,16 @@ std::pair<std::string, FileRecord> Attempt::write_shard(CheckpointFormat& format
   // Asked before anything is written: libraries recover badly from a disk that fills under them.
   const auto available = available_bytes(temporary_);
   if (available >= 0 && available < needed) {
-    fail(Fault::runtime, path.string(), "the disk is full: " + std::to_string(needed) + " bytes needed, " +
-                                            std::to_string(available) + " available");
+    fail(Fault::runtime, path.string(),
+         "the disk is full: " + std::to_string(needed) + " bytes needed, " + std::to_string(available) + " available");
   }
   for (auto& t : tensors) t.file = name, t.xxh3 = xxh3(t.data, t.bytes);
   format.write_shard(path.string(), tensors, [this](std::int64_t) { reached("shard being written"); });
   reached("shard written");
 
   std::vector<std::size_t> order;
-  for (std::size_t i = 0; i < tensors.size(); ++i) if (tensors[i].file_offset >= 0) order.push_back(i);
+  for (std::size_t i = 0; i < tensors.size(); ++i)
+    if (tensors[i].file_offset >= 0) order.push_back(i);
   std::sort(order.begin(), order.end(), [&](auto a, auto b) { return tensors[a].file_offset < tensors[b].file_offset; });
   std::vector<Range> ranges;
   for (const auto i : order) ranges.push_back({tensors[i].file_offset, tensors[i].bytes});

@@ -52,7 +52,9 @@ class CAPSTAN_API Attempt {
   const Path& folder() const { return temporary_; }
 
  private:
-  void reached(std::string_view stage) const { if (hook_) hook_(stage); }
+  void reached(std::string_view stage) const {
+    if (hook_) hook_(stage);
+  }
   void move_latest();
 
   Path root_, temporary_, final_;

@@ -31,9 +31,13 @@ class Descriptor {
   }
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
-  ~Descriptor() { if (fd_ >= 0) ::close(fd_); }
+  ~Descriptor() {
+    if (fd_ >= 0) ::close(fd_);
+  }
   int get() const { return fd_; }
-  void sync() const { if (::fsync(fd_) != 0) fail_system(path_, "be flushed to the disk", errno); }
+  void sync() const {
+    if (::fsync(fd_) != 0) fail_system(path_, "be flushed to the disk", errno);
+  }
   void close() {
     const int fd = std::exchange(fd_, -1);
     if (::close(fd) != 0) fail_system(path_, "be closed", errno);

@@ -43,8 +43,15 @@ CAPSTAN_API std::string hash_text(std::uint64_t hash);
 bool parse_hash(std::string_view text, std::uint64_t& hash);
 
 /// A part of a file to be hashed by itself.
-struct Range { std::int64_t offset = 0, bytes = 0; std::uint64_t xxh3 = 0; bool complete = false; };
-struct FileDigest { std::int64_t bytes = 0; std::uint64_t xxh3 = 0; };
+struct Range {
+  std::int64_t offset = 0, bytes = 0;
+  std::uint64_t xxh3 = 0;
+  bool complete = false;
+};
+struct FileDigest {
+  std::int64_t bytes = 0;
+  std::uint64_t xxh3 = 0;
+};
 
 /// Hashes a whole file and, in the same pass, each of `ranges` (sorted by offset). A range that the file is
 /// too short for stays incomplete. Throws Error when the file cannot be read to its end.

@@ -26,8 +26,8 @@ ByName by_name(std::span<const Wanted> wanted) {
   ByName map;
   for (const auto& w : wanted) {
     if (!volume(w.global_shape) || !inside(w.box, w.global_shape) || (w.target == nullptr && *volume(w.box.extent) > 0)) {
-      fail(Fault::programming, "checkpoint, tensor " + w.name, "no target, or box " + text_of(w.box) +
-                                                                   " is not inside the global shape " + text_of(w.global_shape));
+      fail(Fault::programming, "checkpoint, tensor " + w.name,
+           "no target, or box " + text_of(w.box) + " is not inside the global shape " + text_of(w.global_shape));
     }
     map[w.name].push_back(&w);
   }
@@ -133,8 +133,10 @@ std::vector<Candidate> candidates(const Path& root, const std::function<void(con
     if (aside) name.resize(name.size() - superseded_suffix.size());
     const auto step = step_of(name);
     if (!step) continue;
-    if (aside) found.try_emplace(*step, entry.path());
-    else found[*step] = entry.path();
+    if (aside)
+      found.try_emplace(*step, entry.path());
+    else
+      found[*step] = entry.path();
   }
   std::optional<std::int64_t> latest;
   std::string text;
@@ -150,8 +152,10 @@ std::vector<Candidate> candidates(const Path& root, const std::function<void(con
          "taking the newest step, " + std::to_string(found.rbegin()->first));
   }
   std::vector<Candidate> order;
-  for (auto i = found.rbegin(); i != found.rend(); ++i) if (!latest || i->first <= *latest) order.push_back({i->first, i->second});
-  for (auto i = found.rbegin(); i != found.rend(); ++i) if (latest && i->first > *latest) order.push_back({i->first, i->second});
+  for (auto i = found.rbegin(); i != found.rend(); ++i)
+    if (!latest || i->first <= *latest) order.push_back({i->first, i->second});
+  for (auto i = found.rbegin(); i != found.rend(); ++i)
+    if (latest && i->first > *latest) order.push_back({i->first, i->second});
   return order;
 }
 
@@ -164,8 +168,10 @@ Loaded load(const Path& folder, std::span<const Wanted> wanted, const FormatMake
   std::string fatal;
   int count = 0;
   for (const auto& problem : verify(folder, manifest)) {
-    if (!problem.fatal) loaded.warnings.push_back("[" + folder.string() + "] " + problem.text);
-    else if (++count <= 5) fatal += (count > 1 ? "; " : "") + problem.text;
+    if (!problem.fatal)
+      loaded.warnings.push_back("[" + folder.string() + "] " + problem.text);
+    else if (++count <= 5)
+      fatal += (count > 1 ? "; " : "") + problem.text;
   }
   if (count > 5) fatal += "; and " + std::to_string(count - 5) + " problems more";
   if (count > 0) fail_damaged(folder, fatal);
@@ -176,7 +182,8 @@ Loaded load(const Path& folder, std::span<const Wanted> wanted, const FormatMake
     const auto& tensor = manifest.tensors.at(name);
     for (const auto& stored : tensor.boxes) {
       std::vector<const Wanted*> takers;
-      for (const auto* w : all) if (intersect(stored.box, w->box)) takers.push_back(w);
+      for (const auto* w : all)
+        if (intersect(stored.box, w->box)) takers.push_back(w);
       if (!takers.empty()) read_box(*format, folder, name, tensor, stored, takers);
     }
   }
@@ -191,9 +198,11 @@ std::optional<Loaded> load_newest(const Path& root, std::span<const Wanted> want
   for (const auto& candidate : order) {
     try {
       auto loaded = load(candidate.folder, wanted, make_format, options);
-      for (const auto& warning : loaded.warnings) if (report) report(warning);
+      for (const auto& warning : loaded.warnings)
+        if (report) report(warning);
       if (!damage.empty() && report) {
-        report("the checkpoint of step " + std::to_string(loaded.step) + " is good and was loaded instead; all after it is lost");
+        report("the checkpoint of step " + std::to_string(loaded.step) +
+               " is good and was loaded instead; all after it is lost");
       }
       return loaded;
     } catch (const Damaged& e) {
@@ -205,8 +214,8 @@ std::optional<Loaded> load_newest(const Path& root, std::span<const Wanted> want
     }
   }
   if (damage.empty()) return std::nullopt;
-  throw Damaged(Fault::input, "[" + root.string() + "] none of the " + std::to_string(order.size()) +
-                                  " checkpoints is good:" + damage);
+  throw Damaged(Fault::input,
+                "[" + root.string() + "] none of the " + std::to_string(order.size()) + " checkpoints is good:" + damage);
 }
 
 }  // namespace capstan::checkpoint

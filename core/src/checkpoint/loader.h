@@ -36,9 +36,14 @@ struct Loaded {
 };
 
 /// The files of a checkpoint differ from its manifest: an older one may be good.
-class CAPSTAN_API Damaged : public Error { using Error::Error; };
+class CAPSTAN_API Damaged : public Error {
+  using Error::Error;
+};
 
-struct Candidate { std::int64_t step = 0; Path folder; };
+struct Candidate {
+  std::int64_t step = 0;
+  Path folder;
+};
 
 /// The checkpoints in a folder, the one to resume from first: the one that LATEST names, then earlier steps
 /// from new to old, then later ones (of a part of the run that was rolled back). A superseded folder stands

@@ -53,7 +53,8 @@ class Fields {
 
  private:
   std::int64_t integer_of(const json& v, const char* key) const {
-    if (!v.is_number_integer() || (v.is_number_unsigned() && v.get<std::uint64_t>() > INT64_MAX)) wrong(key, "an integer", v);
+    if (!v.is_number_integer() || (v.is_number_unsigned() && v.get<std::uint64_t>() > INT64_MAX))
+      wrong(key, "an integer", v);
     return v.get<std::int64_t>();
   }
   [[noreturn]] void wrong(const char* key, const char* expected, const json& got) const {
@@ -95,8 +96,9 @@ void check(const Manifest& m, Fault fault, const std::string& where) {
       if (file == m.files.end()) fail(fault, at, "lies in " + stored.file + ", which is not listed among the files");
       const auto bytes = *volume(stored.box.extent) * size_of(tensor.dtype);
       if (stored.bytes != bytes) {
-        fail(fault, at, "box " + text_of(stored.box) + ": expected " + std::to_string(bytes) + " bytes, got " +
-                            std::to_string(stored.bytes));
+        fail(fault, at,
+             "box " + text_of(stored.box) + ": expected " + std::to_string(bytes) + " bytes, got " +
+                 std::to_string(stored.bytes));
       }
       if (stored.offset < -1 || (stored.offset >= 0 && stored.offset > file->second.bytes - bytes)) {
         fail(fault, at, "its bytes do not lie inside " + stored.file);
@@ -185,13 +187,21 @@ std::string to_json(const Manifest& m) {
   for (const auto& [name, tensor] : m.tensors) {
     json boxes = json::array();
     for (const auto& b : tensor.boxes) {
-      boxes.push_back({{"begin", b.box.begin}, {"extent", b.box.extent}, {"file", b.file},
-                       {"offset", b.offset}, {"bytes", b.bytes}, {"xxh3", hash_text(b.xxh3)}});
+      boxes.push_back({{"begin", b.box.begin},
+                       {"extent", b.box.extent},
+                       {"file", b.file},
+                       {"offset", b.offset},
+                       {"bytes", b.bytes},
+                       {"xxh3", hash_text(b.xxh3)}});
     }
     tensors[name] = {{"dtype", std::string(name_of(tensor.dtype))}, {"shape", tensor.global_shape}, {"boxes", boxes}};
   }
-  json document = {{"format_version", format_version}, {"step", m.step}, {"format", m.format},
-                   {"program", m.program}, {"files", files}, {"tensors", tensors}};
+  json document = {{"format_version", format_version},
+                   {"step", m.step},
+                   {"format", m.format},
+                   {"program", m.program},
+                   {"files", files},
+                   {"tensors", tensors}};
   const auto compact = document.dump();
   document[own_hash_key] = hash_text(xxh3(compact.data(), static_cast<std::int64_t>(compact.size())));
   return document.dump(1) + "\n";
@@ -219,7 +229,8 @@ Manifest parse_manifest(const std::string& text, const std::string& where) {
   document.erase(own_hash_key);
   const auto compact = document.dump();
   const auto got = hash_text(xxh3(compact.data(), static_cast<std::int64_t>(compact.size())));
-  if (got != expected) fail(Fault::input, where, "the manifest is damaged: checksum " + expected + ", its content has " + got);
+  if (got != expected)
+    fail(Fault::input, where, "the manifest is damaged: checksum " + expected + ", its content has " + got);
   if (version < 1 || version > format_version) {
     throw UnknownVersion(Fault::input, "[" + where + "] checkpoint format version " + std::to_string(version) +
                                            ": this program reads 1 to " + std::to_string(format_version) +

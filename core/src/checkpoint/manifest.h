@@ -16,7 +16,10 @@ inline constexpr const char* manifest_name = "MANIFEST.json";
 inline constexpr const char* state_name = "state.json";
 inline constexpr const char* latest_name = "LATEST";
 
-struct FileRecord { std::int64_t bytes = 0; std::uint64_t xxh3 = 0; };
+struct FileRecord {
+  std::int64_t bytes = 0;
+  std::uint64_t xxh3 = 0;
+};
 
 /// One stored piece of a tensor.
 struct StoredBox {
@@ -24,7 +27,7 @@ struct StoredBox {
   std::string file;
   std::int64_t offset = -1;  ///< of the payload in the file; -1 when the format has no plain payload
   std::int64_t bytes = 0;
-  std::uint64_t xxh3 = 0;    ///< of the payload
+  std::uint64_t xxh3 = 0;  ///< of the payload
 };
 
 struct StoredTensor {
@@ -48,7 +51,9 @@ struct Manifest {
 CAPSTAN_API std::string name_fault(const std::string& name);
 
 /// A sound manifest of a version that this program does not read: no damage, so nothing to fall back from.
-class UnknownVersion : public Error { using Error::Error; };
+class UnknownVersion : public Error {
+  using Error::Error;
+};
 
 /// JSON text; holds the xxh3 of its own content. Throws Error(programming) when a tensor's boxes do not tile
 /// it, a file is unknown, or a name is unfit.

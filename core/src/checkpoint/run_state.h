@@ -17,11 +17,11 @@ struct PluginBuild {
 /// Free of topology: nothing here depends on the number of ranks. Randomness needs only the seed and the
 /// step, because every random number has an address.
 struct CAPSTAN_API RunState {
-  std::int64_t step = 0;           ///< finished optimizer steps
-  std::int64_t tokens = 0;         ///< trained on so far
+  std::int64_t step = 0;    ///< finished optimizer steps
+  std::int64_t tokens = 0;  ///< trained on so far
   std::uint64_t seed = 0;
-  std::string data_cursor;         ///< JSON of the data's own, counted in global samples
-  std::string recipe;              ///< resolved, as YAML
+  std::string data_cursor;  ///< JSON of the data's own, counted in global samples
+  std::string recipe;       ///< resolved, as YAML
   std::string recipe_digest;
   std::vector<PluginBuild> plugins;
   std::map<std::string, std::string> more;  ///< other parts' state, by their name

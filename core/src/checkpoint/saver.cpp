@@ -51,7 +51,9 @@ class FolderLock {
 };
 
 // The checkpoint itself is safe.
-class RetentionError : public Error { using Error::Error; };
+class RetentionError : public Error {
+  using Error::Error;
+};
 
 void check(const Snapshot& snapshot) {
   std::map<std::string, std::pair<const SavedTensor*, std::vector<Box>>> boxes;
@@ -60,12 +62,14 @@ void check(const Snapshot& snapshot) {
     if (const auto why = name_fault(t.name); !why.empty()) fail(Fault::programming, where, why);
     const auto total = volume(t.global_shape);
     if (!total || !inside(t.box, t.global_shape)) {
-      fail(Fault::programming, where, "box " + text_of(t.box) + " is not inside the global shape " + text_of(t.global_shape));
+      fail(Fault::programming, where,
+           "box " + text_of(t.box) + " is not inside the global shape " + text_of(t.global_shape));
     }
     const auto bytes = *volume(t.box.extent) * size_of(t.dtype);
     if (t.bytes != bytes || (bytes > 0 && t.data == nullptr)) {
-      fail(Fault::programming, where, "expected " + std::to_string(bytes) + " bytes of data, got " +
-                                          (t.data == nullptr ? "none" : std::to_string(t.bytes)));
+      fail(Fault::programming, where,
+           "expected " + std::to_string(bytes) + " bytes of data, got " +
+               (t.data == nullptr ? "none" : std::to_string(t.bytes)));
     }
     auto& [first, all] = boxes.try_emplace(t.name, &t, std::vector<Box>()).first->second;
     if (first->dtype != t.dtype || first->global_shape != t.global_shape) {
@@ -83,7 +87,10 @@ void check(const Snapshot& snapshot) {
 }  // namespace
 
 struct Saver::Impl {
-  struct Job { Snapshot snapshot; double waited = 0, copied = 0; };
+  struct Job {
+    Snapshot snapshot;
+    double waited = 0, copied = 0;
+  };
 
   Path root;
   std::shared_ptr<CheckpointFormat> format;
@@ -93,17 +100,22 @@ struct Saver::Impl {
 
   mutable std::mutex mutex;
   std::condition_variable changed;
-  std::optional<Job> job;      // taken and worked on by the thread; empty again when that is done
+  std::optional<Job> job;  // taken and worked on by the thread; empty again when that is done
   std::optional<Error> error;
   SaveReport report;
   bool stopping = false;
   std::thread thread;
 
   Impl(Path r, std::shared_ptr<CheckpointFormat> f, SaverOptions o)
-      : root(std::move(r)), format(std::move(f)), options(std::move(o)),
-        staging(options.copy_threads > 0 ? options.copy_threads : static_cast<int>(std::thread::hardware_concurrency() / 2)) {}
+      : root(std::move(r)),
+        format(std::move(f)),
+        options(std::move(o)),
+        staging(options.copy_threads > 0 ? options.copy_threads
+                                         : static_cast<int>(std::thread::hardware_concurrency() / 2)) {}
 
-  void reached(std::string_view stage) const { if (options.fault_hook) options.fault_hook(stage); }
+  void reached(std::string_view stage) const {
+    if (options.fault_hook) options.fault_hook(stage);
+  }
 
   void wait_idle() {
     std::unique_lock guard(mutex);
@@ -133,8 +145,10 @@ struct Saver::Impl {
       done.write_seconds = seconds_since(start);
       {
         const std::lock_guard guard(mutex);
-        if (failure) error = std::move(failure);
-        else report = done;
+        if (failure)
+          error = std::move(failure);
+        else
+          report = done;
         job.reset();
       }
       changed.notify_all();
@@ -169,7 +183,8 @@ struct Saver::Impl {
     for (const auto& t : job->snapshot.tensors) needed += t.bytes;
     std::string text = "[checkpoint of step " + std::to_string(job->snapshot.step) + "] not saved: " + why + " (it needs " +
                        std::to_string(needed) + " bytes";
-    if (const auto available = available_bytes(root); available >= 0) text += ", " + std::to_string(available) + " are available";
+    if (const auto available = available_bytes(root); available >= 0)
+      text += ", " + std::to_string(available) + " are available";
     return Error(fault, text + " in " + root.string() + "); earlier checkpoints are untouched, and training goes on");
   }
 };

@@ -29,10 +29,10 @@ struct SaverOptions {
 /// What the last finished save cost.
 struct SaveReport {
   std::int64_t step = -1;
-  std::int64_t bytes = 0;         ///< on the disk
-  double waited_seconds = 0;      ///< save() waited for the save before it
-  double snapshot_seconds = 0;    ///< save() copied the tensors
-  double write_seconds = 0;       ///< the saver's thread wrote, checked and committed
+  std::int64_t bytes = 0;       ///< on the disk
+  double waited_seconds = 0;    ///< save() waited for the save before it
+  double snapshot_seconds = 0;  ///< save() copied the tensors
+  double write_seconds = 0;     ///< the saver's thread wrote, checked and committed
 };
 
 /// Saves into one folder of checkpoints. One thread of its own makes all calls of the format and all file

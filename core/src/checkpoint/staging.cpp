@@ -43,10 +43,12 @@ void Staging::reserve(std::int64_t bytes) {
   if (bytes <= bytes_) return;
   release();
   bytes = (bytes + page - 1) / page * page;
-  void* memory = ::mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      ::mmap(nullptr, static_cast<std::size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) {
-    fail(Fault::runtime, "checkpoint", "no memory for a snapshot of " + std::to_string(bytes) + " bytes: " +
-                                           std::strerror(errno) + "; set checkpoint.asynchronous: false, which needs none");
+    fail(Fault::runtime, "checkpoint",
+         "no memory for a snapshot of " + std::to_string(bytes) + " bytes: " + std::strerror(errno) +
+             "; set checkpoint.asynchronous: false, which needs none");
   }
   data_ = static_cast<char*>(memory), bytes_ = bytes;
   (void)::madvise(memory, static_cast<std::size_t>(bytes), MADV_HUGEPAGE);

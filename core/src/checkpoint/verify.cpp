@@ -13,7 +13,10 @@ std::string list(const std::vector<std::string>& names) {
   return text;
 }
 
-struct Piece { std::string tensor; const StoredBox* stored; };
+struct Piece {
+  std::string tensor;
+  const StoredBox* stored;
+};
 
 void verify_file(const Path& folder, const std::string& name, const FileRecord& record, const std::vector<Piece>& pieces,
                  bool fatal, std::vector<Problem>& problems) {
@@ -26,7 +29,8 @@ void verify_file(const Path& folder, const std::string& name, const FileRecord& 
   std::error_code error;
   const auto status = std::filesystem::status(path, error);
   if (status.type() != std::filesystem::file_type::regular) {
-    const auto what = status.type() == std::filesystem::file_type::not_found ? name + " is missing" : name + " is not a file";
+    const auto what =
+        status.type() == std::filesystem::file_type::not_found ? name + " is missing" : name + " is not a file";
     problems.push_back({name, all.empty() ? "" : all.front(), all.empty() ? what : what + "; it holds " + list(all), fatal});
     return;
   }
@@ -39,7 +43,8 @@ void verify_file(const Path& folder, const std::string& name, const FileRecord& 
   }
   if (digest.bytes != record.bytes) {
     std::vector<std::string> cut;
-    for (std::size_t i = 0; i < pieces.size(); ++i) if (!ranges[i].complete) cut.push_back(pieces[i].tensor);
+    for (std::size_t i = 0; i < pieces.size(); ++i)
+      if (!ranges[i].complete) cut.push_back(pieces[i].tensor);
     auto text = name + (digest.bytes < record.bytes ? " is cut short" : " is too long") + ": expected " +
                 std::to_string(record.bytes) + " bytes, got " + std::to_string(digest.bytes);
     if (!cut.empty()) text += "; lost: " + list(cut);
@@ -58,8 +63,8 @@ void verify_file(const Path& folder, const std::string& name, const FileRecord& 
   }
   if (digest.bytes == record.bytes && digest.xxh3 != record.xxh3 && !payload_damaged) {
     const auto what = pieces.empty() ? " is damaged" : " is damaged outside its tensors' bytes (the format's own metadata)";
-    problems.push_back({name, "", name + what + ": checksum " + hash_text(digest.xxh3) + ", expected " +
-                                      hash_text(record.xxh3), fatal});
+    problems.push_back(
+        {name, "", name + what + ": checksum " + hash_text(digest.xxh3) + ", expected " + hash_text(record.xxh3), fatal});
   }
 }
 

@@ -3,8 +3,8 @@
 #include "checkpoint/run_state.h"
 #include "program/commands.h"
 
-#include <CLI/CLI.hpp>
 #include <fmt/format.h>
+#include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <memory>
@@ -40,8 +40,10 @@ std::vector<Candidate> chosen(const std::string& text) {
   const auto name = (path.filename().empty() ? path.parent_path() : path).filename().string();
   if (const auto step = checkpoint::step_of(name)) return {{*step, path}};
   const auto root = fs::is_directory(path / "checkpoints") ? path / "checkpoints" : path;
-  const auto all = checkpoint::candidates(root, [](const std::string& warning) { fmt::print(stderr, "warning: {}\n", warning); });
-  if (all.empty()) fail(Fault::input, path.string(), "there are no checkpoints here; give a run's folder or a step_... folder in it");
+  const auto all =
+      checkpoint::candidates(root, [](const std::string& warning) { fmt::print(stderr, "warning: {}\n", warning); });
+  if (all.empty())
+    fail(Fault::input, path.string(), "there are no checkpoints here; give a run's folder or a step_... folder in it");
   return all;
 }
 
@@ -55,7 +57,8 @@ void print_one(const Candidate& candidate, bool tensors) {
     width = std::max(width, name.size());
   }
   fmt::print("step {}  {}\n", manifest.step, candidate.folder.string());
-  fmt::print("  format:   {}, version {}, written by Capstan {}\n", manifest.format, checkpoint::format_version, manifest.program);
+  fmt::print("  format:   {}, version {}, written by Capstan {}\n", manifest.format, checkpoint::format_version,
+             manifest.program);
   fmt::print("  size:     {} in {} files\n", size_text(manifest.bytes()), manifest.files.size() + 1);
   fmt::print("  tensors:  {} ({} elements, {})\n", manifest.tensors.size(), elements, size_text(payload));
   try {
@@ -65,7 +68,8 @@ void print_one(const Candidate& candidate, bool tensors) {
                state.recipe_digest.empty() ? "without a digest" : state.recipe_digest);
     fmt::print("  data:     {}\n", state.data_cursor.empty() ? "no cursor" : state.data_cursor);
     std::string plugins;
-    for (const auto& p : state.plugins) plugins += fmt::format("{}{}/{} {}", plugins.empty() ? "" : ", ", p.kind, p.name, p.version);
+    for (const auto& p : state.plugins)
+      plugins += fmt::format("{}{}/{} {}", plugins.empty() ? "" : ", ", p.kind, p.name, p.version);
     fmt::print("  plugins:  {}\n", plugins.empty() ? "none recorded" : plugins);
   } catch (const Error& e) {  // what can be told has been told; `verify` says all
     fmt::print("  run:      unreadable: {}\n", e.what());
@@ -118,7 +122,8 @@ void add_checkpoint(CLI::App& app, Program& program) {
   info_command->add_flag("--tensors", words->tensors, "list every tensor with its type and global shape");
   info_command->callback([words] { info(*words); });
 
-  CLI::App* verify_command = command->add_subcommand("verify", "Compare every byte with its checksum; exit code 2 when damaged");
+  CLI::App* verify_command =
+      command->add_subcommand("verify", "Compare every byte with its checksum; exit code 2 when damaged");
   verify_command->add_option("path", words->path, "a run's folder, or one step_... folder in it")->required();
   verify_command->callback([words, &program] { verify(program, *words); });
 }

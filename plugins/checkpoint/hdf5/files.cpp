@@ -25,7 +25,8 @@ void fail_system(const std::string& where, const std::string& action, int error)
   fail(Fault::runtime, where, "cannot " + action + ": " + std::strerror(error));
 }
 
-Descriptor::Descriptor(const std::string& path, int flags) : path_(path), fd_(::open(path.c_str(), flags | O_CLOEXEC, 0644)) {
+Descriptor::Descriptor(const std::string& path, int flags)
+    : path_(path), fd_(::open(path.c_str(), flags | O_CLOEXEC, 0644)) {
   if (fd_ < 0) fail_system(path, "be opened", errno);
 }
 
@@ -38,8 +39,8 @@ void Descriptor::sync() const {
 void Descriptor::write(const void* data, std::int64_t bytes, std::int64_t offset, const std::string& where,
                        const std::function<void(std::int64_t)>& progress) const {
   for (std::int64_t done = 0; done < bytes;) {
-    const auto n = ::pwrite(fd_, static_cast<const char*>(data) + done, static_cast<std::size_t>(std::min(bytes - done, largest_call)),
-                            offset + done);
+    const auto n = ::pwrite(fd_, static_cast<const char*>(data) + done,
+                            static_cast<std::size_t>(std::min(bytes - done, largest_call)), offset + done);
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) {
       fail_system(where, "write the last " + std::to_string(bytes - done) + " of " + std::to_string(bytes) + " bytes",
@@ -52,12 +53,13 @@ void Descriptor::write(const void* data, std::int64_t bytes, std::int64_t offset
 
 void Descriptor::read(void* data, std::int64_t bytes, std::int64_t offset, const std::string& where) const {
   for (std::int64_t done = 0; done < bytes;) {
-    const auto n = ::pread(fd_, static_cast<char*>(data) + done, static_cast<std::size_t>(std::min(bytes - done, largest_call)),
-                           offset + done);
+    const auto n = ::pread(fd_, static_cast<char*>(data) + done,
+                           static_cast<std::size_t>(std::min(bytes - done, largest_call)), offset + done);
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) fail_system(where, "be read", errno);
     if (n == 0) {
-      fail(Fault::input, where, "the file ends after " + std::to_string(done) + " of its " + std::to_string(bytes) + " bytes");
+      fail(Fault::input, where,
+           "the file ends after " + std::to_string(done) + " of its " + std::to_string(bytes) + " bytes");
     }
     done += n;
   }
@@ -67,8 +69,9 @@ MemoryFile::MemoryFile(const std::string& where, std::int64_t at_most) {
   rlimit limit{};
   if (::getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY &&
       limit.rlim_cur < static_cast<rlim_t>(at_most)) {
-    fail(Fault::runtime, where, "may need " + std::to_string(at_most) + " bytes, and this process may only write files of " +
-                                    std::to_string(limit.rlim_cur) + " bytes; raise the limit (ulimit -f)");
+    fail(Fault::runtime, where,
+         "may need " + std::to_string(at_most) + " bytes, and this process may only write files of " +
+             std::to_string(limit.rlim_cur) + " bytes; raise the limit (ulimit -f)");
   }
   fd_ = ::memfd_create("capstan-checkpoint", MFD_CLOEXEC);
   if (fd_ < 0) fail_system(where, "get a file in memory", errno);

@@ -25,8 +25,13 @@ class Handle {
   Handle(hid_t id, Close close, const std::string& where, const char* action)
       : id_(check(id, where, action)), close_(close) {}
   Handle(Handle&& o) noexcept : id_(std::exchange(o.id_, -1)), close_(o.close_) {}
-  Handle& operator=(Handle&& o) noexcept { std::swap(id_, o.id_), std::swap(close_, o.close_); return *this; }
-  ~Handle() { if (id_ >= 0) close_(id_); }
+  Handle& operator=(Handle&& o) noexcept {
+    std::swap(id_, o.id_), std::swap(close_, o.close_);
+    return *this;
+  }
+  ~Handle() {
+    if (id_ >= 0) close_(id_);
+  }
   hid_t get() const { return id_; }
   /// Closes now and tells whether that worked: a file's last bytes are written here.
   herr_t close() { return close_(std::exchange(id_, -1)); }

@@ -48,7 +48,8 @@ Handle access_properties() {
 // More than HDF5 takes for so many datasets, measured at under 2 KiB each.
 std::int64_t largest_metadata(std::span<const SavedTensor> tensors) {
   std::int64_t bytes = 1 << 20;
-  for (const auto& t : tensors) bytes += 4 * static_cast<std::int64_t>(alignment) + 4 * static_cast<std::int64_t>(t.name.size());
+  for (const auto& t : tensors)
+    bytes += 4 * static_cast<std::int64_t>(alignment) + 4 * static_cast<std::int64_t>(t.name.size());
   return bytes;
 }
 
@@ -59,7 +60,8 @@ void write_hdf5(const std::string& path, const Descriptor& target, std::int64_t 
   const auto access = access_properties();
   // The stdio driver, because the default one insists on resolving links, and the path of a memory file is one.
   check(H5Pset_fapl_stdio(access.get()), path, "choose the stdio driver");
-  Handle file(H5Fcreate(memory.path().c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get()), H5Fclose, path, "create this file");
+  Handle file(H5Fcreate(memory.path().c_str(), H5F_ACC_TRUNC, H5P_DEFAULT, access.get()), H5Fclose, path,
+              "create this file");
   build(file.get());
   check(H5Fflush(file.get(), H5F_SCOPE_LOCAL), path, "write the metadata");
   check(file.close(), path, "close this file");
@@ -121,8 +123,9 @@ void create_datasets(hid_t file, const std::string& path, std::span<SavedTensor>
     const auto where = at(path, t);
     const auto type = file_type(t.dtype);
     const auto space = space_of(t.box.extent, where);
-    Handle dataset(H5Dcreate2(file, dataset_name(t).c_str(), type.get(), space.get(), link.get(), contiguous.get(), H5P_DEFAULT),
-                   H5Dclose, where, "create its dataset");
+    Handle dataset(
+        H5Dcreate2(file, dataset_name(t).c_str(), type.get(), space.get(), link.get(), contiguous.get(), H5P_DEFAULT),
+        H5Dclose, where, "create its dataset");
     write_attribute(dataset.get(), "dtype", std::string(name_of(t.dtype)), where);
     write_attribute(dataset.get(), "global_shape", t.global_shape, where);
     write_attribute(dataset.get(), "box_begin", t.box.begin, where);
@@ -148,7 +151,9 @@ class Hdf5Format final : public CheckpointFormat {
     write_hdf5(path, file, at_most, [&](hid_t id) { create_datasets(id, path, tensors); });
     std::int64_t written = 0;
     for (const auto& t : tensors) {
-      file.write(t.data, t.bytes, t.file_offset, at(path, t), [&](std::int64_t done) { if (progress) progress(written + done); });
+      file.write(t.data, t.bytes, t.file_offset, at(path, t), [&](std::int64_t done) {
+        if (progress) progress(written + done);
+      });
       written += t.bytes;
     }
     file.sync();
@@ -165,8 +170,8 @@ class Hdf5Format final : public CheckpointFormat {
     const auto offset = H5Dget_offset(dataset.get());
     if (offset == HADDR_UNDEF) fail(Fault::input, where, "its dataset is not contiguous: no checkpoint's shard");
     if (t.file_offset >= 0 && offset != static_cast<haddr_t>(t.file_offset)) {
-      fail(Fault::input, where, "its bytes lie at " + std::to_string(offset) + " of the file, expected " +
-                                    std::to_string(t.file_offset));
+      fail(Fault::input, where,
+           "its bytes lie at " + std::to_string(offset) + " of the file, expected " + std::to_string(t.file_offset));
     }
     Descriptor(path, O_RDONLY).read(target, t.bytes, static_cast<std::int64_t>(offset), where);
   }
@@ -182,7 +187,8 @@ class Hdf5Format final : public CheckpointFormat {
         const auto& first = *pieces.front();
         const auto where = at(path, first);
         if (first.global_shape.empty()) {  // HDF5 has no virtual scalar
-          check(H5Lcreate_external(first.file.c_str(), dataset_name(first).c_str(), file, name.c_str(), link.get(), H5P_DEFAULT),
+          check(H5Lcreate_external(first.file.c_str(), dataset_name(first).c_str(), file, name.c_str(), link.get(),
+                                   H5P_DEFAULT),
                 where, "link its dataset");
         } else {
           write_virtual(file, link.get(), name, pieces, where);

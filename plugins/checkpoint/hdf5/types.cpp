@@ -30,29 +30,43 @@ Handle boolean() {  // the enumeration that h5py reads as bool
 
 Handle file_type(DType dtype) {
   switch (dtype) {
-    case DType::f64: return copy(H5T_IEEE_F64LE);
-    case DType::f32: return copy(H5T_IEEE_F32LE);
-    case DType::bf16: return short_float(8, 7, 127);
-    case DType::f16: return short_float(5, 10, 15);
-    case DType::i32: return copy(H5T_STD_I32LE);
-    case DType::i64: return copy(H5T_STD_I64LE);
-    case DType::boolean: return boolean();
+    case DType::f64:
+      return copy(H5T_IEEE_F64LE);
+    case DType::f32:
+      return copy(H5T_IEEE_F32LE);
+    case DType::bf16:
+      return short_float(8, 7, 127);
+    case DType::f16:
+      return short_float(5, 10, 15);
+    case DType::i32:
+      return copy(H5T_STD_I32LE);
+    case DType::i64:
+      return copy(H5T_STD_I64LE);
+    case DType::boolean:
+      return boolean();
     case DType::f8e4m3:
     case DType::f8e5m2:
-    case DType::u8: return copy(H5T_STD_U8LE);
+    case DType::u8:
+      return copy(H5T_STD_U8LE);
   }
   fail(Fault::programming, "dtype", "no HDF5 type for element type " + std::to_string(static_cast<int>(dtype)));
 }
 
 Fill missing_value(DType dtype) {
   switch (dtype) {
-    case DType::f64: return {0x7ff8000000000000};
-    case DType::f32: return {0x7fc00000};
-    case DType::bf16: return {0x7fc0};
-    case DType::f16: return {0x7e00};
+    case DType::f64:
+      return {0x7ff8000000000000};
+    case DType::f32:
+      return {0x7fc00000};
+    case DType::bf16:
+      return {0x7fc0};
+    case DType::f16:
+      return {0x7e00};
     case DType::f8e4m3:
-    case DType::f8e5m2: return {0x7f};
-    default: return {0};
+    case DType::f8e5m2:
+      return {0x7f};
+    default:
+      return {0};
   }
 }
 

@@ -13,7 +13,9 @@ namespace capstan::hdf5 {
 Handle file_type(DType dtype);
 
 /// What a virtual dataset shows where its shard is missing: NaN where the type has one, else 0.
-struct Fill { std::uint64_t bits = 0; };
+struct Fill {
+  std::uint64_t bits = 0;
+};
 Fill missing_value(DType dtype);
 
 }  // namespace capstan::hdf5

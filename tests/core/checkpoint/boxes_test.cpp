@@ -51,11 +51,14 @@ TEST(Boxes, CopiesExactlyTheCommonElements) {
     for (auto& extent : shape) extent = 1 + static_cast<std::int64_t>(random() % 6);
     const auto a = random_box(random, shape), b = random_box(random, shape);
     std::vector<std::int32_t> source(static_cast<std::size_t>(*volume(a.extent)));
-    each(a, [&](auto n, const auto& index) { source[static_cast<std::size_t>(n)] = static_cast<std::int32_t>(number(shape, index)); });
+    each(a, [&](auto n, const auto& index) {
+      source[static_cast<std::size_t>(n)] = static_cast<std::int32_t>(number(shape, index));
+    });
     std::vector<std::int32_t> target(static_cast<std::size_t>(*volume(b.extent)), -1);
     copy_common(a, source.data(), b, target.data(), sizeof(std::int32_t));
     each(b, [&](auto n, const auto& index) {
-      const bool common = inside({index, Shape(shape.size(), 1)}, shape) && intersect(a, {index, Shape(shape.size(), 1)}).has_value();
+      const bool common =
+          inside({index, Shape(shape.size(), 1)}, shape) && intersect(a, {index, Shape(shape.size(), 1)}).has_value();
       ASSERT_EQ(target[static_cast<std::size_t>(n)], common ? number(shape, index) : -1)
           << "from " << text_of(a) << " to " << text_of(b) << " in " << text_of(shape);
     });

@@ -16,7 +16,10 @@ using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
-struct Ran { int code = -1; std::string text; };
+struct Ran {
+  int code = -1;
+  std::string text;
+};
 
 Ran run(const std::string& words) {
   Ran ran;
@@ -42,11 +45,13 @@ class Command : public ::testing::Test {
 TEST_F(Command, InfoTellsStepsAndState) {
   const auto all = run("info " + quoted());
   EXPECT_EQ(all.code, 0) << all.text;
-  EXPECT_THAT(all.text, AllOf(HasSubstr("step 200"), HasSubstr("step 100"), HasSubstr("hdf5"), HasSubstr("tensors:  13"),
-                              HasSubstr("819200 tokens"), HasSubstr(R"({"sample":12})"), Not(HasSubstr("embedding.weight"))));
+  EXPECT_THAT(all.text,
+              AllOf(HasSubstr("step 200"), HasSubstr("step 100"), HasSubstr("hdf5"), HasSubstr("tensors:  13"),
+                    HasSubstr("819200 tokens"), HasSubstr(R"({"sample":12})"), Not(HasSubstr("embedding.weight"))));
   const auto one = run("info --tensors " + quoted("checkpoints/step_000100"));
   EXPECT_EQ(one.code, 0) << one.text;
-  EXPECT_THAT(one.text, AllOf(HasSubstr("step 100"), Not(HasSubstr("step 200")), HasSubstr("embedding.weight"), HasSubstr("[33, 17]")));
+  EXPECT_THAT(one.text, AllOf(HasSubstr("step 100"), Not(HasSubstr("step 200")), HasSubstr("embedding.weight"),
+                              HasSubstr("[33, 17]")));
 }
 
 TEST_F(Command, VerifyIsSilentlyGoodAndLoudlyNot) {

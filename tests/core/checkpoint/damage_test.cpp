@@ -81,21 +81,37 @@ TEST_F(Damage, TruncatedShardNamesWhatIsLost) {
                   {"shard_00000.h5 is cut short", "lost: ", "got " + std::to_string(last.offset + 7)});
 }
 
-TEST_F(Damage, EmptyShard) { expect_fallback([&] { overwrite(shard, ""); }, {"shard_00000.h5 is cut short", "got 0"}); }
-TEST_F(Damage, LongerShard) { expect_fallback([&] { overwrite(shard, contents(shard) + "x"); }, {"shard_00000.h5 is too long"}); }
-TEST_F(Damage, MissingShard) { expect_fallback([&] { std::filesystem::remove(shard); }, {"shard_00000.h5 is missing", "it holds"}); }
-TEST_F(Damage, MissingState) { expect_fallback([&] { std::filesystem::remove(newest / "state.json"); }, {"state.json is missing"}); }
-TEST_F(Damage, ChangedState) { expect_fallback([&] { flip_bit(newest / "state.json", 12); }, {"state.json is damaged"}); }
-TEST_F(Damage, MissingManifest) { expect_fallback([&] { std::filesystem::remove(newest / "MANIFEST.json"); }, {"MANIFEST.json"}); }
-TEST_F(Damage, EmptyManifest) { expect_fallback([&] { overwrite(newest / "MANIFEST.json", ""); }, {"MANIFEST.json", "not a manifest"}); }
+TEST_F(Damage, EmptyShard) {
+  expect_fallback([&] { overwrite(shard, ""); }, {"shard_00000.h5 is cut short", "got 0"});
+}
+TEST_F(Damage, LongerShard) {
+  expect_fallback([&] { overwrite(shard, contents(shard) + "x"); }, {"shard_00000.h5 is too long"});
+}
+TEST_F(Damage, MissingShard) {
+  expect_fallback([&] { std::filesystem::remove(shard); }, {"shard_00000.h5 is missing", "it holds"});
+}
+TEST_F(Damage, MissingState) {
+  expect_fallback([&] { std::filesystem::remove(newest / "state.json"); }, {"state.json is missing"});
+}
+TEST_F(Damage, ChangedState) {
+  expect_fallback([&] { flip_bit(newest / "state.json", 12); }, {"state.json is damaged"});
+}
+TEST_F(Damage, MissingManifest) {
+  expect_fallback([&] { std::filesystem::remove(newest / "MANIFEST.json"); }, {"MANIFEST.json"});
+}
+TEST_F(Damage, EmptyManifest) {
+  expect_fallback([&] { overwrite(newest / "MANIFEST.json", ""); }, {"MANIFEST.json", "not a manifest"});
+}
 
 TEST_F(Damage, ShardIsAFolder) {
-  expect_fallback([&] { std::filesystem::remove(shard), std::filesystem::create_directory(shard); }, {"shard_00000.h5 is not a file"});
+  expect_fallback([&] { std::filesystem::remove(shard), std::filesystem::create_directory(shard); },
+                  {"shard_00000.h5 is not a file"});
 }
 
 TEST_F(Damage, HalfAManifest) {
   const auto text = contents(newest / "MANIFEST.json");
-  expect_fallback([&] { overwrite(newest / "MANIFEST.json", text.substr(0, text.size() / 2)); }, {"MANIFEST.json", "not a manifest"});
+  expect_fallback([&] { overwrite(newest / "MANIFEST.json", text.substr(0, text.size() / 2)); },
+                  {"MANIFEST.json", "not a manifest"});
 }
 
 // Anywhere in the manifest a flipped bit is either found, or was in white space and changes nothing.
@@ -139,7 +155,8 @@ TEST_F(Damage, NothingGoodIsAnErrorThatListsAll) {
   std::filesystem::remove(root.path() / "step_000001/shard_00000.h5");
   auto target = one.blank();
   const auto text = error_of([&] { checkpoint::load_newest(root, target.wanted(), make_format, OnDamage::fall_back, {}); });
-  EXPECT_THAT(text, AllOf(HasSubstr("none of the 2 checkpoints is good"), HasSubstr("step_000001"), HasSubstr("step_000002")));
+  EXPECT_THAT(text,
+              AllOf(HasSubstr("none of the 2 checkpoints is good"), HasSubstr("step_000001"), HasSubstr("step_000002")));
 }
 
 TEST_F(Damage, NoCheckpointAtAllIsNoError) {
@@ -149,7 +166,8 @@ TEST_F(Damage, NoCheckpointAtAllIsNoError) {
 }
 
 TEST_F(Damage, ABadLatestIsToldAndTheNewestStepTaken) {
-  for (const auto& text : std::vector<std::string>{"", "\n", "step_000003\n", "step_2\n", "../../etc/passwd\n", {'\0', '\xff'}}) {
+  for (const auto& text :
+       std::vector<std::string>{"", "\n", "step_000003\n", "step_2\n", "../../etc/passwd\n", {'\0', '\xff'}}) {
     overwrite(root.path() / "LATEST", text);
     std::vector<std::string> heard;
     const auto loaded = load_newest(root, one, &heard);
@@ -178,12 +196,14 @@ TEST_F(Damage, AnotherModelsCheckpointIsRefusedWithASummary) {
     }
   }
   const auto text = error_of([&] {
-    checkpoint::load_newest(root, other.wanted(), make_format, OnDamage::fall_back, [](const auto&) { FAIL() << "this is no damage"; });
+    checkpoint::load_newest(root, other.wanted(), make_format, OnDamage::fall_back,
+                            [](const auto&) { FAIL() << "this is no damage"; });
   });
-  EXPECT_THAT(text, AllOf(HasSubstr("checkpoint of another model"), HasSubstr("1 tensors are missing from it: layers.9.bias"),
-                          HasSubstr("2 tensors in it are not wanted: half, mask"),
-                          HasSubstr("embedding.weight (checkpoint: f32 [33, 17], wanted: f32 [33, 18])"),
-                          HasSubstr("layers.0.norm.weight (checkpoint: f64 [31], wanted: f32 [31])")));
+  EXPECT_THAT(text,
+              AllOf(HasSubstr("checkpoint of another model"), HasSubstr("1 tensors are missing from it: layers.9.bias"),
+                    HasSubstr("2 tensors in it are not wanted: half, mask"),
+                    HasSubstr("embedding.weight (checkpoint: f32 [33, 17], wanted: f32 [33, 18])"),
+                    HasSubstr("layers.0.norm.weight (checkpoint: f64 [31], wanted: f32 [31])")));
 }
 
 TEST_F(Damage, OnlyWhatTheCallerNamesMayStayUnread) {
@@ -221,13 +241,18 @@ TEST_F(Damage, AManifestThatContradictsItselfIsRefused) {
   EXPECT_THAT(refused([](auto& m) { m["step"] = -4; }), HasSubstr("negative step"));
   EXPECT_THAT(refused([](auto& m) { m["step"] = 1.5; }), HasSubstr("expected an integer"));
   EXPECT_THAT(refused([](auto& m) { m["step"] = 18446744073709551615u; }), HasSubstr("expected an integer"));
-  EXPECT_THAT(refused([](auto& m) { m["files"]["../escape"] = m["files"]["state.json"]; }), HasSubstr("is not the name of a file"));
+  EXPECT_THAT(refused([](auto& m) { m["files"]["../escape"] = m["files"]["state.json"]; }),
+              HasSubstr("is not the name of a file"));
   EXPECT_THAT(refused([](auto& m) { m["files"].erase("state.json"); }), HasSubstr("no file state.json"));
   EXPECT_THAT(refused([](auto& m) { m["files"].erase("shard_00000.h5"); }), HasSubstr("not listed among the files"));
   EXPECT_THAT(refused([&](auto& m) { tensor(m)["dtype"] = "f33"; }), HasSubstr("f33"));
-  EXPECT_THAT(refused([&](auto& m) { tensor(m)["shape"] = {std::int64_t{1} << 40, std::int64_t{1} << 40}; }), HasSubstr("impossible global shape"));
+  EXPECT_THAT(refused([&](auto& m) {
+                tensor(m)["shape"] = {std::int64_t{1} << 40, std::int64_t{1} << 40};
+              }),
+              HasSubstr("impossible global shape"));
   EXPECT_THAT(refused([&](auto& m) { tensor(m)["shape"] = {33, 18}; }), HasSubstr("uncovered"));
-  EXPECT_THAT(refused([&](auto& m) { tensor(m)["boxes"][0]["offset"] = std::int64_t{1} << 60; }), HasSubstr("do not lie inside"));
+  EXPECT_THAT(refused([&](auto& m) { tensor(m)["boxes"][0]["offset"] = std::int64_t{1} << 60; }),
+              HasSubstr("do not lie inside"));
   EXPECT_THAT(refused([&](auto& m) { tensor(m)["boxes"][0]["offset"] = -2; }), HasSubstr("do not lie inside"));
   EXPECT_THAT(refused([&](auto& m) { tensor(m)["boxes"][0]["bytes"] = 1; }), HasSubstr("got 1"));
   EXPECT_THAT(refused([&](auto& m) { tensor(m)["boxes"][0]["xxh3"] = "12"; }), HasSubstr("16 hexadecimal digits"));
@@ -239,7 +264,10 @@ TEST_F(Damage, AManifestThatContradictsItselfIsRefused) {
 }
 
 TEST_F(Damage, AnotherFormatVersionIsNoDamage) {
-  rewrite(newest, [](auto& m) { m["format_version"] = 2; m["news"] = true; });
+  rewrite(newest, [](auto& m) {
+    m["format_version"] = 2;
+    m["news"] = true;
+  });
   auto target = one.blank();
   const auto text = error_of([&] { checkpoint::load_newest(root, target.wanted(), make_format, OnDamage::fall_back, {}); });
   EXPECT_THAT(text, AllOf(HasSubstr("format version 2"), HasSubstr("this program reads 1 to 1")));
@@ -248,12 +276,14 @@ TEST_F(Damage, AnotherFormatVersionIsNoDamage) {
 // The manifest and the shard agree with their checksums but not with each other: the format looks for itself.
 TEST_F(Damage, AShardThatDescribesATensorOtherwiseIsRefused) {
   rewrite(newest, [](auto& m) {
-    std::swap(m["tensors"]["optimizer/m/layers.0.norm.weight"]["boxes"], m["tensors"]["optimizer/v/layers.0.norm.weight"]["boxes"]);
+    std::swap(m["tensors"]["optimizer/m/layers.0.norm.weight"]["boxes"],
+              m["tensors"]["optimizer/v/layers.0.norm.weight"]["boxes"]);
   });
   EXPECT_THAT(verify(newest), SizeIs(0));
   auto target = one.blank();
   const auto text = error_of([&] { load(newest, target.wanted(), make_format); });
-  EXPECT_THAT(text, AllOf(HasSubstr("optimizer/m/layers.0.norm.weight"), HasSubstr("shard_00000.h5"), HasSubstr("expected")));
+  EXPECT_THAT(text,
+              AllOf(HasSubstr("optimizer/m/layers.0.norm.weight"), HasSubstr("shard_00000.h5"), HasSubstr("expected")));
 }
 
 }  // namespace

@@ -121,7 +121,8 @@ TEST(Hdf5, ReadingRefusesWhatDoesNotAgree) {
     change(t);
     return error_of([&] { format->read(path, t, out.data()); });
   };
-  EXPECT_THAT(refused([](auto& t) { t.dtype = DType::i32; }), AllOf(HasSubstr("a.h5, tensor w"), HasSubstr("not of type i32")));
+  EXPECT_THAT(refused([](auto& t) { t.dtype = DType::i32; }),
+              AllOf(HasSubstr("a.h5, tensor w"), HasSubstr("not of type i32")));
   EXPECT_THAT(refused([](auto& t) { t.global_shape = {4, 3}, t.box = whole({4, 3}); }), HasSubstr("extents"));
   EXPECT_THAT(refused([](auto& t) { t.name = "v"; }), AllOf(HasSubstr("tensor v"), HasSubstr("HDF5 says")));
   EXPECT_THAT(refused([](auto& t) { t.file_offset += 8; }), HasSubstr("its bytes lie at"));

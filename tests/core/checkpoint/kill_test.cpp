@@ -5,9 +5,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <csignal>
 #include <sys/wait.h>
 #include <unistd.h>
+#include <csignal>
 
 #include <set>
 
@@ -18,9 +18,9 @@ using ::testing::Contains;
 using ::testing::ElementsAre;
 
 enum class Before {
-  nothing,         // the first save of a run
-  an_older_step,   // step 1 is there and is removed by retention
-  the_same_step,   // step 2 is there and is replaced
+  nothing,        // the first save of a run
+  an_older_step,  // step 1 is there and is removed by retention
+  the_same_step,  // step 2 is there and is replaced
 };
 
 Model model_of(int version) { return Model::mixed(static_cast<unsigned>(version)); }
@@ -42,8 +42,8 @@ std::vector<std::string> stages_of(Before before, bool asynchronous) {
   prepare(root, before);
   std::vector<std::string> seen;
   Saver saver(root, hdf5(), saving(asynchronous, [&](std::string_view stage) {
-    if (seen.empty() || seen.back() != stage) seen.emplace_back(stage);
-  }));
+                if (seen.empty() || seen.back() != stage) seen.emplace_back(stage);
+              }));
   save(saver, model_of(2), 2);
   return seen;
 }
@@ -54,7 +54,9 @@ void save_until(const Path& root, bool asynchronous, const std::string& stage) {
   ASSERT_GE(child, 0);
   if (child == 0) {
     {
-      Saver saver(root, hdf5(), saving(asynchronous, [&](std::string_view s) { if (s == stage) ::kill(::getpid(), SIGKILL); }));
+      Saver saver(root, hdf5(), saving(asynchronous, [&](std::string_view s) {
+                    if (s == stage) ::kill(::getpid(), SIGKILL);
+                  }));
       saver.save(model_of(2).snapshot(2));
     }
     ::_exit(0);  // the stage was never reached
@@ -126,7 +128,8 @@ TEST(Saver, EveryNamedStageIsReachedAndEveryReachedStageIsNamed) {
     const auto stages = stages_of(before, true);
     seen.insert(stages.begin(), stages.end());
     std::size_t at = 0;  // in the published order
-    for (const auto name : save_stages()) if (at < stages.size() && stages[at] == name) ++at;
+    for (const auto name : save_stages())
+      if (at < stages.size() && stages[at] == name) ++at;
     EXPECT_EQ(at, stages.size());
   }
   const auto names = save_stages();

@@ -40,7 +40,8 @@ Held part_of(const Held& full, const Box& box) {
 void save_in_pieces(const Path& root, Model& model, int writers, std::mt19937& random) {
   std::vector<std::vector<Held>> held(static_cast<std::size_t>(writers));
   for (const auto& t : model.tensors()) {
-    for (const auto& box : cut(random, t.global_shape, 1 + random() % 6)) held[random() % held.size()].push_back(part_of(t, box));
+    for (const auto& box : cut(random, t.global_shape, 1 + random() % 6))
+      held[random() % held.size()].push_back(part_of(t, box));
   }
   const auto format = hdf5();
   Attempt attempt(root, 5, "several");
@@ -78,7 +79,8 @@ TEST(Reshard, AnySplitLoadsIntoAnyOther) {
     }
     load(root.path() / "step_000005", pieces.wanted(), make_format);
     for (const auto& piece : pieces.tensors()) {
-      const auto full = std::find_if(model.tensors().begin(), model.tensors().end(), [&](const auto& t) { return t.name == piece.name; });
+      const auto full =
+          std::find_if(model.tensors().begin(), model.tensors().end(), [&](const auto& t) { return t.name == piece.name; });
       ASSERT_EQ(piece.bytes, part_of(*full, piece.box).bytes) << piece.name << " " << text_of(piece.box);
     }
   }

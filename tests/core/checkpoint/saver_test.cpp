@@ -7,10 +7,10 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
-#include <csignal>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <unistd.h>
+#include <csignal>
 
 #include <atomic>
 #include <fstream>
@@ -24,7 +24,8 @@ using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 class BothWays : public ::testing::TestWithParam<bool> {};
-INSTANTIATE_TEST_SUITE_P(Saver, BothWays, ::testing::Bool(), [](const auto& p) { return p.param ? "Asynchronous" : "Synchronous"; });
+INSTANTIATE_TEST_SUITE_P(Saver, BothWays, ::testing::Bool(),
+                         [](const auto& p) { return p.param ? "Asynchronous" : "Synchronous"; });
 
 TEST_P(BothWays, EveryBitOfEveryElementTypeComesBack) {
   const Folder root(false);
@@ -72,7 +73,9 @@ TEST(Saver, TheSnapshotIsWhatTheTensorsWereWhenSaveReturned) {
   o.copy_threads = 3;
   std::atomic<bool> held = false;
   // Nothing reaches the disk before the tensors have changed: only a true copy can pass.
-  o.fault_hook = [&](std::string_view stage) { if (stage == "folder created" && !held.exchange(true)) mutated.get_future().wait(); };
+  o.fault_hook = [&](std::string_view stage) {
+    if (stage == "folder created" && !held.exchange(true)) mutated.get_future().wait();
+  };
   Saver saver(root, hdf5(), o);
   saver.save(model.snapshot(1));
   EXPECT_TRUE(saver.busy());
@@ -258,7 +261,8 @@ TEST(Saver, ADiskWithoutEnoughRoomIsFoundBeforeWriting) {
   save(saver, old, 1);
   // More bytes than the disk has, promised but never touched.
   const auto bytes = static_cast<std::int64_t>(std::filesystem::space(root.path()).available) + (std::int64_t{1} << 40);
-  void* memory = ::mmap(nullptr, static_cast<std::size_t>(bytes), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      ::mmap(nullptr, static_cast<std::size_t>(bytes), PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   ASSERT_NE(memory, MAP_FAILED);
   SavedTensor t;
   t.name = "w", t.dtype = DType::u8, t.global_shape = {bytes}, t.box = whole({bytes}), t.data = memory, t.bytes = bytes;
@@ -274,7 +278,8 @@ class Failing final : public CheckpointFormat {
   Failing(std::shared_ptr<CheckpointFormat> real, At at) : real_(std::move(real)), at_(at) {}
   std::string_view name() const override { return real_->name(); }
   std::string_view extension() const override { return real_->extension(); }
-  void write_shard(const std::string& path, std::span<SavedTensor> tensors, const std::function<void(std::int64_t)>& progress) override {
+  void write_shard(const std::string& path, std::span<SavedTensor> tensors,
+                   const std::function<void(std::int64_t)>& progress) override {
     real_->write_shard(path, tensors, progress);
     if (at_ == At::half_a_shard) {
       std::filesystem::resize_file(path, std::filesystem::file_size(path) / 2);
@@ -283,7 +288,9 @@ class Failing final : public CheckpointFormat {
     if (at_ == At::wrong_bytes) flip_bit(path, tensors[0].file_offset);
   }
   void read(const std::string& path, const SavedTensor& t, void* target) override { real_->read(path, t, target); }
-  void write_index(const std::string& path, std::span<const SavedTensor>) override { fail(Fault::runtime, path, "No space left on device"); }
+  void write_index(const std::string& path, std::span<const SavedTensor>) override {
+    fail(Fault::runtime, path, "No space left on device");
+  }
 
  private:
   std::shared_ptr<CheckpointFormat> real_;
@@ -294,11 +301,15 @@ TEST_P(BothWays, AFormatThatFailsLeavesTheOldCheckpointGood) {
   for (const auto at : {Failing::At::half_a_shard, Failing::At::wrong_bytes, Failing::At::index}) {
     const Folder root;
     const auto old = Model::mixed(1);
-    { Saver saver(root, hdf5(), options(GetParam())); save(saver, old, 1); }
+    {
+      Saver saver(root, hdf5(), options(GetParam()));
+      save(saver, old, 1);
+    }
     Saver saver(root, std::make_shared<Failing>(hdf5(), at), options(GetParam()));
     saver.save(Model::mixed(2).snapshot(2));
     saver.wait();
-    expect_unharmed(saver, root, old, at == Failing::At::wrong_bytes ? "tensor embedding.weight reads back other bytes" : "No space left");
+    expect_unharmed(saver, root, old,
+                    at == Failing::At::wrong_bytes ? "tensor embedding.weight reads back other bytes" : "No space left");
   }
 }
 
@@ -330,7 +341,8 @@ TEST(Saver, AFolderWithoutTheRightToWriteIsNamed) {
   fs::permissions(root.path(), fs::perms::owner_all);
   const auto error = saver.take_error();
   ASSERT_TRUE(error);
-  EXPECT_THAT(error->what(), ::testing::AllOf(HasSubstr(root.path().string()), HasSubstr("Permission denied"), HasSubstr("run.dir")));
+  EXPECT_THAT(error->what(),
+              ::testing::AllOf(HasSubstr(root.path().string()), HasSubstr("Permission denied"), HasSubstr("run.dir")));
   EXPECT_EQ(error->fault(), Fault::input);
   EXPECT_TRUE(load_newest(root, old).model == old);
 }
@@ -357,7 +369,8 @@ TEST(Saver, AnErrorDuringTheCommitKeepsTheOldStep) {
 
 TEST(RunState, RoundTripAndStrictness) {
   RunState state;
-  state.step = 7, state.tokens = 1'000'000'007, state.seed = ~std::uint64_t{0}, state.data_cursor = R"({"epoch":1,"sample":99})";
+  state.step = 7, state.tokens = 1'000'000'007, state.seed = ~std::uint64_t{0},
+  state.data_cursor = R"({"epoch":1,"sample":99})";
   state.recipe = "a: \"\\u00e9\"\nb: [1]\n", state.recipe_digest = "0123";
   state.plugins = {{"model", "gpt", "1.0.0"}}, state.more = {{"loss_average", "0x1.8p+1"}};
   EXPECT_EQ(RunState::parse(state.to_json(), "here"), state);

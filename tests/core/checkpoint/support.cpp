@@ -46,7 +46,9 @@ Model Model::of(const std::string& name, DType dtype, const Shape& shape, unsign
 
 Model Model::mixed(unsigned seed) {
   Model m;
-  const auto add = [&m](const std::string& name, DType dtype, const Shape& shape) { m.add(name, dtype, shape, whole(shape)); };
+  const auto add = [&m](const std::string& name, DType dtype, const Shape& shape) {
+    m.add(name, dtype, shape, whole(shape));
+  };
   add("embedding.weight", DType::f32, {33, 17});
   add("layers.0.attention.qkv.weight", DType::bf16, {48, 31});
   add("layers.0.norm.weight", DType::f64, {31});
@@ -124,8 +126,10 @@ void save(Saver& saver, const Model& model, std::int64_t step) {
 
 Outcome load_newest(const Path& root, const Model& like, std::vector<std::string>* heard) {
   Outcome outcome{-1, like.blank(), ""};
-  const auto loaded = checkpoint::load_newest(root, outcome.model.wanted(), make_format, OnDamage::fall_back,
-                                              [&](const std::string& text) { if (heard) heard->push_back(text); });
+  const auto loaded =
+      checkpoint::load_newest(root, outcome.model.wanted(), make_format, OnDamage::fall_back, [&](const std::string& text) {
+        if (heard) heard->push_back(text);
+      });
   if (loaded) outcome.step = loaded->step, outcome.state = loaded->state_json;
   return outcome;
 }

@@ -65,7 +65,11 @@ SaverOptions options(bool asynchronous, int keep = 0);
 void save(Saver& saver, const Model& model, std::int64_t step);
 
 /// The model loaded from the newest good checkpoint; step -1 when there is none. `heard` gets the reports.
-struct Outcome { std::int64_t step = -1; Model model; std::string state; };
+struct Outcome {
+  std::int64_t step = -1;
+  Model model;
+  std::string state;
+};
 Outcome load_newest(const Path& root, const Model& like, std::vector<std::string>* heard = nullptr);
 
 /// Names in a folder, sorted.
