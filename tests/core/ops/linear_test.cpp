@@ -12,7 +12,7 @@ using ::testing::HasSubstr;
 std::vector<Case> linear_cases() {
   std::vector<Case> cases;
   struct Shape { std::int64_t rows, in, out; };
-  for (auto [rows, in, out] : {Shape{1, 1, 1}, {3, 17, 5}, {31, 33, 65}, {65, 64, 48}, {130, 129, 257}}) {
+  for (auto [rows, in, out] : {Shape{1, 1, 1}, {3, 17, 5}, {31, 33, 65}, {66, 65, 80}}) {
     const Input x{{rows, in}}, w{{out, in}, -1, 1, false, true}, b{{out}, -1, 1, false, true}, r{{rows, out}};
     const std::string suffix = std::string("_") + std::to_string(rows) + "x" + std::to_string(in) + "x" + std::to_string(out);
     const auto product = [](Ins t) { return ops::matmul(t[0], ops::transpose(t[1], 0, 1)); };
