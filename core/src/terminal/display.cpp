@@ -53,7 +53,9 @@ void Display::note(const std::string& line) {
 
 void Display::warn(const std::string& line) {
   clear();
-  fmt::print(stderr, "{}warning:{} {}\n", live_ ? "\x1b[33m" : "", live_ ? "\x1b[0m" : "", line);
+  std::fflush(stdout);  // the live line is gone before this one comes
+  const bool color = live_ && isatty(STDERR_FILENO) == 1;
+  fmt::print(stderr, "{}warning:{} {}\n", color ? "\x1b[33m" : "", color ? "\x1b[0m" : "", line);
   std::fflush(stderr);
 }
 

@@ -33,8 +33,8 @@ int Trainer::run() {
       result.seconds = std::chrono::duration<double>(steady_clock::now() - begin).count();
       report(result);
     }
-    // 5. validate, sample, save
-    after_step(result);
+    // 5. validate, sample, save; after a rollback the checkpoint's own step has had its turn
+    if (step_ == step) after_step(result);
     signal = interrupted_();
   }
   finish(signal);
@@ -53,19 +53,22 @@ StepResult Trainer::forward_backward(std::int64_t step) {
 
 bool Trainer::accept(const StepResult& result, std::int64_t step) {
   if (result.finite()) {
-    refused_in_a_row_ = 0;
+    if (step > refused_step_) refused_in_a_row_ = 0;  // the way back to the refused step proves nothing
     return true;
   }
   const std::string tensor = session_->engine->first_nonfinite_gradient();
   const std::string what = "step " + std::to_string(step) + ": " + (std::isfinite(result.loss) ? "the loss is finite" : "the loss is not finite") +
-                           (tensor.empty() ? "" : ", the gradient of " + tensor + " is not");
+                           (!tensor.empty() ? ", the gradient of " + tensor + " is not" : std::isfinite(result.grad_norm) ? "" : ", the gradient's norm is not");
   session_->engine->discard();
+  refused_step_ = std::max(refused_step_, step);
   const std::string& policy = session_->options().group("train").text("on_nonfinite");
   folder_.log("not finite, " + policy + ": " + what);
   if (policy == "stop" || ++refused_in_a_row_ >= 10) {
     saver_->wait();
-    fail(Fault::runtime, "train", what + "; nothing was updated and the last checkpoint is good. Lower optimizer.lr or raise schedule.warmup, or go on past "
-                                         "such steps with train.on_nonfinite=skip or rollback");
+    poll_saver();
+    fail(Fault::runtime, "train", what + "; nothing was updated" + (saved_step_ >= 0 ? ", the checkpoint of step " + std::to_string(saved_step_) + " is good" : "") +
+                                      (refused_in_a_row_ >= 10 ? "; it was the tenth bad step in a row" : "") +
+                                      ". Lower optimizer.lr or raise schedule.warmup, or go on past such steps with train.on_nonfinite=skip or rollback");
   }
   if (policy == "rollback") {
     roll_back(what);

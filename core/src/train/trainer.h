@@ -71,10 +71,10 @@ class CAPSTAN_API Trainer {
   std::unique_ptr<checkpoint::Saver> saver_;
   std::shared_ptr<InferenceEngine> inference_;
 
-  std::int64_t step_ = 0, steps_ = 0, tokens_ = 0, saved_step_ = -1, first_step_ = 0;
+  std::int64_t step_ = 0, steps_ = 0, tokens_ = 0, saved_step_ = -1, timed_steps_ = 0;
   double clip_ = 0, peak_ = 0, run_seconds_ = 0;
   double spike_mean_ = 0, spike_square_ = 0;
-  std::int64_t spike_count_ = 0, refused_in_a_row_ = 0;
+  std::int64_t spike_count_ = 0, refused_in_a_row_ = 0, refused_step_ = 0;
   std::optional<double> bigram_, validation_;
   std::chrono::steady_clock::time_point last_save_, started_;
 };

@@ -39,8 +39,9 @@ std::string Trainer::metric_line(const StepResult& r) const {
 
 void Trainer::report(const StepResult& r) {
   run_seconds_ += r.seconds;
+  ++timed_steps_;
   folder_.metric(metric_line(r));
-  const double per_step = run_seconds_ / static_cast<double>(step_ - first_step_);
+  const double per_step = run_seconds_ / static_cast<double>(timed_steps_);
   const double rate = estimate_.model_flop_per_token * static_cast<double>(r.tokens) / r.seconds;
   const std::int64_t every = session_->options().group("train").integer("log_every");
   // Without a terminal: the first steps, then about fifty lines in all, or as train.log_every says.
@@ -48,7 +49,7 @@ void Trainer::report(const StepResult& r) {
   display_.status(fmt::format("step {}/{}  loss {:.4f}{}  |grad| {:.2f}  lr {:.2e}  {} tok/s  {:.0f} GFLOP/s ({:.0f}% of peak)  {} left", step_, steps_, r.loss,
                               validation_ ? fmt::format("  val {:.4f}", *validation_) : "", r.grad_norm, r.lr, short_count(static_cast<double>(r.tokens) / r.seconds),
                               rate * 1e-9, 100 * rate / peak_, short_time(per_step * static_cast<double>(steps_ - step_))),
-                  step_ <= first_step_ + 2 || step_ % stride == 0 || step_ == steps_);
+                  timed_steps_ <= 2 || step_ % stride == 0 || step_ == steps_);
   watch_spikes(r);
 }
 
@@ -127,6 +128,8 @@ void Trainer::sample() {
 
 void Trainer::save() {
   if (saved_step_ == step_) return;
+  saver_->wait();
+  poll_saver();  // of the save before: what is heard from here on is this one's
   checkpoint::RunState state;
   state.step = step_, state.tokens = tokens_, state.seed = session_->engine->options().seed;
   state.data_cursor = data_->cursor().to_json();
@@ -140,7 +143,6 @@ void Trainer::save() {
   saver_->save(snapshot);
   saved_step_ = step_;
   last_save_ = steady_clock::now();
-  poll_saver();
 }
 
 void Trainer::poll_saver() {

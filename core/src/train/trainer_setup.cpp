@@ -79,7 +79,6 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
   saver.keep = static_cast<int>(c.integer("keep")), saver.asynchronous = c.flag("asynchronous");
   saver_ = std::make_unique<checkpoint::Saver>(folder_.checkpoints(), session_->host->make_as<CheckpointFormat>(c.plugin("format")), saver);
   resume();
-  first_step_ = step_;
   last_save_ = steady_clock::now();
 }
 

@@ -1,0 +1,214 @@
+// The run's folder: whose it is, what resume allows, what it holds; and the exit codes of what goes wrong.
+#include "support.h"
+
+#include <gmock/gmock.h>
+
+#include <csignal>
+#include <sys/resource.h>
+
+#include <chrono>
+#include <cmath>
+
+namespace capstan::train::testing {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+TEST(RunFolder, HoldsWhatTheRunLeaves) {
+  Project project;
+  const Exit exit = train(project.recipe(), {project.dir("elsewhere/deep"), "train.sample_every=10", "train.sample_tokens=8", "train.sample_prompt=the"});
+  ASSERT_EQ(exit.code, 0) << exit.err;
+  const fs::path run = project / "elsewhere/deep";
+  EXPECT_FALSE(fs::exists(project / "run"));
+  for (const char* name : {"recipe.yaml", "log.txt", "metrics.jsonl", "samples/step_000010.txt", "samples/step_000020.txt", "checkpoints/LATEST"})
+    EXPECT_TRUE(fs::exists(run / name)) << name;
+  EXPECT_THAT(read_file(run / "samples/step_000010.txt"), ::testing::StartsWith("the"));
+  EXPECT_THAT(read_file(run / "log.txt"), AllOf(HasSubstr("started at step 0"), HasSubstr("done at step 20")));
+
+  // The recipe that it keeps stands on its own: it trains the same to the bit.
+  const Exit again = train((run / "recipe.yaml").string(), {project.dir("again")});
+  ASSERT_EQ(again.code, 0) << again.err;
+  EXPECT_EQ(metrics(project / "again"), metrics(run));
+  EXPECT_EQ(weights(project / "again", 20), weights(run, 20));
+}
+
+TEST(RunFolder, MetricsHaveTheDocumentedFields) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {}).code, 0);
+  const auto lines = metrics_with(project / "run", "lr");
+  ASSERT_EQ(lines.size(), 20u);
+  for (std::size_t i = 0; i < lines.size(); ++i) {
+    const auto& line = lines[i];
+    EXPECT_EQ(line.size(), 9u) << line;
+    EXPECT_EQ(line.at("step"), i + 1);
+    EXPECT_EQ(line.at("tokens"), (i + 1) * 4 * 32);
+    EXPECT_GT(line.at("seconds").get<double>(), 0);
+    EXPECT_NEAR(line.at("tokens_per_second").get<double>() * line.at("seconds").get<double>(), 128, 1e-6);
+    EXPECT_GT(line.at("flops").get<double>(), 0);
+    EXPECT_GT(line.at("peak_share").get<double>(), 0);
+    EXPECT_LT(line.at("peak_share").get<double>(), 1.05);
+    EXPECT_GT(line.at("grad_norm").get<double>(), 0);
+  }
+  EXPECT_NEAR(lines[0].at("loss").get<double>(), std::log(256), 0.1);
+  EXPECT_LT(lines[19].at("loss"), lines[0].at("loss"));
+  EXPECT_NEAR(lines[4].at("lr").get<double>(), 3e-3, 1e-12);
+  EXPECT_NEAR(lines[19].at("lr").get<double>(), 3e-4, 1e-12);
+  for (const auto& line : metrics_with(project / "run", "validation_loss")) {
+    EXPECT_EQ(line.size(), 4u) << line;
+    EXPECT_EQ(line.at("event"), "validation");
+    EXPECT_GT(line.at("bigram_loss").get<double>(), 0);
+  }
+}
+
+TEST(RunFolder, ResumeNeverAndRequire) {
+  Project project;
+  Exit exit = train(project.recipe(), {"run.resume=require"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("run.resume"), HasSubstr("no checkpoint to go on from")));
+  EXPECT_EQ(train(project.recipe(), {"run.resume=never"}).code, 0);
+  const auto before = weights(project / "run", 20);
+  exit = train(project.recipe(), {"run.resume=never"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("run.resume"), HasSubstr("has checkpoints already"), HasSubstr("run.dir")));
+  EXPECT_EQ(weights(project / "run", 20), before);
+  EXPECT_EQ(metrics_with(project / "run", "lr").size(), 20u);
+  EXPECT_EQ(train(project.recipe(), {"run.resume=require"}).code, 0);
+}
+
+TEST(RunFolder, AnotherSeedIsRefused) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {}).code, 0);
+  const Exit exit = train(project.recipe(), {"run.seed=7"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("run.seed"), HasSubstr("was started with seed 1")));
+  EXPECT_EQ(metrics_with(project / "run", "lr").size(), 20u);
+}
+
+TEST(RunFolder, ASecondTrainerIsRefused) {
+  Project project;
+  Child first({"train", project.recipe()});
+  ASSERT_TRUE(first.read_until("step 3/20")) << first.wait().err;
+  const Exit second = train(project.recipe(), {});
+  EXPECT_EQ(second.code, 2);
+  EXPECT_THAT(second.err, AllOf(HasSubstr((project / "run").string()), HasSubstr("another process is training")));
+  EXPECT_EQ(first.wait().code, 0);
+  EXPECT_EQ(metrics_with(project / "run", "lr").size(), 20u);
+}
+
+TEST(ExitCode, UnknownKeyIsTwo) {
+  Project project;
+  const Exit exit = train(project.recipe(), {"train.stepz=3"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("stepz"), HasSubstr("steps")));
+  EXPECT_FALSE(fs::exists(project / "run"));
+}
+
+TEST(ExitCode, MissingDatasetIsTwo) {
+  Project project;
+  const Exit exit = train(project.recipe(), {"data.sets=[{path: " + (project / "nowhere").string() + "}]"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr((project / "nowhere.idx").string()), HasSubstr("capstan data build")));
+}
+
+TEST(ExitCode, UnknownPluginIsTwo) {
+  Project project;
+  const Exit exit = train(project.recipe(), {"optimizer={plugin: adamv}"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("adamv"), HasSubstr("adamw")));
+}
+
+TEST(ExitCode, ContextShorterThanTheSequencesIsTwo) {
+  Project project;
+  const Exit exit = train(project.recipe(), {"data.sequence_length=64"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("data.sequence_length"), HasSubstr("32 tokens")));
+}
+
+TEST(ExitCode, CheckpointOfAnotherModelIsTwoAndNamesTensors) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {}).code, 0);
+  const auto before = weights(project / "run", 20);
+  const Exit exit = train(project.recipe(), {"model.width=64"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("model/layers.0.attention.qkv.weight"), HasSubstr("[96, 32]"), HasSubstr("[192, 64]")));
+  EXPECT_EQ(weights(project / "run", 20), before);
+  EXPECT_THAT(read_file(project / "run/recipe.yaml"), HasSubstr("width: 32"));
+  EXPECT_EQ(metrics_with(project / "run", "lr").size(), 20u);
+  const Exit other = train(project.recipe(), {"optimizer={plugin: sgd}"});
+  EXPECT_EQ(other.code, 2);
+  EXPECT_THAT(other.err, HasSubstr("optimizer/"));
+}
+
+TEST(ExitCode, AFolderThatCannotBeMadeIsTwo) {
+  Project project;
+  write_file(project / "file", "");
+  const Exit exit = train(project.recipe(), {project.dir("file/run")});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr((project / "file/run").string()), HasSubstr("run.dir")));
+}
+
+/// The largest file that the process may write from now on.
+void limit_files(pid_t pid, rlim_t bytes) {
+  const rlimit limit{bytes, RLIM_INFINITY};
+  ASSERT_EQ(::prlimit(pid, RLIMIT_FSIZE, &limit, nullptr), 0);
+}
+
+// As when the disk is full: the kernel refuses to make files of more than 64 KiB.
+TEST(FailedSave, IsReportedAndTrainingGoesOn) {
+  Project project;
+  Child child({"train", project.recipe(), "checkpoint.every_steps=5", "checkpoint.keep=0", "checkpoint.asynchronous=false", "train.steps=40"},
+              [] { std::signal(SIGXFSZ, SIG_IGN); });
+  ASSERT_TRUE(child.read_until("step 6/40")) << child.wait().err;
+  limit_files(child.pid(), 64 << 10);
+  ASSERT_TRUE(child.read_until("step 21/40")) << child.wait().err;
+  EXPECT_THAT(child.err(), AllOf(HasSubstr("a checkpoint could not be saved, training goes on"), HasSubstr("step_000020")));
+  limit_files(child.pid(), RLIM_INFINITY);
+  const Exit exit = child.wait();
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  EXPECT_TRUE(has_checkpoint(project / "run", 5));
+  EXPECT_FALSE(has_checkpoint(project / "run", 20));
+  EXPECT_TRUE(has_checkpoint(project / "run", 40));
+  EXPECT_TRUE(checkpoint::verify(project / "run/checkpoints/step_000005").empty());
+  EXPECT_EQ(metrics_with(project / "run", "lr").size(), 40u);
+  EXPECT_THAT(read_file(project / "run/log.txt"), HasSubstr("training goes on"));
+  ASSERT_EQ(train(project.recipe(), {project.dir("good"), "checkpoint.every_steps=5", "train.steps=40"}).code, 0);
+  EXPECT_EQ(metrics(project / "run"), metrics(project / "good"));
+}
+
+class LastSave : public ::testing::TestWithParam<bool> {};
+
+TEST_P(LastSave, ThatFailsIsAnError) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {project.dir("first"), "train.steps=1"}).code, 0);  // builds the data
+  Child child({"train", project.recipe(), "checkpoint.every_steps=0", std::string("checkpoint.asynchronous=") + (GetParam() ? "true" : "false")},
+              [] { std::signal(SIGXFSZ, SIG_IGN); });
+  ASSERT_TRUE(child.read_until("step 1/20")) << child.wait().err;
+  limit_files(child.pid(), 64 << 10);
+  const Exit exit = child.wait();
+  EXPECT_EQ(exit.code, 1);
+  EXPECT_THAT(exit.err, HasSubstr("the last checkpoint could not be saved"));
+  EXPECT_THAT(exit.out, Not(HasSubstr("done:")));
+}
+
+INSTANTIATE_TEST_SUITE_P(Both, LastSave, ::testing::Bool(), [](const auto& info) { return std::string(info.param ? "asynchronous" : "synchronous"); });
+
+// From the person's command to the end of the first step, in a run folder of its own, the data built before.
+TEST(Start, ATinyModelHasDoneAStepWithinASecond) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {project.dir("first"), "train.steps=1"}).code, 0);
+  double best = 1e9;
+  for (int i = 0; i < 3; ++i) {
+    const auto begin = std::chrono::steady_clock::now();
+    Child child({"train", project.recipe(), project.dir("start" + std::to_string(i)), "run.threads=0"});
+    ASSERT_TRUE(child.read_until("step 1/20")) << child.wait().err;
+    best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
+  }
+  std::printf("start to the end of the first step: %.3f s\n", best);
+  RecordProperty("seconds", std::to_string(best));
+  EXPECT_LT(best, 1.0);
+}
+
+}  // namespace
+}  // namespace capstan::train::testing
