@@ -1,6 +1,8 @@
 // Blending, cutting into microbatches, the prefetch thread, the cursor.
 #include "data/loader.h"
 
+#include "data/shuffle.h"
+
 #include <capstan/error.h>
 #include <fmt/format.h>
 
@@ -164,6 +166,14 @@ struct DataSource::Impl {
     at.sequence_length = options.sequence_length;
   }
 
+  /// Which piece of its stream is a set's sample k: neighbours come from one document, and a batch should not, so the
+  /// samples of about an epoch are shuffled among themselves.
+  std::int64_t place(std::size_t set, std::int64_t k) const {
+    const std::int64_t period = train[set].tokens() / options.sequence_length, block = k / period;
+    const Rng rng(options.seed, fmt::format("data.samples.{}", set), static_cast<std::uint64_t>(block));
+    return block * period + shuffled(rng, period, k % period);
+  }
+
   Step make_step() {
     Step step;
     DataCursor now = at;  // `at` stays where it was when a read fails
@@ -172,7 +182,7 @@ struct DataSource::Impl {
       batch.samples = std::min(options.micro_batch, options.batch_size - done);
       for (std::int64_t s = 0; s < batch.samples; ++s) {
         const std::size_t set = most_behind(weights, now.counts, now.sample);
-        train[set].append(now.counts[set] * options.sequence_length, options.sequence_length,
+        train[set].append(place(set, now.counts[set]) * options.sequence_length, options.sequence_length,
                           now.sample * options.sequence_length, batch.rows);
         ++now.counts[set], ++now.sample;
       }
@@ -318,10 +328,11 @@ std::vector<HostBatch> DataSource::host_validation(std::int64_t batches) {
       if (static_cast<std::int64_t>(result.size()) == batches) break;
       result.emplace_back().samples = m.options.micro_batch;
     }
-    const std::int64_t first = counts[set] * length, count = std::min(length, m.validation[set].tokens() - first);
-    m.validation[set].append(first, count, sample * length, result.back().rows);
-    ++counts[set];
-    open[set] = first + count < m.validation[set].tokens();
+    // Shuffled too: the first batches are then a fair sample of all the documents.
+    const std::int64_t tokens = m.validation[set].tokens(), pieces = (tokens + length - 1) / length;
+    const std::int64_t first = shuffled(Rng(0, fmt::format("data.samples.validation.{}", set)), pieces, counts[set]) * length;
+    m.validation[set].append(first, std::min(length, tokens - first), sample * length, result.back().rows);
+    open[set] = ++counts[set] < pieces;
   }
   return result;
 }

@@ -56,8 +56,9 @@ struct HostBatch {
 
 /// An endless, deterministic stream of training batches and a fixed set of validation batches.
 ///
-/// A set's documents are shuffled for each epoch and laid end to end; sample k of a set is rows [k L, (k + 1) L) of that
-/// stream, so every token is a row once an epoch. Global sample i comes from the set that lags its weight most:
+/// A set's documents are shuffled for each epoch and laid end to end; that stream is cut into samples of L rows, and the
+/// samples of about an epoch are shuffled among themselves, so every token is a row once an epoch and a batch does not
+/// come from one document. Global sample i comes from the set that lags its weight most:
 /// argmax of w max(i, 1) - count, the first on a tie. None of this depends on batch_size or micro_batch.
 /// One thread at a time may call its members.
 class CAPSTAN_API DataSource {

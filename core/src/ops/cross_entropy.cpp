@@ -42,7 +42,7 @@ struct Pass {
     Gemm g;
     g.a = g.b = num_of(x.dtype(), "linear_cross_entropy"), g.c = num_of(compute, "linear_cross_entropy");
     g.trans_b = true, g.invariant = true;
-    g.m = rows, g.n = v, g.k = c, g.lda = x.strides()[0], g.ldb = weight.strides()[0], g.ldc = ld;
+    g.m = rows, g.n = v, g.k = c, g.lda = c, g.ldb = c, g.ldc = ld;
     kernels::cpu::gemm(x.device().cpu(), g, x.narrow(0, row, rows).raw(), weight.raw(), logits.raw());
   }
 
@@ -205,7 +205,7 @@ HeadScore linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tens
   if (weights != nullptr && (!(weights->shape() == targets.shape()) || weights->dtype() != DType::f32))
     fail(Fault::programming, op, "weights: expected f32 " + to_string(targets.shape()) + ", got " + to_string(weights->shape()));
   Device& device = x.device();
-  Pass p(row_matrix(x), row_matrix(weight), targets);
+  Pass p(x.detach().contiguous(), weight.detach().contiguous(), targets);
   const DType type = p.compute;
   HeadScore out{Tensor::empty(Dims{p.t}, type, device), Tensor::empty(Dims{p.t}, type, device), Tensor::empty(Dims{p.t}, type, device), Tensor()};
   if (!targets.is_meta()) {

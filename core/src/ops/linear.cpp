@@ -96,7 +96,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const T
       Gemm g;
       g.a = g.b = g.c = num_of(x.dtype(), "linear");
       g.trans_b = true, g.invariant = true, g.bias = bias.defined(), g.accumulate = residual.defined();
-      g.m = t, g.n = out, g.k = in, g.lda = rows.strides()[0], g.ldb = w.strides()[0], g.ldc = out;
+      g.m = t, g.n = out, g.k = in, g.lda = in, g.ldb = in, g.ldc = out;  // one row may keep a wide stride: it means nothing
       if (residual.defined()) y.copy_from(residual);
       // The library takes f32 biases on every instruction set.
       const Tensor b = bias.defined() && bias.dtype() == DType::bf16 ? bias.detach().to(DType::f32) : bias;
