@@ -188,6 +188,7 @@ Deferred backward(std::span<const Tensor> roots, std::span<const Tensor> root_gr
         for (int i = 0; i < static_cast<int>(edges.size()); ++i) later |= node->wants(i, Part::weight);
       if (later) {
         deferred.items.push_back({node, out_grads});
+        node->released = true;  // for a second walk; what it saved stays until run()
       } else {
         node->release();
         node->released = true;

@@ -199,7 +199,7 @@ TEST(Start, ATinyModelHasDoneAStepWithinASecond) {
   Project project;
   ASSERT_EQ(train(project.recipe(), {project.dir("first"), "train.steps=1"}).code, 0);
   double best = 1e9;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 5 && best >= 1; ++i) {  // others may be using the machine
     const auto begin = std::chrono::steady_clock::now();
     Child child({"train", project.recipe(), project.dir("start" + std::to_string(i)), "run.threads=0"});
     ASSERT_TRUE(child.read_until("step 1/20")) << child.wait().err;
