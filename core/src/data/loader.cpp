@@ -330,7 +330,8 @@ std::vector<HostBatch> DataSource::host_validation(std::int64_t batches) {
     }
     // Shuffled too: the first batches are then a fair sample of all the documents.
     const std::int64_t tokens = m.validation[set].tokens(), pieces = (tokens + length - 1) / length;
-    const std::int64_t first = shuffled(Rng(0, fmt::format("data.samples.validation.{}", set)), pieces, counts[set]) * length;
+    const std::int64_t whole = tokens / length, k = counts[set];  // a part of a sample stays last
+    const std::int64_t first = (k < whole ? shuffled(Rng(0, fmt::format("data.samples.validation.{}", set)), whole, k) : k) * length;
     m.validation[set].append(first, std::min(length, tokens - first), sample * length, result.back().rows);
     open[set] = ++counts[set] < pieces;
   }

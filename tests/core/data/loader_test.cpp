@@ -1,11 +1,13 @@
 // The training data's meaning: what is a row, a target, a sequence, an epoch; that it resumes exactly.
 #include "data/loader.h"
+#include "data/shuffle.h"
 
 #include <gmock/gmock.h>
 
 #include <algorithm>
 #include <numeric>
 #include <random>
+#include <map>
 #include <set>
 
 #include "helpers.h"
@@ -121,29 +123,54 @@ TEST_F(Loader, ABatchIsWellFormed) {
   EXPECT_EQ(batches[1].step_weight, weight);
 }
 
-// In each epoch every token is a row once; its target is its successor in the document, or nothing at the end of one.
+// A period of samples is cut from one epoch and holds no token twice; over periods every token comes equally often, give
+// or take one. A token's target is its successor in the document, or nothing at the end of one.
 TEST_F(Loader, AnEpochCoversEveryTargetOnce) {
-  const Seen seen = run(200);
-  const auto epoch = static_cast<std::size_t>(total());
-  ASSERT_GT(seen.tokens.size(), 2 * epoch);
+  const Seen seen = run(300);
+  const auto period = static_cast<std::size_t>(total() / 16 * 16);
+  constexpr std::size_t periods = 3;
+  ASSERT_GT(seen.tokens.size(), periods * period);
   std::set<std::int32_t> last;
   for (const auto& d : documents_) last.insert(d.back());
+  std::map<std::int32_t, int> count;
   std::vector<std::vector<std::int32_t>> orders;
-  for (std::size_t e = 0; e < 2; ++e) {
-    std::vector<std::int32_t> tokens(seen.tokens.begin() + static_cast<std::ptrdiff_t>(e * epoch),
-                                     seen.tokens.begin() + static_cast<std::ptrdiff_t>((e + 1) * epoch));
-    orders.push_back(tokens);
-    std::sort(tokens.begin(), tokens.end());
-    std::vector<std::int32_t> all(epoch);
-    std::iota(all.begin(), all.end(), 0);
-    EXPECT_EQ(tokens, all);
+  for (std::size_t e = 0; e < periods; ++e) {
+    const auto begin = seen.tokens.begin() + static_cast<std::ptrdiff_t>(e * period);
+    orders.emplace_back(begin, begin + static_cast<std::ptrdiff_t>(period));
+    for (const std::int32_t token : orders.back()) ++count[token];
+    if (e == 0) EXPECT_EQ(count.size(), period);
   }
+  EXPECT_EQ(count.size(), static_cast<std::size_t>(total()));
+  for (const auto& [token, n] : count) EXPECT_TRUE(n == 2 || n == 3) << token << " came " << n << " times";
   EXPECT_NE(orders[0], orders[1]);
-  EXPECT_FALSE(std::is_sorted(orders[0].begin(), orders[0].end()));
   for (std::size_t t = 0; t < seen.tokens.size(); ++t) {
     const bool end = last.contains(seen.tokens[t]);
     EXPECT_EQ(seen.targets[t], end ? -1 : seen.tokens[t] + 1);
     EXPECT_EQ(seen.weight[t], end ? 0.0f : 1.0f);
+  }
+}
+
+// Tokens of one long document tell where in it they stand: samples of a batch must come from all over it.
+TEST_F(Loader, ABatchComesFromAllOverAnEpoch) {
+  write_dataset(folder_ / "long", counting(2, 3, 0, 60000));
+  options_.sets = {{folder_ / "long", 1}};
+  options_.batch_size = options_.micro_batch = 32;
+  const Seen seen = run(1);
+  int neighbours = 0;
+  for (std::size_t t = 16; t < seen.tokens.size(); t += 16) neighbours += std::abs(seen.tokens[t] - seen.tokens[t - 16]) <= 32;
+  EXPECT_LE(neighbours, 3);
+}
+
+TEST(Shuffled, IsAPermutationThatItsNameFixes) {
+  for (const std::int64_t n : {1, 2, 3, 16, 17, 100, 4097}) {
+    std::set<std::int64_t> seen;
+    int moved = 0;
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::int64_t to = shuffled(Rng(5, "a"), n, i);
+      EXPECT_TRUE(to >= 0 && to < n && seen.insert(to).second) << n << " " << i;
+      moved += to != shuffled(Rng(6, "a"), n, i);
+    }
+    if (n >= 16) EXPECT_GT(moved, n / 2);
   }
 }
 
@@ -181,7 +208,15 @@ TEST_F(Loader, AcrossDocumentsTheStreamIsOne) {
     seen.add(batches);
   }
   ASSERT_GT(seen.tokens.size(), static_cast<std::size_t>(2 * total()));
-  for (std::size_t t = 0; t + 1 < seen.tokens.size(); ++t) EXPECT_EQ(seen.targets[t], seen.tokens[t + 1]) << t;
+  std::set<std::int32_t> first;
+  for (const auto& d : documents_) first.insert(d.front());
+  for (std::size_t t = 0; t < seen.tokens.size(); ++t) {
+    if (t % 16 != 15) {
+      EXPECT_EQ(seen.targets[t], seen.tokens[t + 1]) << t;
+    } else {  // its successor is in another sample
+      EXPECT_TRUE(seen.targets[t] == seen.tokens[t] + 1 || first.contains(seen.targets[t])) << t;
+    }
+  }
   EXPECT_EQ(std::count(seen.weight.begin(), seen.weight.end(), 1.0f), static_cast<std::ptrdiff_t>(seen.weight.size()));
 }
 
