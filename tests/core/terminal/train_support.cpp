@@ -1,0 +1,2 @@
+// The training tests' helpers, for this test program too.
+#include "core/train/support.cpp"
