@@ -1,5 +1,6 @@
 // The walk through the graph, leaves, and the record of a node.
 #include <capstan/autograd.h>
+#include <kernels/cpu/context.h>
 
 #include <algorithm>
 #include <unordered_map>
@@ -56,7 +57,7 @@ void Leaf::add(const Tensor& grad) {
       const std::int64_t n = grad_.numel();
       if (!grad_.is_contiguous()) fail(Fault::programming, "gradient", "the buffer of a gradient must be contiguous");
       auto sum = [&]<class T>(T* to, const T* from) {
-#pragma omp parallel for simd if (n > 65536)
+#pragma omp parallel for simd num_threads(grad_.device().cpu().threads()) if (n > 65536)
         for (std::int64_t i = 0; i < n; ++i) to[i] = T(to[i] + from[i]);
       };
       if (grad_.dtype() == DType::f64) sum(grad_.data<double>(), g.data<double>());

@@ -1,4 +1,5 @@
 #include <capstan/parameter.h>
+#include <kernels/cpu/context.h>
 
 #include <algorithm>
 #include <array>
@@ -57,10 +58,10 @@ namespace {
 
 /// Elements [begin, end) of a stream, four to a Philox block.
 template <class T>
-void fill_random(T* to, std::uint64_t begin, std::uint64_t end, const Rng& rng, const Init& init) {
+void fill_random(int threads, T* to, std::uint64_t begin, std::uint64_t end, const Rng& rng, const Init& init) {
   const bool normal = init.kind == Init::Kind::normal;
   const std::uint64_t first_block = begin / 4, last_block = (end + 3) / 4;
-#pragma omp parallel for schedule(static) if (end - begin > 4096)
+#pragma omp parallel for num_threads(threads) schedule(static) if (end - begin > 4096)
   for (std::uint64_t block = first_block; block < last_block; ++block) {
     const kernels::Philox4 bits = kernels::philox4x32_10(rng.key(), rng.step(), block);
     for (std::uint64_t lane = 0; lane < 4; ++lane) {
@@ -96,11 +97,12 @@ void Parameter::initialize(std::uint64_t seed, const Tensor& values, std::int64_
       // Unnamed segments of one dimension are one tensor: their index runs on from its start.
       const std::int64_t base = s.part.empty() ? 0 : part_begin;
       const auto a = static_cast<std::uint64_t>((from - base) * row_elements), b = static_cast<std::uint64_t>((to - base) * row_elements);
+      const int threads = values.device().cpu().threads();
       const Tensor rows = values.narrow(0, from - row_begin, to - from);
       switch (values.dtype()) {
-        case DType::f64: fill_random(rows.data<double>(), a, b, rng, init); break;
-        case DType::f32: fill_random(rows.data<float>(), a, b, rng, init); break;
-        case DType::bf16: fill_random(rows.data<bf16>(), a, b, rng, init); break;
+        case DType::f64: fill_random(threads, rows.data<double>(), a, b, rng, init); break;
+        case DType::f32: fill_random(threads, rows.data<float>(), a, b, rng, init); break;
+        case DType::bf16: fill_random(threads, rows.data<bf16>(), a, b, rng, init); break;
         default: fail(Fault::programming, name_, "initialize: element type " + std::string(name_of(values.dtype())));
       }
     }

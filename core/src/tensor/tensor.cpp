@@ -1,6 +1,7 @@
 // Tensor: construction, views and copies. Differentiable ops are in core/src/ops.
 #include <capstan/autograd.h>
 #include <capstan/tensor.h>
+#include <kernels/cpu/context.h>
 
 #include <cmath>
 #include <cstring>
@@ -42,14 +43,14 @@ To convert(From x) {
   else return static_cast<To>(x);
 }
 
-/// Walks two strided tensors of one shape row by row (the last dimension is the inner loop).
+/// Walks two strided tensors of one shape row by row (the last dimension is the inner loop), on the device's threads.
 template <class To, class From>
-void copy_strided(To* to, const Dims& to_strides, const From* from, const Dims& from_strides, const Dims& shape) {
+void copy_strided(Device& device, To* to, const Dims& to_strides, const From* from, const Dims& from_strides, const Dims& shape) {
   if (shape.product() == 0) return;
   const int r = shape.size();
   const std::int64_t n = r == 0 ? 1 : shape[r - 1], ts = r == 0 ? 1 : to_strides[r - 1], fs = r == 0 ? 1 : from_strides[r - 1];
   const std::int64_t rows = shape.product() / n;
-#pragma omp parallel for if (rows * n > 65536)
+#pragma omp parallel for num_threads(device.cpu().threads()) if (rows * n > 65536)
   for (std::int64_t row = 0; row < rows; ++row) {
     std::int64_t left = row;
     To* t = to;
@@ -224,7 +225,7 @@ void Tensor::fill(double value) const {
     const T v = convert<T>(value);
     Dims zero = strides_;
     for (int i = 0; i < zero.size(); ++i) zero[i] = 0;
-    copy_strided(static_cast<T*>(raw()), strides_, &v, zero, shape_);
+    copy_strided(device(), static_cast<T*>(raw()), strides_, &v, zero, shape_);
   });
 }
 
@@ -243,7 +244,7 @@ void Tensor::copy_from(const Tensor& source) const {
   }
   visit(dtype_, [&]<class To>(To*) {
     visit(source.dtype_, [&]<class From>(From*) {
-      copy_strided(static_cast<To*>(raw()), to_strides, static_cast<const From*>(source.raw()), from_strides, shape);
+      copy_strided(device(), static_cast<To*>(raw()), to_strides, static_cast<const From*>(source.raw()), from_strides, shape);
     });
   });
 }

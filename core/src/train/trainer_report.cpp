@@ -40,10 +40,10 @@ std::string Trainer::metric_line(const StepResult& r) const {
 void Trainer::report(const StepResult& r) {
   run_seconds_ += r.seconds;
   ++timed_steps_;
-  folder_.metric(metric_line(r));
   const double per_step = run_seconds_ / static_cast<double>(timed_steps_);
   const double rate = estimate_.model_flop_per_token * static_cast<double>(r.tokens) / r.seconds;
   const std::int64_t every = session_->options().group("train").integer("log_every");
+  if (step_ % every == 0 || step_ == steps_) folder_.metric(metric_line(r));
   // Without a terminal: the first steps, then about fifty lines in all, or as train.log_every says.
   const std::int64_t stride = every > 1 ? every : std::max<std::int64_t>(1, steps_ / 50);
   display_.status(fmt::format("step {}/{}  loss {:.4f}{}  |grad| {:.2f}  lr {:.2e}  {} tok/s  {:.0f} GFLOP/s ({:.0f}% of peak)  {} left", step_, steps_, r.loss,

@@ -62,6 +62,15 @@ TEST(RunFolder, MetricsHaveTheDocumentedFields) {
   }
 }
 
+TEST(RunFolder, LogEveryThinsTheMetrics) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {"train.log_every=6"}).code, 0);
+  std::vector<std::int64_t> steps;
+  for (const auto& line : metrics_with(project / "run", "lr")) steps.push_back(line.at("step"));
+  EXPECT_EQ(steps, (std::vector<std::int64_t>{6, 12, 18, 20}));
+  EXPECT_EQ(metrics_with(project / "run", "validation_loss").size(), 4u);
+}
+
 TEST(RunFolder, ResumeNeverAndRequire) {
   Project project;
   Exit exit = train(project.recipe(), {"run.resume=require"});
