@@ -42,7 +42,7 @@ class Sessions : public ::testing::Test {
     std::ofstream(folder_ / "recipe.yaml") << "model: {plugin: gpt, layers: 2, heads: 2, width: 32, context: 32}\n"
                                               "data: {sets: [{path: none}], sequence_length: 24, batch_size: 4}\n"
                                               "train: {steps: 3}\n"
-                                              "run: {threads: 2}\n";
+                                              "run: {threads: 1}\n";
   }
   ~Sessions() override { std::filesystem::remove_all(folder_); }
 
