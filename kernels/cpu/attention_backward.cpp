@@ -52,6 +52,7 @@ void attention_backward(Context& context, const AttentionArgs<T>& a) {
         const A* lse = static_cast<const A*>(a.lse) + h * a.rows + begin;
         for (std::int64_t r = 0; r < length; ++r) {
           const T* o = a.out + (begin + r) * a.out_stride + h * d;
+          if (r + prefetch_distance < length) prefetch_row(o + prefetch_distance * a.out_stride, d);
           const A* go = dout + r * dp;
           delta[r] = sum_blocks<A>(d, [&](std::int64_t i, auto m) { return V::load(o + i, m) * V::load(go + i, m); });
         }
@@ -86,14 +87,10 @@ void attention_backward(Context& context, const AttentionArgs<T>& a) {
             tile_gemm<A>(rows, dp, keys, grad, tile, 1, k, dp, dq + q0 * dp, dp, true);
           }
         }
-        for (std::int64_t r = 0; r < length; ++r)
-          for (std::int64_t c = 0; c < d; ++c) a.dq[(begin + r) * a.dq_stride + h * d + c] = static_cast<T>(dq[r * dp + c]);
+        store_tile(length, d, dp, dq, a.dq + begin * a.dq_stride + h * d, a.dq_stride);
       }
-      for (std::int64_t r = 0; r < length; ++r)
-        for (std::int64_t c = 0; c < d; ++c) {
-          a.dk[(begin + r) * a.dkv_stride + g * d + c] = static_cast<T>(all_dk[r * dp + c]);
-          a.dv[(begin + r) * a.dkv_stride + g * d + c] = static_cast<T>(all_dv[r * dp + c]);
-        }
+      store_tile(length, d, dp, all_dk, a.dk + begin * a.dkv_stride + g * d, a.dkv_stride);
+      store_tile(length, d, dp, all_dv, a.dv + begin * a.dkv_stride + g * d, a.dkv_stride);
     }
   }
 }

@@ -45,7 +45,7 @@ const GemmCache::Entry& matmul_for(GemmCache& cache, const Gemm& g) {
   if (g.bias) e.bias = g.batch == 1 ? memory::desc({1, g.n}, memory::data_type::f32, memory::dims{g.n, 1})
                                     : memory::desc({1, 1, g.n}, memory::data_type::f32, memory::dims{g.n, g.n, 1});
   // With many rows the library's own layout of B pays for the copy into it (the same bits either way).
-  e.packed = g.batch == 1 && g.trans_b && g.m >= 2048 && g.n <= 8192;
+  e.packed = g.batch == 1 && g.trans_b && g.m >= 1024 && g.n <= 8192;
   const memory::desc b = e.packed ? memory::desc({g.k, g.n}, type_of(g.b), memory::format_tag::any) : e.b;
 #if DNNL_VERSION_MAJOR >= 3
   const auto pd = g.bias ? dnnl::matmul::primitive_desc(cache.engine, e.a, b, e.bias, e.c, attr)

@@ -33,6 +33,7 @@ void tile_rows(std::int64_t m, std::int64_t k, const A* a, std::int64_t a_row, s
   constexpr int R = NV >= 4 ? 6 : 8;
   std::int64_t r = 0;
   for (; r + R <= m; r += R) tile_kernel<A, R, NV>(k, a + r * a_row, a_row, a_col, b, ldb, c + r * ldc, ldc, accumulate);
+  for (; r + 4 <= m; r += 4) tile_kernel<A, 4, NV>(k, a + r * a_row, a_row, a_col, b, ldb, c + r * ldc, ldc, accumulate);
   for (; r + 2 <= m; r += 2) tile_kernel<A, 2, NV>(k, a + r * a_row, a_row, a_col, b, ldb, c + r * ldc, ldc, accumulate);
   for (; r < m; ++r) tile_kernel<A, 1, NV>(k, a + r * a_row, a_row, a_col, b, ldb, c + r * ldc, ldc, accumulate);
 }
@@ -48,26 +49,40 @@ void tile_gemm(std::int64_t m, std::int64_t n, std::int64_t k, const A* a, std::
   for (; j < n; j += lanes) tile_rows<A, 1>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate);
 }
 
+/// Asks for a row ahead of its use: rows of one head lie kilobytes apart, where the hardware does not look ahead.
+template <class T>
+CAPSTAN_INLINE void prefetch_row(const T* row, std::int64_t cols) {
+  for (std::int64_t c = 0; c < cols; c += static_cast<std::int64_t>(64 / sizeof(T))) __builtin_prefetch(row + c);
+}
+
+inline constexpr std::int64_t prefetch_distance = 12;  // rows
+
 /// Copies rows x cols of a strided T matrix into a padded A matrix; columns up to `padded` are zero.
 template <class A, class T>
 void load_tile(std::int64_t rows, std::int64_t cols, std::int64_t padded, const T* from, std::int64_t stride, A* to) {
   for (std::int64_t r = 0; r < rows; ++r) {
-    std::int64_t c = 0;
-    for (; c < cols; ++c) to[r * padded + c] = static_cast<A>(from[r * stride + c]);
-    for (; c < padded; ++c) to[r * padded + c] = A(0);
+    if (r + prefetch_distance < rows) prefetch_row(from + (r + prefetch_distance) * stride, cols);
+    for_blocks<A>(cols, [&](std::int64_t c, auto m) { Vec<A>::load(from + r * stride + c, m).store(to + r * padded + c, m); });
+    for (std::int64_t c = cols; c < padded; ++c) to[r * padded + c] = A(0);
   }
 }
 
 /// The same, transposed: to[c * padded + r] = from[r, c]; rows up to `padded` are zero.
 template <class A, class T>
 void load_tile_transposed(std::int64_t rows, std::int64_t cols, std::int64_t padded, const T* from, std::int64_t stride, A* to) {
-  for (std::int64_t c0 = 0; c0 < cols; c0 += 16) {
-    const std::int64_t c1 = c0 + 16 < cols ? c0 + 16 : cols;
-    for (std::int64_t r = 0; r < rows; ++r)
-      for (std::int64_t c = c0; c < c1; ++c) to[c * padded + r] = static_cast<A>(from[r * stride + c]);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    if (r + prefetch_distance < rows) prefetch_row(from + (r + prefetch_distance) * stride, cols);
+    for (std::int64_t c = 0; c < cols; ++c) to[c * padded + r] = static_cast<A>(from[r * stride + c]);
   }
   for (std::int64_t c = 0; c < cols; ++c)
     for (std::int64_t r = rows; r < padded; ++r) to[c * padded + r] = A(0);
+}
+
+/// Copies rows x cols of a padded A matrix into a strided T matrix.
+template <class A, class T>
+void store_tile(std::int64_t rows, std::int64_t cols, std::int64_t padded, const A* from, T* to, std::int64_t stride) {
+  for (std::int64_t r = 0; r < rows; ++r)
+    for_blocks<A>(cols, [&](std::int64_t c, auto m) { Vec<A>::load(from + r * padded + c, m).store(to + r * stride + c, m); });
 }
 
 }  // namespace capstan::kernels::cpu

@@ -17,7 +17,7 @@ namespace {
 
 using kernels::cpu::Gemm;
 
-constexpr std::int64_t chunk_bytes = std::int64_t{96} << 20;  // of logits at a time; measured in performance.md
+constexpr std::int64_t chunk_bytes = std::int64_t{128} << 20;  // of logits at a time: fewer passes over the weight
 
 DType score_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
@@ -32,8 +32,9 @@ struct Pass {
     t = x.size(0), c = x.size(1), v = weight.size(0);
     compute = score_type(x.dtype());
     ld = v;  // padded rows would send the library down a path whose bits depend on the row count
-    chunk = std::clamp<std::int64_t>(chunk_bytes / (ld * size_of(compute)) / 16 * 16, 16, 4096);
-    chunk = std::min(chunk, t);
+    const std::int64_t most = std::clamp<std::int64_t>(chunk_bytes / (ld * size_of(compute)), 16, 4096);
+    const std::int64_t chunks = std::max<std::int64_t>(1, (t + most - 1) / most);
+    chunk = std::min(((t + chunks - 1) / chunks + 15) / 16 * 16, t);  // even ones: a short last chunk would be slow
     logits = Tensor::empty(Dims{chunk, ld}, compute, x.device());
     if (x.dtype() == DType::bf16) narrow = Tensor::empty(Dims{chunk, ld}, DType::bf16, x.device());
   }
@@ -69,10 +70,11 @@ struct Pass {
   }
 };
 
-Cost gemm_cost(const Pass& p, double products) {
-  const double flop = 2.0 * static_cast<double>(p.t) * static_cast<double>(p.c) * static_cast<double>(p.v);
-  return {products * flop, products * static_cast<double>(p.x.bytes() + p.weight.bytes()),
-          products * static_cast<double>(p.t * p.v * size_of(p.compute))};
+/// Of one product over some rows.
+Cost gemm_cost(const Pass& p, std::int64_t rows) {
+  const double r = static_cast<double>(rows), c = static_cast<double>(p.c), v = static_cast<double>(p.v);
+  const double wide = static_cast<double>(size_of(p.compute));
+  return {2.0 * r * c * v, r * c * wide + static_cast<double>(p.weight.bytes()), r * v * wide};
 }
 
 /// The weight's gradient: the leaf's own buffer when there is one.
@@ -125,7 +127,10 @@ class ScoreNode final : public Node {
     if (want_x) result[0] = Tensor::empty(x.shape(), x.dtype(), x.device());
     WeightGradient dw;
     if (want_w) dw = weight_gradient(leaf(1), weight);
-    OpScope scope(x.device(), "linear_cross_entropy dx", gemm_cost(p, 3));
+    Cost cost = gemm_cost(p, p.t);
+    for (const bool wanted : {want_x, want_w})
+      if (wanted) cost += gemm_cost(p, p.t);
+    OpScope scope(x.device(), "linear_cross_entropy dx", cost);
     if (!scope.meta()) {
       for (std::int64_t row = 0; row < p.t; row += p.chunk) {
         const std::int64_t rows = std::min(p.chunk, p.t - row);
@@ -224,20 +229,31 @@ HeadScore linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tens
     if (x.requires_grad()) node->dx = Tensor::empty(x.shape(), x.dtype(), device);
     if (weight.requires_grad()) dw = weight_gradient(dynamic_cast<Leaf*>(weight.node().get()), weight);
   }
-  {
-    OpScope scope(device, op, gemm_cost(p, now ? 3 : 1));
-    if (!scope.meta()) {
-      for (std::int64_t row = 0; row < p.t; row += p.chunk) {
-        const std::int64_t rows = std::min(p.chunk, p.t - row);
-        p.forward_chunk(row, rows);
-        const float* w = now ? weights->data<float>() : nullptr;
-        if (type == DType::f64) score_chunk<double>(p, row, rows, out, w);
-        else score_chunk<float>(p, row, rows, out, w);
-        if (!now) continue;
-        const void* dlogits = p.gradient_chunk(rows);
-        if (node->dx.defined()) p.dx_chunk(dlogits, row, rows, node->dx);
-        if (dw.value.defined()) p.dw_chunk(dlogits, row, rows, dw.value, row > 0 || !dw.overwrite);
+  for (std::int64_t row = 0; row < p.t; row += p.chunk) {
+    const std::int64_t rows = std::min(p.chunk, p.t - row);
+    {
+      OpScope scope(device, "head logits", gemm_cost(p, rows));
+      if (!scope.meta()) p.forward_chunk(row, rows);
+    }
+    {
+      const double elements = static_cast<double>(rows * p.v), bytes = elements * static_cast<double>(size_of(type));
+      OpScope scope(device, "head softmax", {5 * elements, bytes, now ? bytes : 0});
+      if (scope.meta()) {
+      } else if (type == DType::f64) {
+        score_chunk<double>(p, row, rows, out, now ? weights->data<float>() : nullptr);
+      } else {
+        score_chunk<float>(p, row, rows, out, now ? weights->data<float>() : nullptr);
       }
+    }
+    if (!now) continue;
+    const void* dlogits = device.kind() == DeviceKind::meta ? nullptr : p.gradient_chunk(rows);
+    if (node->dx.defined()) {
+      OpScope scope(device, "head dx", gemm_cost(p, rows));
+      if (!scope.meta()) p.dx_chunk(dlogits, row, rows, node->dx);
+    }
+    if (dw.value.defined()) {
+      OpScope scope(device, "head dw", gemm_cost(p, rows));
+      if (!scope.meta()) p.dw_chunk(dlogits, row, rows, dw.value, row > 0 || !dw.overwrite);
     }
   }
   if (weights != nullptr) {  // summed in f64 and in order: one number, many tokens
