@@ -6,8 +6,10 @@
 #include <csignal>
 #include <sys/resource.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 
 namespace capstan::train::testing {
 namespace {
@@ -160,7 +162,9 @@ TEST(ExitCode, AFolderThatCannotBeMadeIsTwo) {
 
 /// The largest file that the process may write from now on.
 void limit_files(pid_t pid, rlim_t bytes) {
-  const rlimit limit{bytes, RLIM_INFINITY};
+  rlimit limit{};
+  ASSERT_EQ(::prlimit(pid, RLIMIT_FSIZE, nullptr, &limit), 0);
+  limit.rlim_cur = std::min(bytes, limit.rlim_max);
   ASSERT_EQ(::prlimit(pid, RLIMIT_FSIZE, &limit, nullptr), 0);
 }
 

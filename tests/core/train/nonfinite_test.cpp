@@ -160,5 +160,23 @@ TEST(LossSpike, IsReportedWhenAskedFor) {
   }
 }
 
+// The running mean is part of a checkpoint: a run that goes on judges the next steps as the straight one does.
+TEST(LossSpike, IsMeasuredByTheSameMeanAfterAResume) {
+  Project project;
+  const auto spike = [](const Tensor& h, ForwardContext& context) {
+    if (context.step == 25) context.loss("test", Tensor::full({}, 1, DType::f32, context.device), 1);
+    return h;
+  };
+  const auto run = [&](const char* dir, const char* steps) {
+    const Outcome outcome = run_trainer(project.recipe(), {project.dir(dir), std::string("train.steps=") + steps, "schedule.decay=constant", "optimizer.lr=1e-6", "train.spike_threshold=6"}, spike);
+    EXPECT_FALSE(outcome.error) << outcome.error->what();
+  };
+  run("straight", "26");
+  run("resumed", "22");
+  run("resumed", "26");
+  EXPECT_EQ(metrics_with(project / "straight", "deviations").size(), 1u);
+  EXPECT_EQ(metrics_with(project / "resumed", "deviations"), metrics_with(project / "straight", "deviations"));
+}
+
 }  // namespace
 }  // namespace capstan::train::testing
