@@ -2,6 +2,9 @@
 // docs/maintainers/numerics.md (row invariance) and performance.md (rates).
 #include <kernels/cpu/gemm.h>
 #include <kernels/cpu/gemm_cache.h>
+#include <kernels/cpu/tile_gemm.h>
+
+#include <capstan/kernels/bf16.h>
 
 #include <omp.h>
 
@@ -135,28 +138,70 @@ bool rows_depend_on_count(GemmCache& cache) {
   return depend;
 }
 
-/// Rows in blocks of one fixed count, the last one padded: every row takes the same path.
-void run_in_row_blocks(GemmCache& cache, const Gemm& whole, const char* a, const char* b, char* c, const void* bias) {
-  constexpr std::int64_t block = 16;
-  const std::size_t size_a = whole.a == Num::bf16 ? 2 : 4, size_c = whole.c == Num::bf16 ? 2 : 4;
-  std::vector<char> in(static_cast<std::size_t>(block * whole.k) * size_a), out(static_cast<std::size_t>(block * whole.n) * size_c);
-  Gemm g = whole;
-  g.m = block, g.lda = whole.k, g.ldc = whole.n, g.batch = 1;
-  for (std::int64_t row = 0; row < whole.m; row += block) {
-    const std::int64_t rows = std::min(block, whole.m - row);
-    std::fill(in.begin(), in.end(), 0);
-    for (std::int64_t r = 0; r < rows; ++r)
-      std::memcpy(in.data() + static_cast<std::size_t>(r * whole.k) * size_a, a + static_cast<std::size_t>((row + r) * whole.lda) * size_a,
-                  static_cast<std::size_t>(whole.k) * size_a);
-    if (g.accumulate)
-      for (std::int64_t r = 0; r < rows; ++r)
-        std::memcpy(out.data() + static_cast<std::size_t>(r * whole.n) * size_c, c + static_cast<std::size_t>((row + r) * whole.ldc) * size_c,
-                    static_cast<std::size_t>(whole.n) * size_c);
-    run_matmul(cache, g, in.data(), b, out.data(), bias);
-    for (std::int64_t r = 0; r < rows; ++r)
-      std::memcpy(c + static_cast<std::size_t>((row + r) * whole.ldc) * size_c, out.data() + static_cast<std::size_t>(r * whole.n) * size_c,
-                  static_cast<std::size_t>(whole.n) * size_c);
+/// Whether this CPU has bf16 products at all (oneDNN asks for AVX-512).
+bool has_bf16(GemmCache& cache) {
+  if (cache.bf16 >= 0) return cache.bf16 == 1;
+  Gemm g;
+  g.a = g.b = Num::bf16;
+  g.trans_b = true, g.m = g.n = g.k = g.lda = g.ldb = g.ldc = 16;
+  try {
+    matmul_for(cache, g);
+    cache.bf16 = 1;
+  } catch (const dnnl::error&) {
+    cache.bf16 = 0;
   }
+  return cache.bf16 == 1;
+}
+
+float widened(const void* from, Num num, std::int64_t at) {
+  return num == Num::bf16 ? static_cast<float>(static_cast<const bf16*>(from)[at]) : static_cast<const float*>(from)[at];
+}
+
+/// The product in own register tiles, f32, every element's sum over k in order: a row's bits depend on nothing but
+/// the row. For CPUs whose library does not keep that, or has no bf16; slower than the library's blocking.
+void run_in_tiles(Context& context, const Gemm& g, const void* a, const void* b, void* c, const float* bias) {
+  constexpr std::int64_t tile_m = 48, tile_n = 64;
+  const std::int64_t cols = (g.n + tile_n - 1) / tile_n, rows = (g.m + tile_m - 1) / tile_m;
+  const std::int64_t a_row = g.trans_a ? 1 : g.lda, a_col = g.trans_a ? g.lda : 1;
+  const std::int64_t b_row = g.trans_b ? 1 : g.ldb, b_col = g.trans_b ? g.ldb : 1;
+#pragma omp parallel for num_threads(context.threads()) schedule(dynamic, 1)
+  for (std::int64_t column = 0; column < cols; ++column) {
+    const std::int64_t j0 = column * tile_n, n = std::min(tile_n, g.n - j0);
+    float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>((tile_n + tile_m) * g.k + tile_m * tile_n) * sizeof(float)));
+    float* wide = packed + tile_n * g.k;
+    float* out = wide + tile_m * g.k;
+    for (std::int64_t j = 0; j < tile_n; ++j)
+      for (std::int64_t p = 0; p < g.k; ++p) packed[p * tile_n + j] = j < n ? widened(b, g.b, p * b_row + (j0 + j) * b_col) : 0.0f;
+    for (std::int64_t row = 0; row < rows; ++row) {
+      const std::int64_t i0 = row * tile_m, m = std::min(tile_m, g.m - i0);
+      const float* in = wide;
+      std::int64_t in_row = g.k, in_col = 1;
+      if (g.a == Num::f32) {
+        in = static_cast<const float*>(a) + i0 * a_row, in_row = a_row, in_col = a_col;
+      } else {
+        for (std::int64_t r = 0; r < m; ++r)
+          for (std::int64_t p = 0; p < g.k; ++p) wide[r * g.k + p] = widened(a, g.a, (i0 + r) * a_row + p * a_col);
+      }
+      tile_gemm<float>(m, tile_n, g.k, in, in_row, in_col, packed, tile_n, out, tile_n, false);
+      for (std::int64_t r = 0; r < m; ++r)
+        for (std::int64_t j = 0; j < n; ++j) {
+          const std::int64_t at = (i0 + r) * g.ldc + j0 + j;
+          float v = out[r * tile_n + j];
+          if (bias != nullptr) v += bias[j0 + j];
+          if (g.accumulate) v += widened(c, g.c, at);
+          if (g.c == Num::bf16) static_cast<bf16*>(c)[at] = bf16(v);
+          else static_cast<float*>(c)[at] = v;
+        }
+    }
+  }
+}
+
+void run_batch_in_tiles(Context& context, const Gemm& whole, const void* a, const void* b, void* c, const void* bias) {
+  Gemm g = whole;
+  g.batch = 1;
+  const auto at = [](const void* p, Num num, std::int64_t elements) { return static_cast<const char*>(p) + static_cast<std::size_t>(elements) * (num == Num::bf16 ? 2 : 4); };
+  for (std::int64_t z = 0; z < whole.batch; ++z)
+    run_in_tiles(context, g, at(a, g.a, z * whole.stride_a), at(b, g.b, z * whole.stride_b), const_cast<char*>(at(c, g.c, z * whole.stride_c)), static_cast<const float*>(bias));
 }
 
 }  // namespace
@@ -174,12 +219,12 @@ void gemm(Context& context, const Gemm& g, const void* a, const void* b, void* c
   struct Restore { int n; ~Restore() { omp_set_num_threads(n); } } restore{before};
   try {
     if (g.k == 0) throw std::invalid_argument("an inner dimension of 0");
+    if ((g.a == Num::bf16 || g.b == Num::bf16) && !has_bf16(cache)) return run_batch_in_tiles(context, g, a, b, c, bias);
     const bool f32 = g.a == Num::f32 && g.b == Num::f32 && g.c == Num::f32;
     if (g.invariant) {
       // Padded rows select another implementation, whose bits depend on the row count.
       if (g.trans_a || g.lda != g.k || g.ldc != g.n) throw std::invalid_argument("rows of A and C must lie close together in an invariant product");
-      if (g.batch == 1 && rows_depend_on_count(cache))
-        return run_in_row_blocks(cache, g, static_cast<const char*>(a), static_cast<const char*>(b), static_cast<char*>(c), bias);
+      if (rows_depend_on_count(cache)) return run_batch_in_tiles(context, g, a, b, c, bias);
       return run_matmul(cache, g, a, b, c, bias);
     }
     // sgemm is the faster path where A is read along its rows (gradients of activations), and where rows of B a

@@ -30,6 +30,7 @@ struct GemmCache {
   std::map<Key, Entry> entries;
   std::mutex mutex;
   bool probed = false, rows_depend = false;
+  int bf16 = -1;  ///< not known yet
 };
 
 }  // namespace capstan::kernels::cpu

@@ -30,7 +30,12 @@ CAPSTAN_INLINE void tile_kernel(std::int64_t k, const A* a, std::int64_t a_row, 
 template <class A, int NV>
 void tile_rows(std::int64_t m, std::int64_t k, const A* a, std::int64_t a_row, std::int64_t a_col, const A* b, std::int64_t ldb,
                A* c, std::int64_t ldc, bool accumulate) {
+  // As many rows as leave the accumulators in registers: 32 of them with AVX-512, 16 half as wide without.
+#if defined(CAPSTAN_AVX512)
   constexpr int R = NV >= 4 ? 6 : 8;
+#else
+  constexpr int R = 4;
+#endif
   std::int64_t r = 0;
   for (; r + R <= m; r += R) tile_kernel<A, R, NV>(k, a + r * a_row, a_row, a_col, b, ldb, c + r * ldc, ldc, accumulate);
   for (; r + 4 <= m; r += 4) tile_kernel<A, 4, NV>(k, a + r * a_row, a_row, a_col, b, ldb, c + r * ldc, ldc, accumulate);
@@ -44,8 +49,10 @@ void tile_gemm(std::int64_t m, std::int64_t n, std::int64_t k, const A* a, std::
                std::int64_t ldb, A* c, std::int64_t ldc, bool accumulate) {
   constexpr std::int64_t lanes = Vec<A>::lanes;
   std::int64_t j = 0;
+#if defined(CAPSTAN_AVX512)
   for (; j + 4 * lanes <= n; j += 4 * lanes) tile_rows<A, 4>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate);
   for (; j + 2 * lanes <= n; j += 2 * lanes) tile_rows<A, 2>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate);
+#endif
   for (; j < n; j += lanes) tile_rows<A, 1>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate);
 }
 

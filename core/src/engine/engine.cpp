@@ -5,6 +5,8 @@
 #include <capstan/ops.h>
 #include <kernels/cpu/context.h>
 
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -181,7 +183,13 @@ void Engine::update(std::int64_t step, double lr_scale, double norm, double clip
   {
     OpScope scope(*device_, "optimizer", {12.0 * static_cast<double>(parameter_count_), 16.0 * static_cast<double>(parameter_count_),
                                           12.0 * static_cast<double>(parameter_count_)});
-    if (!scope.meta()) optimizer_->update(u, items);
+    if (!scope.meta()) {
+      // Plugins open plain OpenMP regions: they get the device's threads through this thread's setting.
+      const int before = omp_get_max_threads();
+      omp_set_num_threads(device_->cpu().threads());
+      struct Restore { int n; ~Restore() { omp_set_num_threads(n); } } restore{before};
+      optimizer_->update(u, items);
+    }
   }
   publish();
   discard();

@@ -5,6 +5,7 @@
 
 #include <CLI/CLI.hpp>
 
+#include <csignal>
 #include <cstdio>
 #include <exception>
 #include <filesystem>
@@ -12,6 +13,7 @@
 
 int main(int argc, char** argv) {
   using namespace capstan;
+  std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit then is an error of the write, which says what to do
   program::Program program;
   std::error_code error;
   program.executable = std::filesystem::read_symlink("/proc/self/exe", error).string();
