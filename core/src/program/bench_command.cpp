@@ -55,7 +55,7 @@ std::vector<Batch> random_step(Device& device, const Options& data, std::int64_t
 }
 
 void bench(const Program& program, const Words& words) {
-  const auto session = train::open_session(words.recipe, words.overrides, program.executable, true);
+  const auto session = train::open_session(words.recipe, words.overrides, program.executable, train::Placement::gradients);
   Engine& engine = *session->engine;
   Device& device = *session->device;
   const train::Estimate estimate = train::estimate_step(*session);

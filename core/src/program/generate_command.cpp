@@ -67,7 +67,7 @@ void generate(const GenerateOptions& o, const std::string& executable) {
          "this is no run folder: expected one that `capstan train` wrote, with recipe.yaml and checkpoints/");
   }
   const std::unique_ptr<train::Session> session =
-      train::open_session((folder / "recipe.yaml").string(), o.overrides, executable, false);
+      train::open_session((folder / "recipe.yaml").string(), o.overrides, executable, train::Placement::weights);
   const std::string prompt = read_prompt(o);
   Request request;
   session->tokenizer->encode(prompt, request.prompt);

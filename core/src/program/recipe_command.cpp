@@ -4,6 +4,7 @@
 #include "plugin/host.h"
 #include "recipe/recipe.h"
 #include "recipe/run_schema.h"
+#include "train/estimate.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -32,10 +33,12 @@ void show(const Program& program, const Words& words) {
 }
 
 void check(const Program& program, const Words& words) {
-  PluginHost host(program.executable);
-  const Recipe recipe = load_recipe(words.recipe, words.overrides, run_schema(), host);
-  const Options& options = recipe.options;
-  check_run_options(options);
+  // Everything is made as for training, but no memory is taken: the estimate runs on the meta device.
+  const auto session = train::open_session(words.recipe, words.overrides, program.executable, train::Placement::none);
+  const Recipe& recipe = session->recipe;
+  const Options& options = session->options();
+  const PluginHost& host = *session->host;
+  const train::Estimate estimate = train::estimate_step(*session);
   const Options& data = options.group("data");
   const Options& train = options.group("train");
   const std::int64_t sequences = data.integer("batch_size"), length = data.integer("sequence_length"),
@@ -50,6 +53,11 @@ void check(const Program& program, const Words& words) {
     row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")));
   row("training", fmt::format("{} steps of {} sequences x {} tokens, {:.4g} million tokens in all", steps, sequences, length,
                               1e-6 * double(steps) * double(sequences) * double(length)));
+  const auto gib = [](std::int64_t bytes) { return fmt::format("{:.3g} GiB", static_cast<double>(bytes) / (1 << 30)); };
+  row("parameters", fmt::format("{} ({})", estimate.parameters, session->model->describe()));
+  row("memory", fmt::format("{} a rank: {} weights, gradients and optimizer, {} activations", gib(estimate.weights_bytes + estimate.activations_bytes),
+                            gib(estimate.weights_bytes), gib(estimate.activations_bytes)));
+  row("compute", fmt::format("{:.4g} GFLOP a step, {:.4g} MFLOP a token", estimate.step_flop * 1e-9, estimate.model_flop_per_token * 1e-6));
   row("xxh3", recipe_digest(options));
   for (const auto& plugin : host.loaded())
     row("plugin", fmt::format("{} {} {} ({})", plugin.kind, plugin.name, plugin.version, plugin.file));

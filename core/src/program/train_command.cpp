@@ -35,7 +35,7 @@ void add_train(CLI::App& app, Program& program) {
   command->callback([recipe, overrides, &program] {
     std::signal(SIGINT, on_signal);
     std::signal(SIGTERM, on_signal);
-    train::Trainer trainer(train::open_session(*recipe, *overrides, program.executable, true), [] { return static_cast<int>(pending_signal); });
+    train::Trainer trainer(train::open_session(*recipe, *overrides, program.executable, train::Placement::gradients), [] { return static_cast<int>(pending_signal); });
     if (trainer.run() != 0) program.exit_code = 1;
   });
 }

@@ -26,7 +26,7 @@ std::string Session::run_folder() const {
 }
 
 std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
-                                      const std::string& executable, bool gradients) {
+                                      const std::string& executable, Placement placement) {
   auto s = std::make_unique<Session>();
   s->host = std::make_unique<PluginHost>(executable);
   s->recipe = load_recipe(recipe, overrides, run_schema(), *s->host);
@@ -48,7 +48,8 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
   if (s->model->vocabulary() < s->tokenizer->vocabulary())
     fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
                                     std::to_string(s->tokenizer->vocabulary()) + ": set model.vocabulary to 0 or to at least that");
-  s->engine = std::make_unique<Engine>(s->model, s->device, s->engine_options(gradients));
+  if (placement != Placement::none)
+    s->engine = std::make_unique<Engine>(s->model, s->device, s->engine_options(placement == Placement::gradients));
   return s;
 }
 

@@ -22,7 +22,7 @@ struct CAPSTAN_API Session {
   std::shared_ptr<Tokenizer> tokenizer;
   std::shared_ptr<Device> device;
   std::shared_ptr<Model> model;
-  std::unique_ptr<Engine> engine;
+  std::unique_ptr<Engine> engine;  ///< null with Placement::none
 
   const Options& options() const { return recipe.options; }
   EngineOptions engine_options(bool gradients) const;
@@ -32,10 +32,13 @@ struct CAPSTAN_API Session {
   std::string run_folder() const;
 };
 
+/// What memory a session takes for the model: nothing (to look at it), its weights (to run it), or gradients too.
+enum class Placement : unsigned char { none, weights, gradients };
+
 /// Reads the recipe (model.vocabulary 0 becomes the tokenizer's), makes the parts, and places parameters
 /// without values. Throws Error(input) as the recipe's and the plugins' parsers do.
 CAPSTAN_API std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
-                                                  const std::string& executable, bool gradients);
+                                                  const std::string& executable, Placement placement);
 
 /// Fills the weights from a run folder's newest good checkpoint, or from that of `step` when it is not
 /// negative. `report` hears of damaged ones. Returns the step; Error(input) when there is none.

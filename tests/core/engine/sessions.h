@@ -52,7 +52,7 @@ class Sessions : public ::testing::Test {
 
   /// An initialized engine with its optimizer.
   std::unique_ptr<train::Session> open(const std::vector<std::string>& overrides) const {
-    auto s = train::open_session(recipe(), overrides, CAPSTAN_PROGRAM, true);
+    auto s = train::open_session(recipe(), overrides, CAPSTAN_PROGRAM, train::Placement::gradients);
     s->engine->attach(s->host->make_as<Optimizer>(s->options().plugin("optimizer")));
     s->engine->initialize();
     return s;

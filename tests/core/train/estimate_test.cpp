@@ -59,7 +59,7 @@ INSTANTIATE_TEST_SUITE_P(Forms, EstimateOf,
 
 TEST_F(EstimateOf, ARunThatFitsNoMachineIsEstimatedAtOnce) {
   auto s = open({});
-  auto big = open_session(recipe(), {"model.layers=2", "model.width=64", "data.batch_size=1000000", "data.sequence_length=32"}, CAPSTAN_PROGRAM, true);
+  auto big = open_session(recipe(), {"model.layers=2", "model.width=64", "data.batch_size=1000000", "data.sequence_length=32"}, CAPSTAN_PROGRAM, train::Placement::gradients);
   big->device.reset();
   EXPECT_GT(estimate_step(*big).activations_bytes, std::int64_t{1} << 37);
   EXPECT_GT(estimate_step(*s).activations_bytes, 0);

@@ -39,7 +39,7 @@ Outcome run_trainer(const std::string& recipe, const std::vector<std::string>& o
   ::testing::internal::CaptureStdout();
   ::testing::internal::CaptureStderr();
   try {
-    auto session = open_session(recipe, overrides, CAPSTAN_PROGRAM, true);
+    auto session = open_session(recipe, overrides, CAPSTAN_PROGRAM, train::Placement::gradients);
     if (change) session->engine = std::make_unique<Engine>(std::make_shared<Poisoned>(session->model, change), session->device, session->engine_options(true));
     const Engine& engine = *session->engine;
     Trainer* at = nullptr;
