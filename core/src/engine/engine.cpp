@@ -112,15 +112,20 @@ std::vector<LossEntry> Engine::evaluate(const Batch& batch) {
   return c.losses();
 }
 
+void Engine::clear_unused_gradients() {
+  for (auto& unit : units_)
+    for (std::size_t i = 0; i < unit->parameters.size(); ++i) {
+      const Parameter& p = *unit->parameters[i];
+      if (p.trainable() && !p.leaf()->has_grad()) unit->view(unit->grad, i).fill(0);
+    }
+}
+
 double Engine::gradient_norm() {
   if (device_->kind() == DeviceKind::meta) return 0;
+  clear_unused_gradients();
   double total = 0;
   OpScope scope(*device_, "gradient norm", {2.0 * static_cast<double>(parameter_count_), 4.0 * static_cast<double>(parameter_count_), 0});
   for (auto& unit : units_) {
-    for (std::size_t i = 0; i < unit->parameters.size(); ++i) {  // a parameter that nobody used has no gradient
-      Parameter& p = *unit->parameters[i];
-      if (p.trainable() && !p.leaf()->has_grad()) unit->view(unit->grad, i).fill(0);
-    }
     // Fixed blocks, summed in order: the same bits with any number of threads. Padding stays zero.
     constexpr std::int64_t block = 65536;
     const std::int64_t blocks = (unit->size + block - 1) / block;
@@ -160,6 +165,7 @@ std::string Engine::first_nonfinite_gradient() const {
 }
 
 void Engine::update(std::int64_t step, double lr_scale, double norm, double clip) {
+  clear_unused_gradients();
   UpdateContext u;
   u.device = device_.get();
   u.step = step;

@@ -65,6 +65,7 @@ class CAPSTAN_API Engine {
  private:
   struct Unit;
   ForwardContext context(const Batch& batch) const;
+  void clear_unused_gradients();
   std::shared_ptr<Model> model_;
   std::shared_ptr<Device> device_;
   EngineOptions options_;

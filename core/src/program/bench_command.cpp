@@ -64,6 +64,7 @@ void bench(const Program& program, const Words& words) {
   const std::vector<Batch> batches = random_step(device, session->options().group("data"), session->model->vocabulary());
   double tokens = 0;
   for (const Batch& b : batches) tokens += static_cast<double>(b.space().capacity);
+  const double clip = session->options().group("train").number("clip");
   std::vector<double> whole, gradients, updates, rates;
   for (int step = 1; step <= words.warmup + words.steps; ++step) {
     if (step == words.warmup + 1 && words.profile) device.record(true, true);
@@ -71,7 +72,7 @@ void bench(const Program& program, const Words& words) {
     const double t0 = now();
     for (const Batch& b : batches) engine.forward_backward(b, static_cast<std::uint64_t>(step));
     const double t1 = now();
-    engine.update(step, 1.0, engine.gradient_norm(), 1.0);
+    engine.update(step, 1.0, clip > 0 ? engine.gradient_norm() : 0, clip);
     const double t2 = now();
     if (step > words.warmup) whole.push_back(t2 - t0), gradients.push_back(t1 - t0), updates.push_back(t2 - t1);
   }
