@@ -1,6 +1,7 @@
 // Cases of the fused row ops against their plain compositions: norms, activations, rope, embedding, dropout.
 #include "core/ops/harness.h"
 
+#include <algorithm>
 #include <cmath>
 #include <numeric>
 #include <set>
