@@ -14,7 +14,7 @@ namespace capstan::kernels::cpu {
 
 namespace {
 
-constexpr std::int64_t tile = attention_tile;
+constexpr std::int64_t tile = attention_tile, band = 16;
 
 std::int64_t pad(std::int64_t n, std::int64_t lanes) { return (n + lanes - 1) / lanes * lanes; }
 
@@ -38,7 +38,11 @@ void query_tile(const Buffers<A>& b, std::int64_t rows, std::int64_t first_posit
   const std::int64_t last_position = first_position + rows - 1;
   for (std::int64_t t = 0; t * tile <= last_position; ++t) {
     const std::int64_t count = std::min(tile, last_position + 1 - t * tile);
-    tile_gemm<A>(rows, tile, head_size, b.q, head_size, 1, b.keys + t * tile * head_size, tile, b.scores, tile, false);
+    // On the diagonal, bands of 16 rows see only the keys up to their end; what is left out would be masked.
+    const bool diagonal = t * tile == first_position;
+    for (std::int64_t r = 0; r < rows; r += diagonal ? band : tile)
+      tile_gemm<A>(std::min(diagonal ? band : tile, rows - r), diagonal ? r + band : tile, head_size, b.q + r * head_size, head_size, 1,
+                   b.keys + t * tile * head_size, tile, b.scores + r * tile, tile, false);
     // Three passes over the rows, so that the exponentials of one do not wait for the maximum of another.
     A highest[tile], shrink[tile];
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -70,7 +74,9 @@ void query_tile(const Buffers<A>& b, std::int64_t rows, std::int64_t first_posit
       A* o = b.out + r * d_pad;
       for (std::int64_t j = 0; j < d_pad; j += V::lanes) (V::load(o + j) * V(shrink[r])).store(o + j);
     }
-    tile_gemm<A>(rows, d_pad, count, b.scores, tile, 1, b.values + t * tile * d_pad, d_pad, b.out, d_pad, true);
+    for (std::int64_t r = 0; r < rows; r += diagonal ? band : tile)
+      tile_gemm<A>(std::min(diagonal ? band : tile, rows - r), d_pad, diagonal ? std::min(count, r + band) : count, b.scores + r * tile, tile, 1,
+                   b.values + t * tile * d_pad, d_pad, b.out + r * d_pad, d_pad, true);
   }
   for (std::int64_t r = 0; r < rows; ++r) {
     const A inverse = A(1) / b.sum[r];

@@ -12,7 +12,7 @@
 namespace capstan::kernels::cpu {
 
 namespace {
-constexpr std::int64_t tile = attention_tile;
+constexpr std::int64_t tile = attention_tile, band = 16;
 std::int64_t pad(std::int64_t n) { return (n + 15) / 16 * 16; }
 }  // namespace
 
@@ -68,23 +68,35 @@ void attention_backward(Context& context, const AttentionArgs<T>& a) {
           A* dv = all_dv + kt0 * dp;
           for (std::int64_t q0 = kt0; q0 < length; q0 += tile) {
             const std::int64_t rows = std::min(tile, length - q0);
-            tile_gemm<A>(rows, tile, d, q + q0 * dp, dp, 1, kt, tile, prob, tile, false);
-            tile_gemm<A>(rows, tile, d, dout + q0 * dp, dp, 1, vt, tile, grad, tile, false);
+            // On the diagonal, bands of 16 rows see only the keys up to their end: a third of the tile is left out.
+            const bool diagonal = q0 == kt0;
+            for (std::int64_t r = 0; r < rows; r += diagonal ? band : tile) {
+              const std::int64_t m = std::min(diagonal ? band : tile, rows - r), n = diagonal ? r + band : tile;
+              tile_gemm<A>(m, n, d, q + (q0 + r) * dp, dp, 1, kt, tile, prob + r * tile, tile, false);
+              tile_gemm<A>(m, n, d, dout + (q0 + r) * dp, dp, 1, vt, tile, grad + r * tile, tile, false);
+            }
             for (std::int64_t r = 0; r < rows; ++r) {
               A* pr = prob + r * tile;
               A* gr = grad + r * tile;
               const V l(lse[q0 + r]), dl(delta[q0 + r]), sc(static_cast<A>(a.scale));
               const std::int64_t valid = std::min(keys, q0 + r + 1 - kt0);
-              for (std::int64_t c = 0; c < tile; c += V::lanes) {
+              const std::int64_t seen = diagonal ? r / band * band + band : tile;
+              for (std::int64_t c = 0; c < seen; c += V::lanes) {
                 const V e = exp_flushed(fma(V::load(pr + c), sc, -l));
                 e.store(pr + c);
                 (e * (V::load(gr + c) - dl) * sc).store(gr + c);
               }
               for (std::int64_t c = valid; c < tile; ++c) pr[c] = A(0), gr[c] = A(0);
             }
-            tile_gemm<A>(keys, dp, rows, prob, 1, tile, dout + q0 * dp, dp, dv, dp, true);
-            tile_gemm<A>(keys, dp, rows, grad, 1, tile, q + q0 * dp, dp, dk, dp, true);
-            tile_gemm<A>(rows, dp, keys, grad, tile, 1, k, dp, dq + q0 * dp, dp, true);
+            for (std::int64_t c = 0; c < keys; c += diagonal ? band : tile) {
+              const std::int64_t m = std::min(diagonal ? band : tile, keys - c), from = diagonal ? c : 0;
+              tile_gemm<A>(m, dp, rows - from, prob + from * tile + c, 1, tile, dout + (q0 + from) * dp, dp, dv + c * dp, dp, true);
+              tile_gemm<A>(m, dp, rows - from, grad + from * tile + c, 1, tile, q + (q0 + from) * dp, dp, dk + c * dp, dp, true);
+            }
+            for (std::int64_t r = 0; r < rows; r += diagonal ? band : tile) {
+              const std::int64_t m = std::min(diagonal ? band : tile, rows - r);
+              tile_gemm<A>(m, dp, diagonal ? std::min(keys, r + band) : keys, grad + r * tile, tile, 1, k, dp, dq + (q0 + r) * dp, dp, true);
+            }
           }
         }
         store_tile(length, d, dp, dq, a.dq + begin * a.dq_stride + h * d, a.dq_stride);

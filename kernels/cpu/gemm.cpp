@@ -116,8 +116,8 @@ void reference(Context& context, const Gemm& g, const double* a, const double* b
 bool rows_depend_on_count(GemmCache& cache) {
   if (cache.probed) return cache.rows_depend;
   bool depend = false;
-  for (const auto& [k, n] : {std::pair<std::int64_t, std::int64_t>{64, 64}, {384, 192}, {96, 257}}) {
-    const std::int64_t most = 96;
+  struct Probe { std::int64_t k, n, most; };
+  for (const auto& [k, n, most] : {Probe{64, 64, 96}, {384, 192, 96}, {96, 257, 96}, {1024, 128, 1024}}) {  // the last one packs B
     std::vector<float> a(static_cast<std::size_t>(most * k)), b(static_cast<std::size_t>(n * k)), whole(static_cast<std::size_t>(most * n)), part;
     std::uint32_t x = 12345;
     auto next = [&] { return static_cast<float>((x = x * 1664525u + 1013904223u) >> 8) * 0x1p-24f - 0.5f; };
@@ -230,7 +230,7 @@ void gemm(Context& context, const Gemm& g, const void* a, const void* b, void* c
     // sgemm is the faster path where A is read along its rows (gradients of activations), and where rows of B a
     // multiple of 4 KiB apart would fall on the same cache sets (it packs B). The choice hangs on the shape
     // alone: the same run gives the same bits.
-    if (f32 && g.batch == 1 && !g.bias && g.m >= 16 && (!g.trans_a || g.ldb % 1024 == 0)) {
+    if (f32 && g.batch == 1 && !g.bias && g.m >= 16 && (!g.trans_a || g.ldb % 1024 == 0 || (g.m <= 1280 && g.n <= 1280))) {
       const auto status = dnnl_sgemm(g.trans_a ? 'T' : 'N', g.trans_b ? 'T' : 'N', g.m, g.n, g.k, 1.0f, static_cast<const float*>(a), g.lda,
                                      static_cast<const float*>(b), g.ldb, g.accumulate ? 1.0f : 0.0f, static_cast<float*>(c), g.ldc);
       if (status != dnnl_success) throw std::runtime_error("dnnl_sgemm returned " + std::to_string(static_cast<int>(status)));

@@ -1,4 +1,5 @@
-// defines: Gemm, gemm(): matrix products over oneDNN (f32, bf16) and a blocked reference (f64).
+// defines: Gemm, gemm(): matrix products over oneDNN (f32, bf16), own register tiles where it does not keep
+// rows apart, and a plain reference (f64).
 #pragma once
 #include <kernels/cpu/context.h>
 

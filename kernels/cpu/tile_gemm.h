@@ -1,4 +1,4 @@
-// defines: tile_gemm(): a small product of register tiles, for attention's 64 x 64 blocks.
+// defines: tile_gemm(): a small product of register tiles, for attention's 64 x 64 blocks and for invariant products.
 #pragma once
 #include <kernels/cpu/simd.h>
 

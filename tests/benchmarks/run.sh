@@ -7,7 +7,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
 rounds=${1:-3}
 program=${CAPSTAN_BENCH_PROGRAM:-$root/build/bin/capstan}
-threads=$(nproc)
+threads=${CAPSTAN_BENCH_THREADS:-2}
 out=$root/build/benchmarks
 mkdir -p "$out"
 python=${CAPSTAN_BENCH_PYTHON:-$root/build/peer-venv/bin/python}

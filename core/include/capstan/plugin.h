@@ -5,7 +5,9 @@
 //     capstan::Schema schema;
 //     schema.number("lr", 3e-4, "peak learning rate").above(0);
 //     registrar.add("optimizer", "adamw", schema,
-//                   [](const capstan::Options& o, capstan::Registrar&) { return std::make_shared<AdamW>(o); });
+//                   [](const capstan::Options& o, capstan::Registrar&) {
+//                     return capstan::as_interface<capstan::Optimizer>(std::make_shared<AdamW>(o));
+//                   });
 //   }
 #pragma once
 #include <capstan/error.h>

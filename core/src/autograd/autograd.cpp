@@ -48,21 +48,20 @@ void Leaf::add(const Tensor& grad) {
     if (grad_.defined()) grad_.copy_from(grad);
     else grad_ = parameter_ ? grad.clone() : grad.detach();  // an activation's is copied before add() writes it
   } else {
-    if (!parameter_ || !grad_.defined()) {
-      Tensor sum = grad_.clone();
-      grad_ = sum;
-    }
+    // A parameter adds up in its buffer; an activation's gradient is a value that others may hold: a new one.
+    const Tensor before = grad_.contiguous();
+    if (!parameter_) grad_ = Tensor::empty(before.shape(), before.dtype(), before.device());
     if (!grad_.is_meta()) {
       const Tensor g = grad.contiguous().to(grad_.dtype());
       const std::int64_t n = grad_.numel();
       if (!grad_.is_contiguous()) fail(Fault::programming, "gradient", "the buffer of a gradient must be contiguous");
-      auto sum = [&]<class T>(T* to, const T* from) {
+      auto sum = [&]<class T>(T* to, const T* x, const T* y) {
 #pragma omp parallel for simd num_threads(grad_.device().cpu().threads()) if (n > 65536)
-        for (std::int64_t i = 0; i < n; ++i) to[i] = T(to[i] + from[i]);
+        for (std::int64_t i = 0; i < n; ++i) to[i] = T(x[i] + y[i]);
       };
-      if (grad_.dtype() == DType::f64) sum(grad_.data<double>(), g.data<double>());
-      else if (grad_.dtype() == DType::f32) sum(grad_.data<float>(), g.data<float>());
-      else sum(grad_.data<bf16>(), g.data<bf16>());
+      if (grad_.dtype() == DType::f64) sum(grad_.data<double>(), before.data<double>(), g.data<double>());
+      else if (grad_.dtype() == DType::f32) sum(grad_.data<float>(), before.data<float>(), g.data<float>());
+      else sum(grad_.data<bf16>(), before.data<bf16>(), g.data<bf16>());
     }
   }
   filled_ = true;

@@ -131,11 +131,13 @@ struct Saver::Impl {
       }
       const auto start = Clock::now();
       std::optional<Error> failure;
+      bool saved = false;
       SaveReport done;
       try {
         done.bytes = write(job->snapshot);
       } catch (const RetentionError& e) {
         failure = e;
+        saved = true;
       } catch (const Error& e) {
         failure = explained(e.fault(), e.what());
       } catch (const std::exception& e) {
@@ -145,10 +147,8 @@ struct Saver::Impl {
       done.write_seconds = seconds_since(start);
       {
         const std::lock_guard guard(mutex);
-        if (failure)
-          error = std::move(failure);
-        else
-          report = done;
+        if (!failure || saved) report = done;
+        if (failure) error = std::move(failure);
         job.reset();
       }
       changed.notify_all();

@@ -58,7 +58,8 @@ class CAPSTAN_API Saver {
   /// Waits until no save is in flight.
   void wait();
   bool busy() const;
-  /// The error of a finished save, once.
+  /// The error of a finished save, once. When last_report() is of that step, the checkpoint is good and only
+  /// older ones could not be removed.
   std::optional<Error> take_error();
   /// Of the last save that succeeded; step -1 before.
   SaveReport last_report() const;

@@ -18,16 +18,35 @@ constexpr std::int64_t line = 16;  // elements; each parameter starts on a cache
 std::int64_t round_up(std::int64_t n) { return (n + line - 1) / line * line; }
 }  // namespace
 
-/// One block's parameters: flat masters, gradients, working copies and optimizer states, same offsets in each.
+/// One state of the optimizer over those parameters of a unit that have it.
+struct Engine::State {
+  std::string name;
+  DType dtype;
+  std::int64_t size;
+  std::vector<std::pair<std::size_t, std::int64_t>> offsets;  // parameter's index in the unit -> offset in `flat`
+  Tensor flat;
+};
+
+/// One block's parameters: flat masters, gradients and working copies at the same offsets; optimizer states apart.
 struct Engine::Unit {
   std::vector<Parameter*> parameters;
   std::vector<std::int64_t> offsets;
   std::int64_t size = 0;
   Tensor master, grad, working;
-  std::vector<std::pair<std::string, Tensor>> states;  // name -> flat
+  std::vector<State> states;
 
   Tensor view(const Tensor& flat, std::size_t i) const {
     return flat.narrow(0, offsets[i], parameters[i]->numel()).view(parameters[i]->shape());
+  }
+
+  /// The state `name` of parameter i.
+  Tensor state(const std::string& name, std::size_t i) const {
+    for (const State& s : states) {
+      if (s.name != name) continue;
+      for (const auto& [index, offset] : s.offsets)
+        if (index == i) return s.flat.narrow(0, offset, parameters[i]->numel()).view(parameters[i]->shape());
+    }
+    fail(Fault::programming, parameters[i]->name(), "its optimizer has no state '" + name + "'");
   }
 };
 
@@ -82,13 +101,17 @@ void Engine::attach(std::shared_ptr<Optimizer> optimizer) {
   optimizer_ = std::move(optimizer);
   for (auto& unit : units_) {
     unit->states.clear();
-    for (Parameter* p : unit->parameters) {
-      if (!p->trainable()) continue;
-      for (const StateDecl& decl : optimizer_->state_of(*p)) {
-        const bool known = std::any_of(unit->states.begin(), unit->states.end(), [&](const auto& s) { return s.first == decl.name; });
-        if (!known) unit->states.emplace_back(decl.name, Tensor::zeros(Dims{unit->size}, decl.dtype == DType::f32 ? unit->master.dtype() : decl.dtype, *device_));
+    for (std::size_t i = 0; i < unit->parameters.size(); ++i) {
+      if (!unit->parameters[i]->trainable()) continue;
+      for (const StateDecl& decl : optimizer_->state_of(*unit->parameters[i])) {
+        const DType dtype = decl.dtype == DType::f32 ? unit->master.dtype() : decl.dtype;
+        auto it = std::find_if(unit->states.begin(), unit->states.end(), [&](const State& s) { return s.name == decl.name && s.dtype == dtype; });
+        if (it == unit->states.end()) it = unit->states.insert(it, {decl.name, dtype, 0, {}, Tensor()});
+        it->offsets.emplace_back(i, it->size);
+        it->size += round_up(unit->parameters[i]->numel());
       }
     }
+    for (State& state : unit->states) state.flat = Tensor::zeros(Dims{state.size}, state.dtype, *device_);
   }
 }
 
@@ -180,9 +203,7 @@ void Engine::update(std::int64_t step, double lr_scale, double norm, double clip
       item.parameter = &p;
       item.value = unit->view(unit->master, i);
       item.grad = unit->view(unit->grad, i);
-      for (const StateDecl& decl : optimizer_->state_of(p))
-        for (const auto& [name, flat] : unit->states)
-          if (name == decl.name) item.state.push_back(unit->view(flat, i));
+      for (const StateDecl& decl : optimizer_->state_of(p)) item.state.push_back(unit->state(decl.name, i));
       items.push_back(std::move(item));
     }
   }
@@ -217,8 +238,7 @@ std::vector<NamedTensor> Engine::tensors(bool with_optimizer) const {
       for (std::size_t i = 0; i < unit->parameters.size(); ++i) {
         if (!unit->parameters[i]->trainable()) continue;
         for (const StateDecl& decl : optimizer_->state_of(*unit->parameters[i]))
-          for (const auto& [name, flat] : unit->states)
-            if (name == decl.name) all.push_back({"optimizer/" + name + "/" + unit->parameters[i]->name(), unit->view(flat, i)});
+          all.push_back({"optimizer/" + decl.name + "/" + unit->parameters[i]->name(), unit->state(decl.name, i)});
       }
   return all;
 }

@@ -63,6 +63,7 @@ class CAPSTAN_API Engine {
   std::vector<NamedTensor> tensors(bool with_optimizer) const;
 
  private:
+  struct State;
   struct Unit;
   ForwardContext context(const Batch& batch) const;
   void clear_unused_gradients();

@@ -67,7 +67,8 @@ class AttentionNode final : public Node {
     Tensor dq = Tensor::empty(saved.q.shape(), dout.dtype(), device);
     Tensor dk = Tensor::empty(saved.k.shape(), dout.dtype(), device), dv = Tensor::empty(saved.v.shape(), dout.dtype(), device);
     const double bytes = static_cast<double>(saved.q.bytes() + saved.k.bytes() * 2 + dout.bytes() * 2);
-    OpScope scope(device, "attention dx", {10 * pair_count * static_cast<double>(s.heads * s.head_size), bytes, bytes});
+    // Four products of the model's; the scores that are rebuilt do not count.
+  OpScope scope(device, "attention dx", {8 * pair_count * static_cast<double>(s.heads * s.head_size), bytes, bytes});
     if (!scope.meta())
       by_type(dout.dtype(), [&]<class T>(T*) {
         AttentionArgs<T> a = saved.args<T>();

@@ -19,7 +19,8 @@ volatile std::sig_atomic_t pending_signal = 0;
 
 extern "C" void on_signal(int number) {
   pending_signal = number;
-  std::signal(number, SIG_DFL);  // the second one ends the program at once
+  std::signal(SIGINT, SIG_DFL);  // a second one, of either kind, ends the program at once
+  std::signal(SIGTERM, SIG_DFL);
 }
 
 }  // namespace

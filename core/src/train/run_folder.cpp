@@ -57,6 +57,13 @@ bool RunFolder::has_checkpoints() const {
 
 void RunFolder::write_recipe(const std::string& yaml) { replace_file(fs::path(path_) / "recipe.yaml", yaml); }
 
+std::string RunFolder::keep_recipe(std::int64_t step) {
+  const fs::path from = fs::path(path_) / "recipe.yaml", to = fs::path(path_) / fmt::format("recipe.until_{:06}.yaml", step);
+  std::error_code error;  // a folder that lost its recipe can still go on
+  fs::copy_file(from, to, fs::copy_options::overwrite_existing, error);
+  return to.string();
+}
+
 void RunFolder::rewind_metrics(std::int64_t step) {
   const fs::path file = fs::path(path_) / "metrics.jsonl";
   metrics_.close();

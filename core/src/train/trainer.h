@@ -52,6 +52,7 @@ class CAPSTAN_API Trainer {
   void watch_spikes(const StepResult& result);
   void validate();
   void sample();
+  void write_sample();
   void save();
   void poll_saver();
   void resume();

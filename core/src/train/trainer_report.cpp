@@ -87,7 +87,9 @@ void Trainer::after_step(const StepResult&) {
 
 void Trainer::validate() {
   if (data_->validation_tokens() == 0) return;
-  const std::int64_t batches = session_->options().group("train").integer("validate_batches");
+  // Batches of an optimizer step's size, however they are cut for memory.
+  const data::DataOptions& cut = data_->options();
+  const std::int64_t batches = (session_->options().group("train").integer("validate_batches") * cut.batch_size + cut.micro_batch - 1) / cut.micro_batch;
   double loss = 0;
   for (const Batch& batch : data_->validation(batches))
     for (const LossEntry& entry : session_->engine->evaluate(batch)) loss += entry.weight * entry.sum.item();
@@ -104,6 +106,17 @@ void Trainer::validate() {
 }
 
 void Trainer::sample() {
+  try {
+    write_sample();
+  } catch (const Error& e) {  // a look at the model must not cost the run
+    const std::string line = std::string("no sample could be written, training goes on: ") + e.what();
+    display_.warn(line);
+    folder_.log(line);
+    inference_.reset();
+  }
+}
+
+void Trainer::write_sample() {
   const Options& train = session_->options().group("train");
   if (!inference_) {
     inference_ = session_->host->make_as<InferenceEngine>(session_->options().plugin("inference"));
@@ -147,10 +160,11 @@ void Trainer::save() {
 
 void Trainer::poll_saver() {
   if (const auto error = saver_->take_error()) {
-    const std::string line = std::string("a checkpoint could not be saved, training goes on: ") + error->what();
+    const bool saved = saver_->last_report().step == saved_step_;  // then only the clearing away of older ones failed
+    const std::string line = std::string(saved ? "" : "a checkpoint could not be saved, training goes on: ") + error->what();
     display_.warn(line);
     folder_.log(line);
-    saved_step_ = -1;
+    if (!saved) saved_step_ = -1;
   }
 }
 
@@ -158,6 +172,7 @@ void Trainer::finish(int signal) {
   const bool at_end = session_->options().group("checkpoint").flag("at_end");
   if (signal != 0 || at_end) save();
   saver_->wait();
+  if (saver_->last_report().step == saved_step_) poll_saver();
   if (const auto error = saver_->take_error()) {
     display_.done();
     fail(error->fault() == Fault::programming ? Fault::programming : Fault::runtime, "train", std::string("the last checkpoint could not be saved: ") + error->what());

@@ -50,7 +50,7 @@ data::DataOptions data_options(const Options& options) {
   data::DataOptions o;
   for (const Options& set : d.groups("sets")) o.sets.push_back({set.path("path"), set.number("weight")});
   o.sequence_length = d.integer("sequence_length"), o.batch_size = d.integer("batch_size");
-  o.micro_batch = d.integer("micro_batch") > 0 ? d.integer("micro_batch") : o.batch_size;
+  o.micro_batch = d.integer("micro_batch") > 0 ? std::min(d.integer("micro_batch"), o.batch_size) : o.batch_size;
   o.validation = d.number("validation"), o.attend_across_documents = d.flag("attend_across_documents");
   o.prefetch = static_cast<int>(d.integer("prefetch"));
   o.seed = static_cast<std::uint64_t>(options.group("run").integer("seed"));
@@ -103,7 +103,6 @@ void Trainer::resume() {
     if (mode == "require") run.refuse("resume", folder_.path() + " has no checkpoint to go on from");
     session_->engine->initialize();
   } else {
-    for (const std::string& w : loaded->warnings) report(w);
     const auto state = checkpoint::RunState::parse(loaded->state_json, loaded->folder.string());
     session_->engine->publish();
     if (state.seed != static_cast<std::uint64_t>(run.integer("seed")))
@@ -114,7 +113,7 @@ void Trainer::resume() {
       std::sscanf(it->second.c_str(), "%lf %lf %ld", &spike_mean_, &spike_square_, &spike_count_);
     display_.note(fmt::format("resuming {} at step {} of {}", folder_.path(), step_, steps_));
     if (state.recipe_digest != recipe_digest(session_->options()))
-      report("the recipe differs from the one that this run was started with; the stored one is replaced (compare " + folder_.path() + "/recipe.yaml in version control)");
+      report("the recipe differs from the one that this run has had so far, which is kept as " + folder_.keep_recipe(step_));
   }
   folder_.write_recipe(to_yaml(session_->recipe));
   folder_.rewind_metrics(step_);
