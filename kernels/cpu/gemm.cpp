@@ -117,7 +117,7 @@ bool rows_depend_on_count(GemmCache& cache) {
   if (cache.probed) return cache.rows_depend;
   bool depend = false;
   struct Probe { std::int64_t k, n, most; };
-  for (const auto& [k, n, most] : {Probe{64, 64, 96}, {384, 192, 96}, {96, 257, 96}, {1024, 128, 1024}}) {  // the last one packs B
+  for (const auto& [k, n, most] : {Probe{64, 64, 96}, {384, 192, 96}, {96, 257, 96}, {3072, 64, 1024}}) {  // the last one packs B
     std::vector<float> a(static_cast<std::size_t>(most * k)), b(static_cast<std::size_t>(n * k)), whole(static_cast<std::size_t>(most * n)), part;
     std::uint32_t x = 12345;
     auto next = [&] { return static_cast<float>((x = x * 1664525u + 1013904223u) >> 8) * 0x1p-24f - 0.5f; };
@@ -127,7 +127,7 @@ bool rows_depend_on_count(GemmCache& cache) {
     g.trans_b = true, g.m = most, g.n = n, g.k = k, g.lda = k, g.ldb = k, g.ldc = n;
     run_matmul(cache, g, a.data(), b.data(), whole.data(), nullptr);
     part.resize(whole.size());
-    for (std::int64_t m : {1, 2, 3, 7, 16, 33, 64}) {
+    for (std::int64_t m : {2, 3, 7, 16, 33, 64}) {  // one row runs as two
       g.m = m;
       run_matmul(cache, g, a.data(), b.data(), part.data(), nullptr);
       depend |= std::memcmp(part.data(), whole.data(), static_cast<std::size_t>(m * n) * sizeof(float)) != 0;
@@ -136,6 +136,19 @@ bool rows_depend_on_count(GemmCache& cache) {
   cache.probed = true;
   cache.rows_depend = depend;
   return depend;
+}
+
+/// One row, run as two: libraries keep a path of its own for a single row (oneDNN 3.7 splits a long k there).
+void run_single_row(GemmCache& cache, const Gemm& single, const void* a, const void* b, void* c, const void* bias) {
+  const std::size_t row_a = static_cast<std::size_t>(single.k) * (single.a == Num::bf16 ? 2 : 4), row_c = static_cast<std::size_t>(single.n) * (single.c == Num::bf16 ? 2 : 4);
+  std::vector<char> in(2 * row_a), out(2 * row_c);
+  std::memcpy(in.data(), a, row_a);
+  std::memcpy(in.data() + row_a, a, row_a);
+  if (single.accumulate) std::memcpy(out.data(), c, row_c);
+  Gemm g = single;
+  g.m = 2;
+  run_matmul(cache, g, in.data(), b, out.data(), bias);
+  std::memcpy(c, out.data(), row_c);
 }
 
 /// Whether this CPU has bf16 products at all (oneDNN asks for AVX-512).
@@ -225,6 +238,7 @@ void gemm(Context& context, const Gemm& g, const void* a, const void* b, void* c
       // Padded rows select another implementation, whose bits depend on the row count.
       if (g.trans_a || g.lda != g.k || g.ldc != g.n) throw std::invalid_argument("rows of A and C must lie close together in an invariant product");
       if (rows_depend_on_count(cache)) return run_batch_in_tiles(context, g, a, b, c, bias);
+      if (g.m == 1 && g.batch == 1) return run_single_row(cache, g, a, b, c, bias);
       return run_matmul(cache, g, a, b, c, bias);
     }
     // sgemm is the faster path where A is read along its rows (gradients of activations), and where rows of B a

@@ -102,24 +102,6 @@ TEST_F(Tensors, Bf16Rounds) {
   EXPECT_EQ(out[5], -std::numeric_limits<float>::infinity());
 }
 
-/// Threads that `act` starts when it runs as a program's first parallel work.
-std::ptrdiff_t threads_started(const std::function<void()>& act) {
-  std::ptrdiff_t before = 0, after = 0;
-  const auto count = [] { return std::distance(std::filesystem::directory_iterator("/proc/self/task"), std::filesystem::directory_iterator()); };
-  std::thread([&] { before = count(), act(), after = count(); }).join();
-  return after - before;
-}
-
-TEST_F(Tensors, CopiesUseTheThreadsOfTheirDevice) {
-  for (const int threads : {1, 3}) {
-    const auto d = make_cpu_device(threads);
-    const Tensor a = Tensor::empty({1 << 20}, DType::f32, *d), b = Tensor::empty({1 << 20}, DType::bf16, *d);
-    EXPECT_EQ(threads_started([&] { a.fill(2); }), threads - 1);
-    EXPECT_EQ(threads_started([&] { b.copy_from(a); }), threads - 1);
-    EXPECT_EQ(b.data<bf16>()[(1 << 20) - 1], bf16(2.f));
-  }
-}
-
 TEST_F(Tensors, IntegersAndEmptyOnes) {
   const std::vector<std::int32_t> ids{-1, 7, 2'000'000'000};
   const Tensor t = Tensor::of<std::int32_t>(ids, {3}, *device).to(DType::i64);
