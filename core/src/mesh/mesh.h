@@ -1,0 +1,52 @@
+// defines: Mesh: a layout, this rank's place in it, and its communicators.
+#pragma once
+#include "comm/communicator.h"
+#include "mesh/layout.h"
+
+#include <capstan/export.h>
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace capstan {
+
+/// One rank's view of the mesh. Collectives of one communicator run in host order, so each (axes, lane) has its own:
+/// a gather does not wait behind a reduction. Axes of size 1 give a communicator of one, which does nothing.
+class CAPSTAN_API Mesh {
+ public:
+  /// Compares the layouts of all ranks, then makes the communicators. Error(input) naming ranks that differ.
+  Mesh(std::shared_ptr<World> world, MeshLayout layout);
+  ~Mesh();
+  Mesh(const Mesh&) = delete;
+  Mesh& operator=(const Mesh&) = delete;
+
+  World& world() const { return *world_; }
+  const MeshLayout& layout() const { return layout_; }
+  int rank() const { return world_->rank(); }
+  int size(std::string_view axis) const { return layout_.size(axis); }
+  int coordinate(std::string_view axis) const { return layout_.coordinate(rank(), axis); }
+
+  /// Ranks that differ from this one in these axes only ("shard+context" for several). `lane` tells communicators of the
+  /// same ranks apart: "gather", "reduce", "control", ... All ranks ask for the same (axes, lane) in the same order.
+  Communicator& comm(std::string_view axes, std::string_view lane = "main");
+  /// Groups of size("tensor") / ways neighbouring tensor ranks: those that hold the same cut of a parameter that is cut
+  /// `ways` ways only.
+  Communicator& tensor_replicas(int ways);
+
+  /// Data-parallel ranks (replicate x shard) and which one this is: whose samples it takes.
+  int data_ranks() const { return size("replicate") * size("shard"); }
+  int data_rank() const { return coordinate("replicate") * size("shard") + coordinate("shard"); }
+
+  /// Every communicator made so far.
+  std::vector<Communicator*> communicators() const;
+
+ private:
+  std::shared_ptr<World> world_;
+  MeshLayout layout_;
+  std::vector<std::pair<std::string, std::shared_ptr<Communicator>>> made_;
+};
+
+}  // namespace capstan
