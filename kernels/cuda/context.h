@@ -1,0 +1,119 @@
+// defines: Context: what CUDA kernels share: the stream, scratch memory, library handles, the chip's numbers; check()
+// for return codes; launch() for kernels; Faults, what kernels found wrong and nobody has waited for yet.
+#pragma once
+#include <kernels/types.h>
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+
+namespace capstan::kernels::cuda {
+
+/// Throws std::runtime_error("[cuda] <doing>: <CUDA's text>").
+void check(cudaError_t code, const char* doing);
+void check(cublasStatus_t code, const char* doing);
+
+/// What sums of T run in.
+template <class T> struct compute_of { using type = float; };
+template <> struct compute_of<double> { using type = double; };
+template <class T> using Compute = typename compute_of<T>::type;
+
+/// Calls f.operator()<T>() with double, float or bf16.
+template <class F>
+decltype(auto) visit(Num num, F&& f) {
+  switch (num) {
+    case Num::f64: return f.template operator()<double>();
+    case Num::f32: return f.template operator()<float>();
+    case Num::bf16: return f.template operator()<bf16>();
+    default: throw std::invalid_argument("[cuda] element type: expected f64, f32 or bf16, got number " + std::to_string(static_cast<int>(num)));
+  }
+}
+
+class Pool;
+struct GemmCache;
+
+/// One GPU: a stream in whose order everything runs, a caching pool of its memory, library handles. Calls come from
+/// one thread at a time.
+class Context {
+ public:
+  explicit Context(int device);
+  ~Context();
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  cudaStream_t stream() const { return stream_; }
+  int device() const { return device_; }
+  int multiprocessors() const { return multiprocessors_; }
+  /// Most dynamic shared memory of a block, bytes (227 KiB on sm_90).
+  int shared_limit() const { return shared_limit_; }
+  int capability() const { return capability_; }  ///< 90, 100, ...
+  /// Makes this thread use this GPU; cheap.
+  void bind() const;
+
+  /// Scratch of at least `bytes`, 256-byte aligned, contents undefined: valid until the next call of scratch() by
+  /// anyone; what was launched before may still read the old one (memory comes back in the stream's order).
+  void* scratch(std::int64_t bytes);
+  /// Memory in the stream's order from the pool; null when there is none. release() may be called while kernels that
+  /// use it are still queued.
+  void* allocate(std::int64_t bytes);
+  void release(void* data) noexcept;
+  std::int64_t reserved() const;
+  std::int64_t capacity() const { return capacity_; }
+
+  /// Where kernels report what they found wrong: {what, index, value}, what 0 meaning nothing; the first wins.
+  struct Fault { unsigned long long what, index, value; };
+  Fault* faults() const { return faults_; }
+  /// The number under which `text` is reported.
+  unsigned long long fault_number(const char* text);
+  /// Throws std::runtime_error with what was reported since the last call; the stream must be idle.
+  void throw_fault();
+
+  cublasLtHandle_t blas() const { return blas_; }
+  GemmCache& gemms() { return *gemms_; }
+  /// Pinned host memory for staging, `staging_bytes`.
+  static constexpr std::int64_t staging_bytes = std::int64_t{8} << 20;
+  void* staging() const { return staging_; }
+  cudaEvent_t staging_free() const { return staging_free_; }
+
+ private:
+  int device_, multiprocessors_ = 0, shared_limit_ = 0, capability_ = 0;
+  std::int64_t capacity_ = 0;
+  cudaStream_t stream_ = nullptr;
+  cudaEvent_t staging_free_ = nullptr;
+  cublasLtHandle_t blas_ = nullptr;
+  std::unique_ptr<Pool> pool_;
+  std::unique_ptr<GemmCache> gemms_;
+  void* scratch_ = nullptr;
+  std::int64_t scratch_bytes_ = 0;
+  void* staging_ = nullptr;
+  Fault* faults_ = nullptr;
+  struct FaultTexts;
+  std::unique_ptr<FaultTexts> fault_texts_;
+};
+
+/// A launch's grid and block, and its dynamic shared memory: what plans come to.
+struct Launch {
+  unsigned grid_x = 1, grid_y = 1, grid_z = 1, block = 1, shared = 0;
+};
+
+#if defined(__CUDACC__)
+/// Launches `kernel` in the context's stream; nothing when the grid is empty. Dynamic shared memory above 48 KiB is
+/// asked for.
+template <class... Parameters, class... Arguments>
+void launch(Context& context, const Launch& l, const char* name, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  if (l.grid_x == 0 || l.grid_y == 0 || l.grid_z == 0) return;
+  if (l.shared > 48 * 1024)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared)), name);
+  kernel<<<dim3(l.grid_x, l.grid_y, l.grid_z), dim3(l.block), l.shared, context.stream()>>>(std::forward<Arguments>(arguments)...);
+  check(cudaGetLastError(), name);
+}
+#endif
+
+}  // namespace capstan::kernels::cuda
