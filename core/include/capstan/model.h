@@ -173,9 +173,12 @@ struct Call {
   bool recompute = false;  ///< its graph is dropped after the forward and rebuilt in the backward
 };
 
+struct Runtime;
+
 /// Interface of plugin kind "model".
 class CAPSTAN_API Model {
  public:
+  Model();
   virtual ~Model();
   virtual const std::vector<Call>& calls() const = 0;
   virtual Head& head(std::string_view name = "lm") = 0;
@@ -187,6 +190,13 @@ class CAPSTAN_API Model {
   /// Every parameter once, in call order.
   std::vector<Parameter*> parameters() const;
   std::vector<StateSpec> state() const;
+
+  /// What an engine set to be told of each call, in whoever's walk (walk.h); null before.
+  const Runtime* runtime() const { return runtime_.get(); }
+  void set_runtime(std::shared_ptr<const Runtime> runtime) { runtime_ = std::move(runtime); }
+
+ private:
+  std::shared_ptr<const Runtime> runtime_;
 };
 
 }  // namespace capstan

@@ -7,14 +7,23 @@
 
 namespace capstan {
 
-/// Runs the calls in order, without a graph when context.grad is off. The calls of heads are left out
-/// unless `with_heads`.
-CAPSTAN_API void run_forward(Model& model, ForwardContext& context, bool with_heads);
+class Mesh;
 
-/// What an engine is told while the walk goes on: before and after each call, in both directions.
+/// What an engine is told while a walk goes on: before and after each call, in both directions.
 struct WalkHooks {
   std::function<void(const Call&, bool backward)> before, after;
 };
+
+/// What an engine leaves with its model, so that every walk over it, an inference engine's too, finds the
+/// parameters in their place.
+struct Runtime {
+  WalkHooks hooks;        ///< for walks without a graph
+  Mesh* mesh = nullptr;
+};
+
+/// Runs the calls in order, without a graph when context.grad is off. The calls of heads are left out
+/// unless `with_heads`.
+CAPSTAN_API void run_forward(Model& model, ForwardContext& context, bool with_heads);
 
 /// One microbatch, forward and backward. The graph is cut at calls: each keeps its own until its turn comes
 /// in reverse; calls marked `recompute` (every call but heads' with `recompute_all`) keep only their inputs and

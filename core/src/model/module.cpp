@@ -11,6 +11,7 @@ Block::~Block() = default;
 Layer::~Layer() = default;
 LayerMaker::~LayerMaker() = default;
 Head::~Head() = default;
+Model::Model() = default;
 Model::~Model() = default;
 
 std::string Module::path(std::string_view leaf_name) const {

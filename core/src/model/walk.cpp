@@ -43,8 +43,13 @@ Trace run(const Call& call, ForwardContext& context, bool keep_graph) {
 }  // namespace
 
 void run_forward(Model& model, ForwardContext& context, bool with_heads) {
-  for (const Call& call : model.calls())
-    if (with_heads || !is_head(call)) call.block->forward(context);
+  const Runtime* runtime = model.runtime();
+  for (const Call& call : model.calls()) {
+    if (!with_heads && is_head(call)) continue;
+    if (runtime != nullptr && runtime->hooks.before) runtime->hooks.before(call, false);
+    call.block->forward(context);
+    if (runtime != nullptr && runtime->hooks.after) runtime->hooks.after(call, false);
+  }
 }
 
 void forward_backward(Model& model, ForwardContext& context, const WalkHooks& hooks, bool recompute_all) {
