@@ -29,12 +29,13 @@ class CAPSTAN_API Mesh {
   int size(std::string_view axis) const { return layout_.size(axis); }
   int coordinate(std::string_view axis) const { return layout_.coordinate(rank(), axis); }
 
-  /// Ranks that differ from this one in these axes only ("shard+context" for several). `lane` tells communicators of the
-  /// same ranks apart: "gather", "reduce", "control", ... All ranks ask for the same (axes, lane) in the same order.
+  /// Ranks that differ from this one in these axes only ("shard+context" for several, "world" for all). `lane` tells communicators of the
+  /// same ranks apart: "gather", "reduce", "control", ... All ranks ask for the same (axes, lane) in the same order. Axes
+  /// that come to the same ranks share a lane's communicator.
   Communicator& comm(std::string_view axes, std::string_view lane = "main");
   /// Groups of size("tensor") / ways neighbouring tensor ranks: those that hold the same cut of a parameter that is cut
   /// `ways` ways only.
-  Communicator& tensor_replicas(int ways);
+  Communicator& tensor_replicas(int ways, std::string_view lane = "main");
 
   /// Data-parallel ranks (replicate x shard) and which one this is: whose samples it takes.
   int data_ranks() const { return size("replicate") * size("shard"); }
@@ -44,8 +45,11 @@ class CAPSTAN_API Mesh {
   std::vector<Communicator*> communicators() const;
 
  private:
+  Communicator& made(const std::string& name, std::string_view lane, std::vector<int> ranks);
+
   std::shared_ptr<World> world_;
   MeshLayout layout_;
+  /// Lane, and the communicator of it.
   std::vector<std::pair<std::string, std::shared_ptr<Communicator>>> made_;
 };
 

@@ -1,0 +1,119 @@
+// Mesh: the check that all ranks mean the same layout, then communicators as they are asked for.
+#include "mesh/mesh.h"
+
+#include <capstan/error.h>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <iterator>
+#include <map>
+#include <numeric>
+
+namespace capstan {
+namespace {
+
+constexpr std::size_t name_bytes = 160;  // of a layout in words, where ranks tell each other theirs
+
+std::vector<int> all_ranks(int size) {
+  std::vector<int> ranks(static_cast<std::size_t>(size));
+  std::iota(ranks.begin(), ranks.end(), 0);
+  return ranks;
+}
+
+/// "rank 3", "ranks 0 to 2, 5 and 12 more"
+std::string rank_words(const std::vector<int>& ranks) {
+  std::vector<std::string> runs;
+  std::size_t told = 0;
+  for (std::size_t i = 0; i < ranks.size() && runs.size() < 8;) {
+    std::size_t k = i;
+    while (k + 1 < ranks.size() && ranks[k + 1] == ranks[k] + 1) ++k;
+    runs.push_back(k == i ? std::to_string(ranks[i]) : fmt::format("{} to {}", ranks[i], ranks[k]));
+    told += k - i + 1;
+    i = k + 1;
+  }
+  std::string text = fmt::format("{}{}", ranks.size() == 1 ? "rank " : "ranks ", fmt::join(runs, ", "));
+  if (told < ranks.size()) text += fmt::format(" and {} more", ranks.size() - told);
+  return text;
+}
+
+/// All ranks or none throw: what they compare is the same everywhere.
+void compare_layouts(Communicator& comm, const MeshLayout& layout) {
+  const auto size = static_cast<std::size_t>(comm.size());
+  const auto mine = static_cast<std::int64_t>(layout.digest());
+  std::vector<std::int64_t> digests(size);
+  comm.all_gather(&mine, digests.data(), 1, DType::i64).wait();
+  if (std::all_of(digests.begin(), digests.end(), [&](std::int64_t d) { return d == digests.front(); })) return;
+
+  std::array<char, name_bytes> name{};
+  const std::string words = fmt::format("{} [{:016x}]", layout.describe().substr(0, name_bytes - 24), layout.digest());
+  std::memcpy(name.data(), words.data(), words.size());
+  std::vector<char> names(size * name_bytes);
+  comm.all_gather(name.data(), names.data(), name_bytes, DType::u8).wait();
+  std::map<std::int64_t, std::vector<int>> by_digest;
+  for (std::size_t r = 0; r < size; ++r) by_digest[digests[r]].push_back(static_cast<int>(r));
+  // What most ranks mean comes first: the others are to be mended.
+  std::vector<std::vector<int>> sides;
+  for (auto& [digest, ranks] : by_digest) sides.push_back(ranks);
+  std::stable_sort(sides.begin(), sides.end(), [](const auto& a, const auto& b) { return a.size() != b.size() ? a.size() > b.size() : a < b; });
+  std::string text;
+  for (std::size_t i = 0; i < sides.size() && i < 8; ++i)
+    text += fmt::format("{}{}: {}", i == 0 ? "" : "; ", rank_words(sides[i]), &names[static_cast<std::size_t>(sides[i].front()) * name_bytes]);
+  if (sides.size() > 8) text += fmt::format("; and {} other meshes", sides.size() - 8);
+  fail(Fault::input, "mesh", "the ranks do not mean the same mesh: " + text + ". Start all ranks with the same recipe, overrides and build");
+}
+
+bool is_training_axis(std::string_view name) {
+  constexpr std::array<std::string_view, 7> names{"pp", "replicate", "shard", "context", "tensor", "expert_shard", "expert"};
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+}  // namespace
+
+Mesh::Mesh(std::shared_ptr<World> world, MeshLayout layout) : world_(std::move(world)), layout_(std::move(layout)) {
+  compare_layouts(made("world", "control", all_ranks(world_->size())), layout_);
+  if (layout_.world() != world_->size())
+    fail(Fault::input, "mesh", fmt::format("a mesh of {} over a job of {} ranks: expected one that covers the job", layout_.describe(), world_->size()));
+}
+
+Mesh::~Mesh() = default;
+
+Communicator& Mesh::made(const std::string& name, std::string_view lane, std::vector<int> ranks) {
+  for (const auto& [of, comm] : made_)
+    if (of == lane && comm->ranks() == ranks) return *comm;
+  made_.emplace_back(std::string(lane), world_->make(fmt::format("{}/{}", name, lane), std::move(ranks)));
+  return *made_.back().second;
+}
+
+Communicator& Mesh::comm(std::string_view axes, std::string_view lane) {
+  if (axes == "world") return made("world", lane, all_ranks(world_->size()));
+  std::vector<std::string_view> names;
+  for (std::size_t from = 0; from <= axes.size();) {
+    const std::size_t plus = std::min(axes.find('+', from), axes.size());
+    names.push_back(axes.substr(from, plus - from));
+    if (!layout_.has(names.back()) && !is_training_axis(names.back()))
+      fail(Fault::programming, "mesh", fmt::format("a communicator along '{}': no axis is called '{}'", axes, names.back()));
+    from = plus + 1;
+  }
+  return made(std::string(axes), lane, layout_.group(rank(), names));
+}
+
+Communicator& Mesh::tensor_replicas(int ways, std::string_view lane) {
+  const int size = layout_.size("tensor");
+  if (ways < 1 || size % ways != 0)
+    fail(Fault::programming, "mesh", fmt::format("a cut {} ways over {} tensor ranks: expected a divisor of {}", ways, size, size));
+  const std::vector<int> tensor = layout_.group(rank(), "tensor");
+  const int length = size / ways, first = coordinate("tensor") / length * length;
+  return made(fmt::format("tensor/{}", ways), lane, {tensor.begin() + first, tensor.begin() + first + length});
+}
+
+std::vector<Communicator*> Mesh::communicators() const {
+  std::vector<Communicator*> all;
+  for (const auto& entry : made_) all.push_back(entry.second.get());
+  return all;
+}
+
+}  // namespace capstan
