@@ -25,6 +25,8 @@ namespace capstan {
 /// over in this batch, `weight` its part in the objective.
 struct LossEntry { std::string name; Tensor sum; double count = 0; double weight = 1; };
 
+struct Call;
+
 /// What a block sees of the world during one forward.
 class CAPSTAN_API ForwardContext {
  public:
@@ -64,6 +66,18 @@ class CAPSTAN_API ForwardContext {
     ForwardContext& context_;
     std::size_t size_;
   };
+  /// During its life, get() refuses values that `call` neither declared in `reads` nor wrote itself, and set() those with a
+  /// graph that it did not declare in `writes`: the walk would lose their gradients.
+  class CAPSTAN_API CallMark {
+   public:
+    CallMark(ForwardContext& context, const Call& call);
+    ~CallMark();
+    CallMark(const CallMark&) = delete;
+    CallMark& operator=(const CallMark&) = delete;
+
+   private:
+    ForwardContext& context_;
+  };
   /// Randomness by address: the stream `name` at this step.
   Rng random(std::string_view name) const { return Rng(seed, name, step); }
 
@@ -71,6 +85,8 @@ class CAPSTAN_API ForwardContext {
   std::map<std::string, Tensor, std::less<>> values_;
   std::map<std::string, Tensor, std::less<>> memo_;
   std::vector<LossEntry> losses_;
+  const Call* call_ = nullptr;        // that a CallMark watches
+  std::vector<std::string> written_;  // by it, so far
 };
 
 /// Owns parameters and sub-modules, in order of declaration. Names are identities: "layers.3.attn.qkv".

@@ -2,6 +2,7 @@
 #pragma once
 #include <capstan/model.h>
 
+#include <cstdint>
 #include <functional>
 #include <vector>
 
@@ -9,9 +10,16 @@ namespace capstan {
 
 class Mesh;
 
-/// What an engine is told while a walk goes on: before and after each call, in both directions.
+/// What a walk does with a call. A pipeline that fills its gaps takes the backward in two: the gradients of what the call
+/// read (`input`), and those of its parameters when there is time (`weight`). As a bool: it is no forward.
+struct WalkStep {
+  enum Kind : std::uint8_t { forward, backward, input, weight };
+};
+
+/// What an engine is told while a walk goes on: before and after each call, in both directions. The gradients of a call's
+/// parameters are there after `backward` and after `weight`, not after `input`; those of a head grow in its `forward`.
 struct WalkHooks {
-  std::function<void(const Call&, bool backward)> before, after;
+  std::function<void(const Call&, WalkStep::Kind)> before, after;
 };
 
 /// What an engine leaves with its model, so that every walk over it, an inference engine's too, finds the
@@ -27,8 +35,9 @@ CAPSTAN_API void run_forward(Model& model, ForwardContext& context, bool with_he
 
 /// One microbatch, forward and backward. The graph is cut at calls: each keeps its own until its turn comes
 /// in reverse; calls marked `recompute` (every call but heads' with `recompute_all`) keep only their inputs and
-/// run again. Gradients end in the
-/// parameters' leaves; the losses stay in the context's ledger (without graphs).
+/// run again. Gradients end in the parameters' leaves; the losses stay in the context's ledger (without graphs).
+/// Error(programming) when a block reads a carried value that its call does not declare, or writes one with a graph:
+/// its gradient would be lost.
 CAPSTAN_API void forward_backward(Model& model, ForwardContext& context, const WalkHooks& hooks = {}, bool recompute_all = false);
 
 }  // namespace capstan
