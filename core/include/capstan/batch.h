@@ -5,6 +5,7 @@
 #include <capstan/tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <string_view>
@@ -12,6 +13,8 @@
 #include <vector>
 
 namespace capstan {
+
+struct ContextCut;
 
 /// One token space. Row t of its streams belongs to sequence s with starts[s] <= t < starts[s + 1].
 /// Rows past starts.back() up to `capacity` belong to a dead sequence: they carry weight 0.
@@ -24,6 +27,9 @@ struct CAPSTAN_API Space {
   std::vector<std::int32_t> past;         ///< per sequence: tokens that the sequence state already holds
   std::int64_t capacity = 0;              ///< rows of every stream
   std::int64_t longest = 0;               ///< capacity of one sequence, past included
+  /// Not null: these rows are this rank's chunks of sequences that the context axis shares, positions and sample_ids
+  /// being those of the whole sequences; what looks across rows must know that (nn::attention does).
+  std::shared_ptr<const ContextCut> cut;
   std::int64_t sequences() const { return static_cast<std::int64_t>(host_starts.size()) - 1; }
   std::int64_t used() const { return host_starts.empty() ? 0 : host_starts.back(); }
 };

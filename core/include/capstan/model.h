@@ -20,6 +20,8 @@
 
 namespace capstan {
 
+class Mesh;
+
 /// One entry of the loss ledger: a scalar `sum` that may carry a graph, already divided by the step's
 /// normalizer (Batch::step_weight), so that microbatches and ranks only add; `count` is what it was summed
 /// over in this batch, `weight` its part in the objective.
@@ -38,6 +40,8 @@ class CAPSTAN_API ForwardContext {
   bool grad = false;                  ///< record the graph
   bool training = false;              ///< dropout is on
   std::uint64_t step = 0, seed = 0;
+  /// Among which ranks core's layers share their work; null: none.
+  Mesh* mesh = nullptr;
 
   /// Carried values: "h" is the hidden state [T, hidden]. Error(programming) when nobody wrote it.
   Tensor get(std::string_view value) const;
@@ -45,8 +49,9 @@ class CAPSTAN_API ForwardContext {
   bool has(std::string_view value) const;
   /// Made once in a forward and kept to its end: RoPE tables and the like.
   Tensor memo(std::string_view key, const std::function<Tensor()>& make);
-  /// A parameter's values for this forward: with its gradient leaf when the graph is recorded.
-  Tensor use(const Parameter& parameter) const { return grad ? parameter.local() : parameter.local().detach(); }
+  /// A parameter's values for this forward: with its gradient leaf when the graph is recorded. Error(programming) when
+  /// tensor ranks hold pieces of it: an op would take the piece for the whole.
+  Tensor use(const Parameter& parameter) const;
   /// Adds to the loss ledger.
   void loss(std::string_view name, Tensor sum, double count, double weight = 1);
   const std::vector<LossEntry>& losses() const { return losses_; }
@@ -162,7 +167,7 @@ class CAPSTAN_API LayerMaker {
   virtual std::shared_ptr<Layer> make(const LayerContext& context) = 0;
 };
 
-/// Per-token scores of given targets, all f32 (f64 in f64 models), [T].
+/// Per-token scores of given targets, all f32 (f64 in f64 models): [T], or this rank's stream rows of them (nn.h).
 struct Score { Tensor logprob, logsumexp, entropy; };
 
 /// Turns the hidden state into distributions over tokens.
@@ -170,10 +175,11 @@ class CAPSTAN_API Head : public Block {
  public:
   using Block::Block;
   ~Head() override;
-  /// Scores `targets` (i32 [T]; -1: none, its log-probability is 0). Never holds T x vocabulary logits at
+  /// Scores `targets` (i32 [T], all rows of the batch; -1: none, its log-probability is 0). Never holds T x vocabulary logits at
   /// once. With `weights` (f32 [T]) known and context.grad set, the gradient of -sum_t weights[t] *
   /// logprob[t] is computed here, so that logits are computed once; put every scaling into the weights.
-  /// The scalar -sum_t weights[t] * logprob[t] is `objective`, when it is not null.
+  /// The scalar -sum_t weights[t] * logprob[t] is `objective`, when it is not null. Under tensor parallelism scores and
+  /// objective are of this rank's stream rows: over all ranks each row counts once.
   virtual Score score(ForwardContext& context, const Tensor& targets, const Tensor* weights, Tensor* objective) = 0;
   /// Logits of some rows of the hidden state: i32 [n] -> [n, vocabulary], f32.
   virtual Tensor logits(ForwardContext& context, const Tensor& rows) = 0;

@@ -14,12 +14,17 @@
 
 namespace capstan {
 
+struct TensorPlacement;
+
 /// A run of `count` units of `width` elements along one dimension, on the named axis. A fused QKV weight's
 /// first dimension is {heads, 32, 128}, {kv_heads, 8, 128}, {kv_heads, 8, 128}.
 struct Segment {
   std::string axis;
   std::int64_t count = 0, width = 1;
   std::string part{};  ///< "q", "k", "v", "gate", "up": names a fused piece; "" when the dimension is whole
+  /// The units form this many equal groups that a cut keeps together or cuts alike: query heads by the key/value head
+  /// that they read. 0: no groups.
+  std::int64_t groups = 0;
   std::int64_t extent() const { return count * width; }
 };
 
@@ -42,8 +47,8 @@ struct ParameterSpec {
   bool persistent = true;  ///< kept in checkpoints
 };
 
-/// A parameter has a name, a global shape by segments, and (once the engine has placed it) local values.
-/// Before that it has a meta tensor: no memory.
+/// A parameter has a name, a global shape by segments, and (once the engine has placed it) local values: all of it, or
+/// what a tensor rank holds. Before that it has no values and no memory.
 class CAPSTAN_API Parameter {
  public:
   Parameter(std::string name, ParameterSpec spec);
@@ -61,6 +66,11 @@ class CAPSTAN_API Parameter {
   /// The local values, with a gradient leaf when trainable. Error(programming) before placement.
   const Tensor& local() const;
   Leaf* leaf() const;
+  /// Which elements local() has; null: all, on every rank.
+  const TensorPlacement* placement() const { return placement_.get(); }
+  /// True when local() is what one of several tensor ranks holds. Then only core's layers (nn.h) may use it: they know
+  /// what to communicate.
+  bool cut() const;
 
   /// Raised by each change of the values.
   std::uint64_t version() const { return version_; }
@@ -68,16 +78,21 @@ class CAPSTAN_API Parameter {
   const Tensor& derived(std::string_view form, const std::function<Tensor(const Tensor&)>& make) const;
 
   // For engines.
+  void set_placement(std::shared_ptr<const TensorPlacement> placement) { placement_ = std::move(placement); }
   void place(Tensor local, bool with_gradient = true);
   void changed() { ++version_; }
   /// Writes initial values of rows [row_begin, row_begin + values.size(0)) of dimension 0 into `values`.
   void initialize(std::uint64_t seed, const Tensor& values, std::int64_t row_begin = 0) const;
+  /// Writes initial values of elements [begin, begin + values.numel()) of the row-major local tensor into the contiguous
+  /// `values`: the bits that the whole parameter has there, whatever the placement.
+  void initialize_flat(std::uint64_t seed, const Tensor& values, std::int64_t begin) const;
 
  private:
   friend class Module;
   std::string name_;
   ParameterSpec spec_;
   Tensor local_;
+  std::shared_ptr<const TensorPlacement> placement_;
   std::uint64_t version_ = 0;
   struct Derived { std::uint64_t version; Tensor value; };
   mutable std::map<std::string, Derived, std::less<>> derived_;

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 #include <span>
-#include <string>
+#include <string_view>
 #include <vector>
 
 namespace capstan {
@@ -14,17 +14,20 @@ namespace capstan {
 /// neighbouring tensor ranks; their gradients of it add up.
 struct Run { std::int64_t begin = 0, length = 0; int ways = 1; };
 
-/// How one parameter lies over the tensor axis. At most one dimension is cut.
+/// How one parameter lies over the tensor axis. At most one dimension is cut. A dimension on a tensor axis counts as cut
+/// even when nothing divides it: then every rank holds and computes all of it, and each run says ways 1.
 struct CAPSTAN_API TensorPlacement {
   int dim = -1;              ///< that is cut; -1: whole on every rank
-  std::vector<Run> runs;     ///< of dimension `dim` (of dimension 0 when nothing is cut), in local order
+  /// Of dimension `dim`, one for each of its segments, in local order; a length may be 0. When nothing is cut: one, all of
+  /// dimension 0.
+  std::vector<Run> runs;
   int size = 1, rank = 0;    ///< of the tensor axis
   Dims local;                ///< local shape
 
   bool cut() const { return dim >= 0; }
   /// True for the first of the ranks that hold `run`: it alone counts and saves it.
   bool owns(const Run& run) const { return rank % (size / run.ways) == 0; }
-  /// Local extent of the segments named `part` along the cut dimension (0 when there is none).
+  /// Local extent of the segments named `part` along the cut dimension (dimension 0 when there is none).
   std::int64_t extent(const Parameter& parameter, std::string_view part) const;
 };
 
@@ -32,9 +35,10 @@ struct CAPSTAN_API TensorPlacement {
 CAPSTAN_API std::span<const std::string_view> tensor_axes();
 
 /// Cuts `parameter` over `size` tensor ranks for `rank`. Along a dimension whose segments lie on tensor axes, a segment of
-/// k units is cut gcd(k, size) ways and the same cut is held by the ranks that are left over; "vocab" is cut size ways,
-/// the last cuts shorter. Query heads and the key/value heads that they read are cut together, so that each rank holds
-/// the keys and values of its queries: the largest s that divides gcd(heads, size) with s | kv_heads or kv_heads | s.
+/// k units is cut gcd(k, size) ways and the same cut is held by size / ways neighbouring ranks; "vocab" is cut size ways,
+/// the last cuts shorter or empty. Units in g groups (Segment::groups; query heads beside "kv_heads" have as many groups as
+/// there are of those) are cut so that each rank holds the keys and values of its queries: gcd(k, size) ways when g divides
+/// size, else gcd(g, size) ways. Error(input) when two dimensions lie on tensor axes.
 CAPSTAN_API TensorPlacement place_tensor(const Parameter& parameter, int size, int rank);
 
 }  // namespace capstan

@@ -51,6 +51,14 @@ void ForwardContext::set(std::string_view value, Tensor t) {
   else values_.emplace(value, std::move(t));
 }
 
+Tensor ForwardContext::use(const Parameter& parameter) const {
+  if (parameter.cut())
+    fail(Fault::programming, parameter.name(),
+         "tensor ranks hold pieces of this parameter (its axes are heads, kv_heads, mlp or vocab): use it through nn::Linear, nn::Embedding, "
+         "nn::score or nn::logits, which know what to communicate; or give it another axis name, so that every rank holds it whole");
+  return grad ? parameter.local() : parameter.local().detach();
+}
+
 bool ForwardContext::has(std::string_view value) const { return values_.find(value) != values_.end(); }
 
 void ForwardContext::drop(std::string_view value) {

@@ -1,3 +1,5 @@
+#include "mesh/placement.h"
+
 #include <capstan/parameter.h>
 #include <kernels/cpu/context.h>
 
@@ -37,6 +39,8 @@ const Tensor& Parameter::local() const {
   return local_;
 }
 
+bool Parameter::cut() const { return placement_ != nullptr && placement_->cut(); }
+
 Leaf* Parameter::leaf() const { return static_cast<Leaf*>(local().node().get()); }
 
 void Parameter::place(Tensor local, bool with_gradient) {
@@ -56,13 +60,50 @@ const Tensor& Parameter::derived(std::string_view form, const std::function<Tens
 
 namespace {
 
+/// `count` elements of the random stream of segment `segment` (of dimension 0) from `at` on, for element `to` on of the output.
+struct Span { std::size_t segment; std::int64_t at, to, count; };
+
+/// The spans of elements [begin, end) of the row-major tensor that `runs` of dimension `dim` leave of `spec`.
+std::vector<Span> spans_of(const ParameterSpec& spec, const Dims& whole, int dim, const std::vector<Run>& runs, std::int64_t begin, std::int64_t end) {
+  // [outer, cut dimension, inner], the cut dimension's local extent being the sum of the runs.
+  std::int64_t inner = 1, local = 0, row_elements = 1;
+  for (int d = dim + 1; d < whole.size(); ++d) inner *= whole[d];
+  for (int d = 1; d < whole.size(); ++d) row_elements *= whole[d];
+  for (const Run& run : runs) local += run.length;
+  std::vector<Span> spans;
+  /// Elements [from, from + count) of the whole parameter, row-major.
+  const auto add = [&](std::int64_t from, std::int64_t to, std::int64_t count) {
+    std::int64_t part_begin = 0;
+    for (std::size_t i = 0; i < spec.dims[0].size() && count > 0; ++i) {
+      const std::int64_t part_end = part_begin + spec.dims[0][i].extent() * row_elements;
+      if (from < part_end) {
+        const std::int64_t n = std::min(count, part_end - from);
+        // Unnamed segments of one dimension are one tensor: their index runs on from its start.
+        const std::int64_t at = from - (spec.dims[0][i].part.empty() ? 0 : part_begin);
+        if (!spans.empty() && spans.back().segment == i && spans.back().at + spans.back().count == at) spans.back().count += n;
+        else spans.push_back({i, at, to, n});
+        from += n, to += n, count -= n;
+      }
+      part_begin = part_end;
+    }
+  };
+  for (std::int64_t at = begin; at < end;) {
+    const std::int64_t outer = at / (local * inner);
+    std::int64_t within = at % (local * inner);  // then within a run
+    std::size_t r = 0;
+    for (; within >= runs[r].length * inner; ++r) within -= runs[r].length * inner;
+    const std::int64_t count = std::min(end - at, runs[r].length * inner - within);
+    add((outer * whole[dim] + runs[r].begin) * inner + within, at - begin, count);
+    at += count;
+  }
+  return spans;
+}
+
 /// Elements [begin, end) of a stream, four to a Philox block.
 template <class T>
-void fill_random(int threads, T* to, std::uint64_t begin, std::uint64_t end, const Rng& rng, const Init& init) {
+void fill_random(T* to, std::uint64_t begin, std::uint64_t end, const Rng& rng, const Init& init) {
   const bool normal = init.kind == Init::Kind::normal;
-  const std::uint64_t first_block = begin / 4, last_block = (end + 3) / 4;
-#pragma omp parallel for num_threads(threads) schedule(static) if (end - begin > 4096)
-  for (std::uint64_t block = first_block; block < last_block; ++block) {
+  for (std::uint64_t block = begin / 4; block < (end + 3) / 4; ++block) {
     const kernels::Philox4 bits = kernels::philox4x32_10(rng.key(), rng.step(), block);
     for (std::uint64_t lane = 0; lane < 4; ++lane) {
       const std::uint64_t i = block * 4 + lane;
@@ -75,39 +116,54 @@ void fill_random(int threads, T* to, std::uint64_t begin, std::uint64_t end, con
   }
 }
 
+/// Long spans go to the threads in pieces, short ones many at a time.
+void fill_spans(const std::vector<Span>& spans, const std::vector<Rng>& streams, const Init& init, const Tensor& values) {
+  constexpr std::int64_t piece = 4096;
+  std::vector<Span> pieces;
+  for (const Span& s : spans)
+    for (std::int64_t at = 0; at < s.count; at += piece) pieces.push_back({s.segment, s.at + at, s.to + at, std::min(piece, s.count - at)});
+  const auto fill = [&]<class T>(T* to) {
+#pragma omp parallel for num_threads(values.device().cpu().threads()) schedule(static) if (values.numel() > piece)
+    for (std::size_t i = 0; i < pieces.size(); ++i) {
+      const Span& s = pieces[i];
+      fill_random(to + s.to, static_cast<std::uint64_t>(s.at), static_cast<std::uint64_t>(s.at + s.count), streams[s.segment], init);
+    }
+  };
+  switch (values.dtype()) {
+    case DType::f64: fill(values.data<double>()); break;
+    case DType::f32: fill(values.data<float>()); break;
+    default: fill(values.data<bf16>()); break;
+  }
+}
+
 }  // namespace
 
-void Parameter::initialize(std::uint64_t seed, const Tensor& values, std::int64_t row_begin) const {
+void Parameter::initialize_flat(std::uint64_t seed, const Tensor& values, std::int64_t begin) const {
+  const TensorPlacement* placed = placement_.get();
+  const Dims whole = shape();
+  const std::int64_t held = placed != nullptr ? placed->local.product() : whole.product(), end = begin + values.numel();
+  if (!values.is_contiguous() || begin < 0 || end > held)
+    fail(Fault::programming, name_, "initialize: expected contiguous elements of [0, " + std::to_string(held) + "), got [" + std::to_string(begin) + ", " + std::to_string(end) + ")");
+  if (values.dtype() != DType::f64 && values.dtype() != DType::f32 && values.dtype() != DType::bf16)
+    fail(Fault::programming, name_, "initialize: element type: expected f64, f32 or bf16, got " + std::string(name_of(values.dtype())));
+  if (values.is_meta() || values.numel() == 0) return;
   const Init& init = spec_.init;
-  if (values.is_meta()) return;
   if (init.kind == Init::Kind::zeros || init.kind == Init::Kind::ones) {
     values.fill(init.kind == Init::Kind::ones ? 1 : 0);
     return;
   }
+  std::vector<Rng> streams;
+  for (const Segment& s : spec_.dims[0]) streams.emplace_back(seed, s.part.empty() ? name_ : name_ + "/" + s.part);
+  const bool whole_rows = placed == nullptr || !placed->cut();
+  fill_spans(spans_of(spec_, whole, whole_rows ? 0 : placed->dim, whole_rows ? std::vector<Run>{{0, whole[0], 1}} : placed->runs, begin, end), streams,
+             init, values);
+}
+
+void Parameter::initialize(std::uint64_t seed, const Tensor& values, std::int64_t row_begin) const {
   const Dims whole = shape();
-  if (!values.is_contiguous() || values.rank() != whole.size() || row_begin < 0 || row_begin + values.size(0) > whole[0])
+  if (cut() || !values.is_contiguous() || values.rank() != whole.size() || row_begin < 0 || row_begin + values.size(0) > whole[0])
     fail(Fault::programming, name_, "initialize: rows [" + std::to_string(row_begin) + ", " + std::to_string(row_begin + values.size(0)) + ") of shape " + to_string(whole));
-  const std::int64_t row_elements = whole.product() / whole[0], row_end = row_begin + values.size(0);
-  std::int64_t part_begin = 0;
-  for (const Segment& s : spec_.dims[0]) {
-    const std::int64_t part_end = part_begin + s.extent();
-    const std::int64_t from = std::max(part_begin, row_begin), to = std::min(part_end, row_end);
-    if (from < to) {
-      const Rng rng(seed, s.part.empty() ? name_ : name_ + "/" + s.part);
-      // Unnamed segments of one dimension are one tensor: their index runs on from its start.
-      const std::int64_t base = s.part.empty() ? 0 : part_begin;
-      const auto a = static_cast<std::uint64_t>((from - base) * row_elements), b = static_cast<std::uint64_t>((to - base) * row_elements);
-      const int threads = values.device().cpu().threads();
-      const Tensor rows = values.narrow(0, from - row_begin, to - from);
-      switch (values.dtype()) {
-        case DType::f64: fill_random(threads, rows.data<double>(), a, b, rng, init); break;
-        case DType::f32: fill_random(threads, rows.data<float>(), a, b, rng, init); break;
-        case DType::bf16: fill_random(threads, rows.data<bf16>(), a, b, rng, init); break;
-        default: fail(Fault::programming, name_, "initialize: element type " + std::string(name_of(values.dtype())));
-      }
-    }
-    part_begin = part_end;
-  }
+  initialize_flat(seed, values.view(Dims{values.numel()}), row_begin * (whole.product() / whole[0]));
 }
 
 }  // namespace capstan

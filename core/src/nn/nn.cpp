@@ -19,12 +19,18 @@ Linear::Linear(std::string name, std::vector<Segment> out, std::vector<Segment> 
 }
 Linear::~Linear() = default;
 
-Tensor Linear::operator()(ForwardContext& context, const Tensor& x) const {
-  return ops::linear(x, context.use(*weight_), bias_ != nullptr ? context.use(*bias_) : Tensor());
+Tensor Linear::apply(ForwardContext& context, const Tensor& x, const Tensor& residual) const {
+  return ops::linear(x, context.use(*weight_), bias_ != nullptr ? context.use(*bias_) : Tensor(), residual);
 }
 
-Tensor Linear::add_to(ForwardContext& context, const Tensor& x, const Tensor& residual) const {
-  return ops::linear(x, context.use(*weight_), bias_ != nullptr ? context.use(*bias_) : Tensor(), residual);
+Tensor Linear::operator()(ForwardContext& context, const Tensor& x) const { return apply(context, x, Tensor()); }
+
+Tensor Linear::add_to(ForwardContext& context, const Tensor& x, const Tensor& residual) const { return apply(context, x, residual); }
+
+std::vector<Tensor> Linear::parts(ForwardContext& context, const Tensor& x) const {
+  std::vector<std::int64_t> widths;
+  for (const Segment& s : weight_->spec().dims[0]) widths.push_back(s.extent());
+  return ops::split((*this)(context, x), widths);
 }
 
 Norm::Norm(std::string name, const std::string& kind, std::int64_t width, std::string axis, double epsilon, bool bias)
@@ -58,5 +64,26 @@ Embedding::Embedding(std::string name, std::int64_t rows, std::string axis, std:
 Embedding::~Embedding() = default;
 
 Tensor Embedding::operator()(ForwardContext& context, const Tensor& ids) const { return ops::embedding(context.use(*weight_), ids); }
+
+Tensor stream_rows(const ForwardContext&, const Tensor& all) { return all; }
+
+Tensor take_rows(ForwardContext&, const Tensor& h, const Tensor& rows) { return ops::gather(h, rows); }
+
+Tensor dropout(ForwardContext& context, const Tensor& x, double p, std::string_view name) {
+  if (p == 0 || !context.training) return x;
+  return ops::dropout(x, p, context.random(name), stream_rows(context, context.batch.space().sample_ids));
+}
+
+Tensor attention(ForwardContext& context, const Tensor& q, const Tensor& k, const Tensor& v, const ops::AttentionShape& shape) {
+  return ops::attention(q, k, v, context.batch.space(), shape);
+}
+
+Score score(ForwardContext& context, const Tensor& x, const Parameter& weight, const Tensor& targets, const Tensor* weights, Tensor* objective) {
+  const ops::HeadScore s = ops::linear_cross_entropy(x, context.use(weight), targets, weights, context.grad);
+  if (objective != nullptr) *objective = s.objective;
+  return {s.logprob, s.logsumexp, s.entropy};
+}
+
+Tensor logits(ForwardContext& context, const Tensor& x, const Parameter& weight) { return ops::linear(x, context.use(weight)); }
 
 }  // namespace capstan::nn
