@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <span>
 #include <string>
 #include <string_view>
@@ -41,7 +42,7 @@ class CAPSTAN_API Handle {
 struct CommRecord {
   std::string collective;            ///< "all_gather"
   std::int64_t calls = 0;
-  double bytes = 0;                  ///< that this rank sent
+  double bytes = 0;                  ///< that this rank sent, as the algorithm over a network would: a reduction (n-1)/n of its input
   double seconds = 0;                ///< from its start to its end
   double waited = 0;                 ///< that wait() stood still: what compute did not hide
 };
@@ -76,14 +77,18 @@ class CAPSTAN_API Communicator {
   virtual Handle receive(void* data, std::int64_t count, DType dtype, int from) = 0;
   virtual void barrier() = 0;
 
-  const std::vector<CommRecord>& ledger() const { return ledger_; }
-  void clear_ledger() { ledger_.clear(); }
+  /// Rows so far, one per collective used; safe from any thread.
+  std::vector<CommRecord> ledger() const;
+  void clear_ledger();
 
  protected:
   Communicator(std::string name, std::vector<int> ranks, int rank) : name_(std::move(name)), ranks_(std::move(ranks)), rank_(rank) {}
-  std::vector<CommRecord> ledger_;
+  /// Adds to the row of `collective`.
+  void record(std::string_view collective, std::int64_t calls, double bytes, double seconds, double waited);
 
  private:
+  mutable std::mutex ledger_mutex_;
+  std::vector<CommRecord> ledger_;
   std::string name_;
   std::vector<int> ranks_;
   int rank_;                         ///< within the group
@@ -103,6 +108,16 @@ class CAPSTAN_API World {
   virtual std::shared_ptr<Communicator> make(std::string name, std::vector<int> ranks) = 0;
   /// What the watchdog says about this rank when it is waited for: the training step and what it does.
   virtual void at(std::int64_t step, std::string_view doing) = 0;
+  /// This rank leaves with an error: tells all other ranks, whose waits then throw Error(runtime) naming this rank, its
+  /// step and `message`. True when this rank is the one to print `message`: the first that failed, or that found who
+  /// did; the others leave silently. Call it with what() of whatever ends the rank, errors of collectives included.
+  virtual bool fail_job(const std::string& message) noexcept = 0;
+  /// Ends this rank's process after fail_job(), with this exit code, and does not hang whatever the others do: other
+  /// processes of the job are ended too once they had a moment to see the message. Threads as ranks: throws
+  /// Error(programming), they just return.
+  [[noreturn]] virtual void end_failed(int exit_code) = 0;
+  /// Seconds that a rank is waited for.
+  virtual double timeout() const = 0;
 };
 
 /// One rank: no MPI, no thread.
