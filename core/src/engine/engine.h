@@ -1,6 +1,11 @@
 // defines: Engine: owns a model's parameters, gradients and optimizer state in flat units, one for each
-// call's block, and runs the optimizer over them.
+// call's block, whole or in pieces over the mesh, and runs the optimizer over them.
 #pragma once
+#include "engine/pool.h"
+#include "engine/sharding.h"
+#include "engine/unit.h"
+#include "mesh/mesh.h"
+
 #include <capstan/checkpoint.h>
 #include <capstan/export.h>
 #include <capstan/model.h>
@@ -9,6 +14,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -20,59 +26,108 @@ struct EngineOptions {
   std::uint64_t seed = 1;
   bool gradients = true;        ///< false for inference: weights alone
   bool recompute = false;       ///< keep only the inputs of blocks, run them again in the backward
+  Sharding sharding = Sharding::of(Strategy::fsdp);  ///< over shard x context; one rank keeps all, whatever it says
+  bool reshard_after_forward = true;  ///< parameters in pieces: dropped after a call's forward, gathered again for its backward
+  bool prefetch = true;               ///< gather the next call's parameters while one computes
 };
 
-/// What a tensor of the run looks like to a checkpoint: a named view of memory.
-struct NamedTensor { std::string name; Tensor value; };
+/// What a tensor of the run looks like to a checkpoint: a box of a named global tensor, in memory.
+struct NamedTensor {
+  std::string name;
+  Tensor value;                      ///< contiguous, of the box's extents
+  std::vector<std::int64_t> shape;   ///< global
+  std::vector<std::int64_t> begin;   ///< of the box
+};
 
-/// Flat buffers of one unit. Masters are f32 (f64 in f64 runs); with bf16 compute the working copy is apart.
+/// Memory of the engine by what it is for, in bytes on this rank.
+struct EngineMemory {
+  std::int64_t masters = 0, gradients = 0, optimizer = 0, working = 0, gather_pool = 0, gradient_pool = 0;
+  std::int64_t total() const { return masters + gradients + optimizer + working + gather_pool + gradient_pool; }
+};
+
+/// Flat buffers of units. Masters are f32 (f64 in f64 runs); with bf16 compute the working copy is apart.
+/// Every member that says "all ranks" is a collective of the mesh.
 class CAPSTAN_API Engine {
  public:
-  /// Places every parameter on `device` without values: call initialize() or load into tensors().
-  Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, EngineOptions options);
+  /// Places every parameter on `device` without values: call initialize() or load into tensors(). `mesh` null: one rank.
+  Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, EngineOptions options, std::shared_ptr<Mesh> mesh = nullptr);
   ~Engine();
 
   Model& model() const { return *model_; }
   Device& device() const { return *device_; }
   const EngineOptions& options() const { return options_; }
-  std::int64_t parameters() const { return parameter_count_; }
+  const std::shared_ptr<Mesh>& mesh() const { return mesh_; }
+  std::int64_t parameters() const { return parameter_count_; }  ///< of the whole model
+  EngineMemory memory() const;
 
-  /// Initial values by addressed randomness: the same bits on every mesh.
+  /// Initial values by addressed randomness: the same bits on every mesh. All ranks.
   void initialize();
-  /// Copies masters into the working copies after they changed from outside.
+  /// Brings the masters into the working copies after they changed from outside. All ranks.
   void publish();
 
   /// Makes the optimizer's state, zeroed.
   void attach(std::shared_ptr<Optimizer> optimizer);
 
-  /// One microbatch; gradients add up until update() or discard().
+  /// One microbatch; gradients add up until update() or discard(). All ranks.
   std::vector<LossEntry> forward_backward(const Batch& batch, std::uint64_t step);
-  /// The losses of a batch without gradients; sums are divided by the batch's step_weight.
+  /// The losses of a batch without gradients; sums are divided by the batch's step_weight. All ranks.
   std::vector<LossEntry> evaluate(const Batch& batch);
 
-  /// Norm of the whole gradient, in f64; not finite when any element is not.
+  /// Norm of the whole gradient, in f64; not finite when any element is not. All ranks get the same bits.
   double gradient_norm();
-  /// The first parameter whose gradient has an element that is not finite; "" when there is none.
-  std::string first_nonfinite_gradient() const;
-  /// One optimizer step; `clip` > 0 scales the gradient to at most that norm.
+  /// The first parameter whose gradient has an element that is not finite; "" when there is none. All ranks.
+  std::string first_nonfinite_gradient();
+  /// One optimizer step; `clip` > 0 scales the gradient to at most that norm. All ranks.
   void update(std::int64_t step, double lr_scale, double norm, double clip);
   /// Forgets the gradients.
   void discard();
+  /// The whole reduced gradient of a parameter, global shape, for tests and tools. All ranks; after gradient_norm().
+  Tensor whole_gradient(const Parameter& parameter);
+  /// The whole value of a parameter's master, likewise.
+  Tensor whole_value(const Parameter& parameter);
 
-  /// Everything a checkpoint holds: "model/<parameter>" and "optimizer/<state>/<parameter>".
-  std::vector<NamedTensor> tensors(bool with_optimizer) const;
+  /// Everything a checkpoint holds: "model/<parameter>" and "optimizer/<state>/<parameter>". `mine`: only what this rank
+  /// writes, so that all ranks together write each element once; else all that it holds.
+  std::vector<NamedTensor> tensors(bool with_optimizer, bool mine = false) const;
 
  private:
-  struct State;
-  struct Unit;
+  struct Reducing;
   ForwardContext context(const Batch& batch) const;
-  void clear_unused_gradients();
+  Communicator& comm(std::string_view axes, std::string_view lane) const;
+  bool in_pieces() const { return pieces_ > 1; }
+  std::size_t index_of(const Call& call) const;
+  void before(const Call& call, WalkStep::Kind step);
+  void after(const Call& call, WalkStep::Kind step);
+  bool gather(std::size_t u, bool must);
+  void wait_gathered(std::size_t u);
+  void drop(std::size_t u);
+  void bind_gradient(std::size_t u);
+  void add_replicas(Unit& unit);
+  void start_reduce(std::size_t u);
+  void settle_oldest();
+  void clear_unused(Unit& unit);
+  void finish_gradients();
+  bool whole_rule(const Unit& unit, std::size_t parameter) const;
+  void update_whole(UpdateContext& u, Unit& unit);
+  Tensor assemble(const Unit& unit, std::size_t parameter, const Tensor& flat) const;
+
   std::shared_ptr<Model> model_;
   std::shared_ptr<Device> device_;
   EngineOptions options_;
+  std::shared_ptr<Mesh> mesh_;
   std::shared_ptr<Optimizer> optimizer_;
   std::vector<std::unique_ptr<Unit>> units_;
+  std::vector<std::vector<std::size_t>> call_units_;  // per call: the units whose parameters it uses
   std::int64_t parameter_count_ = 0;
+  int pieces_ = 1, piece_rank_ = 0, tensor_ = 1;
+  bool finished_ = true;     // gradients are reduced
+  bool walking_back_ = false;  // a forward whose backward follows
+  std::optional<Pool> gather_pool_, gradient_pool_;
+  struct Gathered { std::optional<std::int64_t> at; Handle handle; bool pending = false; };
+  std::vector<Gathered> gathered_;                   // per unit
+  struct Gradient { std::optional<std::int64_t> at; bool filled = false; };
+  std::vector<Gradient> gradient_;                   // per unit: where its whole gradient is; its piece holds something
+  std::vector<std::unique_ptr<Reducing>> reducing_;  // oldest first
 };
 
 }  // namespace capstan

@@ -1,0 +1,27 @@
+// defines: Pool: a fixed piece of device memory that units take turns in.
+#pragma once
+#include <capstan/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace capstan {
+
+/// Memory of a size known before the run; what it hands out are ranges of it, first fit.
+class Pool {
+ public:
+  Pool(Device& device, std::int64_t bytes);
+  std::int64_t bytes() const { return memory_.bytes(); }
+  /// Offset of `bytes` free bytes; nothing when no gap is as large.
+  std::optional<std::int64_t> take(std::int64_t bytes);
+  void give(std::int64_t offset);
+  void* at(std::int64_t offset) const;  ///< null on the meta device
+
+ private:
+  struct Range { std::int64_t begin, end; };
+  Tensor memory_;
+  std::vector<Range> taken_;  // ascending
+};
+
+}  // namespace capstan

@@ -1,0 +1,17 @@
+// defines: Strategy, Sharding: what is kept in pieces over the shard and context axes.
+#pragma once
+#include <cstdint>
+
+namespace capstan {
+
+/// Names of the usual placements (docs/maintainers/mesh.md).
+enum class Strategy : std::uint8_t { ddp, zero1, zero2, fsdp };
+
+/// What each rank keeps of a unit: the whole, or its piece. A gradient in pieces needs an optimizer in pieces, and
+/// parameters in pieces need both.
+struct Sharding {
+  bool parameter = false, gradient = false, optimizer = false;
+  static constexpr Sharding of(Strategy s) { return {s == Strategy::fsdp, s >= Strategy::zero2, s >= Strategy::zero1}; }
+};
+
+}  // namespace capstan
