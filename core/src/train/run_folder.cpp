@@ -48,9 +48,9 @@ RunFolder::~RunFolder() {
   if (lock_ >= 0) ::close(lock_);
 }
 
-bool RunFolder::has_checkpoints() const {
+bool RunFolder::has_checkpoints(const std::string& path) {
   std::error_code error;
-  for (const auto& entry : fs::directory_iterator(checkpoints(), error))
+  for (const auto& entry : fs::directory_iterator(path + "/checkpoints", error))
     if (entry.path().filename().string().starts_with("step_")) return true;
   return false;
 }

@@ -20,6 +20,22 @@ using namespace terminal;
 
 namespace {
 
+/// The run's folder, after what needs no data is seen to be right: a run that is refused builds no data sets and
+/// leaves no folder.
+std::string checked_folder(const Session& session) {
+  const Options& data = session.options().group("data");
+  if (session.model->longest() > 0 && data.integer("sequence_length") > session.model->longest())
+    data.refuse("sequence_length", "the model's context is " + std::to_string(session.model->longest()) + " tokens");
+  const Options& run = session.options().group("run");
+  const std::string& mode = run.text("resume");
+  std::string folder = session.run_folder();
+  const bool held = RunFolder::has_checkpoints(folder);
+  if (mode == "never" && held)
+    run.refuse("resume", folder + " has checkpoints already: choose another run.dir, or run.resume=auto to go on with them");
+  if (mode == "require" && !held) run.refuse("resume", folder + " has no checkpoint to go on from");
+  return folder;
+}
+
 /// Builds the sets that do not exist yet and say what text they come from.
 void build_missing_sets(const Session& session, Display& display) {
   for (const Options& set : session.options().group("data").groups("sets")) {
@@ -60,13 +76,11 @@ data::DataOptions data_options(const Options& options) {
 }  // namespace
 
 Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrupted)
-    : session_(std::move(session)), interrupted_(std::move(interrupted)), folder_(session_->run_folder()),
+    : session_(std::move(session)), interrupted_(std::move(interrupted)), folder_(checked_folder(*session_)),
       schedule_(session_->options().group("schedule")), started_(steady_clock::now()) {
   const Options& options = session_->options();
   steps_ = options.group("train").integer("steps");
   clip_ = options.group("train").number("clip");
-  if (session_->model->longest() > 0 && options.group("data").integer("sequence_length") > session_->model->longest())
-    options.group("data").refuse("sequence_length", "the model's context is " + std::to_string(session_->model->longest()) + " tokens");
   build_missing_sets(*session_, display_);
   data_ = std::make_unique<data::DataSource>(data_options(options), data::TokenizerIdentity{std::string(session_->tokenizer->name()), session_->tokenizer->vocabulary()},
                                              session_->device);
@@ -91,8 +105,6 @@ void Trainer::resume() {
     display_.warn(line);
     folder_.log(line);
   };
-  if (mode == "never" && folder_.has_checkpoints())
-    run.refuse("resume", folder_.path() + " has checkpoints already: choose another run.dir, or run.resume=auto to go on with them");
   std::optional<checkpoint::Loaded> loaded;
   if (mode != "never") {
     const std::vector<NamedTensor> tensors = session_->engine->tensors(true);

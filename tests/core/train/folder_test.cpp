@@ -73,12 +73,22 @@ TEST(RunFolder, LogEveryThinsTheMetrics) {
   EXPECT_EQ(metrics_with(project / "run", "validation_loss").size(), 4u);
 }
 
+bool built_data(const Project& project) {
+  for (const auto& entry : fs::recursive_directory_iterator(project / "."))
+    if (entry.path().extension() == ".idx") return true;
+  return false;
+}
+
 TEST(RunFolder, ResumeNeverAndRequire) {
   Project project;
   Exit exit = train(project.recipe(), {"run.resume=require"});
   EXPECT_EQ(exit.code, 2);
   EXPECT_THAT(exit.err, AllOf(HasSubstr("run.resume"), HasSubstr("no checkpoint to go on from")));
+  // Refused before anything was made: neither a folder nor a data set.
+  EXPECT_FALSE(fs::exists(project / "run"));
+  EXPECT_FALSE(built_data(project));
   EXPECT_EQ(train(project.recipe(), {"run.resume=never"}).code, 0);
+  EXPECT_TRUE(built_data(project));
   const auto before = weights(project / "run", 20);
   exit = train(project.recipe(), {"run.resume=never"});
   EXPECT_EQ(exit.code, 2);
@@ -135,6 +145,8 @@ TEST(ExitCode, ContextShorterThanTheSequencesIsTwo) {
   const Exit exit = train(project.recipe(), {"data.sequence_length=64"});
   EXPECT_EQ(exit.code, 2);
   EXPECT_THAT(exit.err, AllOf(HasSubstr("data.sequence_length"), HasSubstr("32 tokens")));
+  EXPECT_FALSE(fs::exists(project / "run"));
+  EXPECT_FALSE(built_data(project));
 }
 
 TEST(ExitCode, CheckpointOfAnotherModelIsTwoAndNamesTensors) {
