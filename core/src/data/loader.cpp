@@ -102,6 +102,9 @@ void check(const DataOptions& o) {
   at_least("batch_size", o.batch_size, 1);
   at_least("micro_batch", o.micro_batch, 1);
   at_least("prefetch", o.prefetch, 0);
+  at_least("ranks", o.ranks, 1);
+  if (o.rank < 0 || o.rank >= o.ranks || (o.ranks > 1 && !o.sum_over_ranks))
+    fail(Fault::programming, "data", fmt::format("rank {} of {}", o.rank, o.ranks));
   if (o.sequence_length > INT32_MAX / std::min(o.micro_batch, o.batch_size)) {
     fail(Fault::input, "micro_batch",
          fmt::format("{} samples of {} tokens are more than 2^31 rows; use a smaller micro_batch",
@@ -178,15 +181,18 @@ struct DataSource::Impl {
     Step step;
     DataCursor now = at;  // `at` stays where it was when a read fails
     for (std::int64_t done = 0; done < options.batch_size;) {
+      const std::int64_t all = std::min(options.micro_batch * options.ranks, options.batch_size - done);
+      const std::int64_t begin = all * options.rank / options.ranks, end = all * (options.rank + 1) / options.ranks;
       HostBatch batch;
-      batch.samples = std::min(options.micro_batch, options.batch_size - done);
-      for (std::int64_t s = 0; s < batch.samples; ++s) {
+      batch.samples = std::max<std::int64_t>(end - begin, 1);
+      for (std::int64_t s = 0; s < all; ++s) {
         const std::size_t set = most_behind(weights, now.counts, now.sample);
-        train[set].append(place(set, now.counts[set]) * options.sequence_length, options.sequence_length,
-                          now.sample * options.sequence_length, batch.rows);
+        if (s >= begin && s < end)
+          train[set].append(place(set, now.counts[set]) * options.sequence_length, options.sequence_length,
+                            now.sample * options.sequence_length, batch.rows);
         ++now.counts[set], ++now.sample;
       }
-      done += batch.samples;
+      done += all;
       step.batches.push_back(std::move(batch));
     }
     step.after = at = std::move(now);
@@ -240,7 +246,8 @@ struct DataSource::Impl {
   }
 
   std::vector<Batch> to_batches(std::vector<HostBatch> host, const char* what) const {
-    const double weight = weight_of(host);
+    double weight = weight_of(host);
+    if (options.ranks > 1) weight = options.sum_over_ranks(weight);
     if (!(weight > 0)) {
       fail(Fault::input, "data",
            fmt::format("no row of this {} has a target: every document is a single token; build the sets again, or set "
@@ -340,7 +347,14 @@ std::vector<HostBatch> DataSource::host_validation(std::int64_t batches) {
 
 std::vector<Batch> DataSource::validation(std::int64_t batches) {
   if (impl_->validation.empty() || batches <= 0) return {};
-  return impl_->to_batches(host_validation(batches), "validation");
+  const DataOptions& o = impl_->options;
+  std::vector<HostBatch> all = host_validation(batches), mine;
+  for (std::size_t first = 0; first < all.size(); first += static_cast<std::size_t>(o.ranks)) {
+    const std::size_t b = first + static_cast<std::size_t>(o.rank);
+    if (b < all.size()) mine.push_back(std::move(all[b]));
+    else mine.emplace_back().samples = o.micro_batch;
+  }
+  return impl_->to_batches(std::move(mine), "validation");
 }
 
 std::int64_t DataSource::validation_batches() const {

@@ -5,6 +5,7 @@
 #include <capstan/export.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 #include <string>
@@ -28,6 +29,10 @@ struct DataOptions {
   bool attend_across_documents = false;
   int prefetch = 2;  ///< steps made ahead by a thread; 0: no thread
   std::uint64_t seed = 0;
+  /// Ranks that share the samples of a step, and which of them this is. A microbatch is `micro_batch` samples of each.
+  int ranks = 1, rank = 0;
+  /// With several ranks: the sum over them, which every rank calls for at the same time.
+  std::function<double(double)> sum_over_ranks;
 };
 
 /// Which tokenizer the model expects.
@@ -51,7 +56,8 @@ struct CAPSTAN_API DataCursor {
 /// One microbatch on the host.
 struct HostBatch {
   Rows rows;
-  std::int64_t samples = 0;  ///< capacity is samples * sequence_length; rows may fill less (the end of validation)
+  std::int64_t samples = 0;  ///< capacity is samples * sequence_length; rows may fill less (the end of validation, or a
+                             ///< rank that has no sample left: then one sample of dead rows)
 };
 
 /// An endless, deterministic stream of training batches and a fixed set of validation batches.
@@ -59,7 +65,8 @@ struct HostBatch {
 /// A set's documents are shuffled for each epoch and laid end to end; that stream is cut into samples of L rows, and the
 /// samples of about an epoch are shuffled among themselves, so every token is a row once an epoch and a batch does not
 /// come from one document. Global sample i comes from the set that lags its weight most:
-/// argmax of w max(i, 1) - count, the first on a tie. None of this depends on batch_size or micro_batch.
+/// argmax of w max(i, 1) - count, the first on a tie. None of this depends on batch_size, micro_batch or ranks: ranks take
+/// neighbouring samples of each microbatch, as evenly as they go, and all make the same number of microbatches.
 /// One thread at a time may call its members.
 class CAPSTAN_API DataSource {
  public:
@@ -79,7 +86,8 @@ class CAPSTAN_API DataSource {
   void seek(const DataCursor& cursor);
 
   /// The first `batches` batches of micro_batch samples of the validation documents, fewer when they end; always
-  /// the same. The last one may be filled in part. step_weight is of all of them together.
+  /// the same. The last one may be filled in part. step_weight is of all of them together. Ranks take turns: each gets
+  /// every ranks-th, and a batch of dead rows where the others have one more.
   std::vector<Batch> validation(std::int64_t batches);
   std::int64_t validation_batches() const;  ///< all that there are
 
