@@ -14,7 +14,8 @@ namespace capstan {
 /// A reduce-scatter under way: the unit's whole gradient stays in the pool until it has ended.
 struct Engine::Reducing {
   std::size_t unit;
-  std::int64_t at;
+  std::int64_t at;                        // of the whole gradient in the pool
+  std::optional<std::int64_t> message;    // of its narrow copy
   Handle handle;
 };
 
@@ -45,8 +46,8 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
   }
   if (!in_pieces()) options_.sharding = {};
   const Sharding& sharding = options_.sharding;
-  if ((sharding.gradient && !sharding.optimizer) || (sharding.parameter && !sharding.gradient))
-    fail(Fault::programming, "engine", "a gradient in pieces needs an optimizer in pieces, and parameters in pieces need both");
+  if ((sharding.gradient || sharding.parameter) && !sharding.optimizer)
+    fail(Fault::programming, "engine", "parameters or gradients in pieces need an optimizer in pieces");
 
   // Units: a block's parameters, unless a block before it has them.
   const auto& calls = model_->calls();
@@ -117,7 +118,8 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
   // One for the call that computes, one for the next: twice the largest unit, unless a call uses more by itself.
   const std::int64_t two = std::max(2 * largest, most_of_a_call);
   if (sharding.parameter) gather_pool_.emplace(*device_, (options_.reshard_after_forward ? two : all) * size_of(options_.compute));
-  if (sharding.gradient && options_.gradients) gradient_pool_.emplace(*device_, two * size_of(master));
+  if (options_.gradients && sharding.gradient)
+    gradient_pool_.emplace(*device_, two * (size_of(master) + (narrow_messages() ? size_of(options_.reduce) : 0)));
 
   auto runtime = std::make_shared<Runtime>();
   runtime->mesh = mesh_.get();
@@ -309,9 +311,18 @@ void Engine::start_reduce(std::size_t u) {
   add_replicas(unit);
   auto reducing = std::make_unique<Reducing>();
   reducing->unit = u, reducing->at = *g.at;
-  if (!unit.whole_grad.is_meta()) {
-    const Tensor mine = unit.whole_grad.narrow(0, unit.piece_begin, unit.piece);
-    reducing->handle = comm("shard+context", "reduce").reduce_scatter(unit.whole_grad.raw(), mine.raw(), unit.piece, mine.dtype());
+  Tensor message = unit.whole_grad;
+  if (narrow_messages()) {
+    while (!(reducing->message = gradient_pool_->take(unit.size * size_of(options_.reduce)))) {
+      if (reducing_.empty()) fail(Fault::programming, "engine", "the pool of gradients is full: no room for a message of " + std::to_string(unit.size) + " elements");
+      settle_oldest();
+    }
+    message = Tensor::wrap(gradient_pool_->at(*reducing->message), Dims{unit.size}, options_.reduce, *device_, nullptr);
+    message.copy_from(unit.whole_grad);
+  }
+  if (!message.is_meta()) {
+    const Tensor mine = message.narrow(0, unit.piece_begin, unit.piece);
+    reducing->handle = comm("shard+context", "reduce").reduce_scatter(message.raw(), mine.raw(), unit.piece, mine.dtype());
   }
   g.at.reset();
   unit.whole_grad.storage()->data = nullptr;
@@ -326,12 +337,22 @@ void Engine::settle_oldest() {
   r->handle.wait();
   Unit& unit = *units_[r->unit];
   if (!unit.grad.is_meta()) {
-    auto* memory = static_cast<std::byte*>(gradient_pool_->at(r->at));
-    const Tensor mine = Tensor::wrap(memory + unit.piece_begin * size_of(unit.grad.dtype()), Dims{unit.piece}, unit.grad.dtype(), *device_, nullptr);
-    if (gradient_[r->unit].filled) accumulate(unit.grad, mine);
-    else unit.grad.copy_from(mine);
+    const DType sent = r->message ? options_.reduce : unit.grad.dtype();
+    auto* memory = static_cast<std::byte*>(gradient_pool_->at(r->message.value_or(r->at)));
+    Tensor mine = Tensor::wrap(memory + unit.piece_begin * size_of(sent), Dims{unit.piece}, sent, *device_, nullptr);
+    if (!gradient_[r->unit].filled) {
+      unit.grad.copy_from(mine);
+    } else {
+      if (r->message) {  // what was sent is summed in the master's type, where the whole gradient was
+        const Tensor wide = Tensor::wrap(gradient_pool_->at(r->at), Dims{unit.piece}, unit.grad.dtype(), *device_, nullptr);
+        wide.copy_from(mine);
+        mine = wide;
+      }
+      accumulate(unit.grad, mine);
+    }
   }
   gradient_[r->unit].filled = true;
+  if (r->message) gradient_pool_->give(*r->message);
   gradient_pool_->give(r->at);
 }
 
@@ -353,6 +374,18 @@ void Engine::finish_gradients() {
       add_replicas(*unit);
       if (!in_pieces() || unit->grad.is_meta()) continue;
       Communicator& c = comm("shard+context", "reduce");
+      if (narrow_messages()) {
+        const Tensor message = unit->grad.to(options_.reduce);
+        if (options_.sharding.optimizer) {
+          const Tensor mine = message.narrow(0, unit->piece_begin, unit->piece);
+          c.reduce_scatter(message.raw(), mine.raw(), unit->piece, message.dtype()).wait();
+          unit->piece_grad().copy_from(mine);
+        } else {
+          c.all_reduce(message.raw(), unit->size, message.dtype()).wait();
+          unit->grad.copy_from(message);
+        }
+        continue;
+      }
       if (options_.sharding.optimizer) handles.push_back(c.reduce_scatter(unit->grad.raw(), unit->piece_grad().raw(), unit->piece, unit->grad.dtype()));
       else handles.push_back(c.all_reduce(unit->grad.raw(), unit->size, unit->grad.dtype()));
     }
@@ -429,13 +462,20 @@ std::vector<LossEntry> Engine::forward_backward(const Batch& batch, std::uint64_
   finished_ = false;
   walking_back_ = true;
   WalkHooks hooks;
-  if (options_.sharding.gradient) {
+  if (options_.sharding.parameter || options_.sharding.gradient) {
     hooks.before = [this](const Call& call, WalkStep::Kind step) { before(call, step); };
     hooks.after = [this](const Call& call, WalkStep::Kind step) { after(call, step); };
   }
   capstan::forward_backward(*model_, c, hooks, options_.recompute);
   walking_back_ = false;
   return c.losses();
+}
+
+std::vector<LossEntry> Engine::forward_backward(std::span<const Batch> batches, std::uint64_t step) {
+  std::vector<LossEntry> all;
+  for (const Batch& batch : batches)
+    for (LossEntry& entry : forward_backward(batch, step)) all.push_back(std::move(entry));
+  return all;
 }
 
 std::vector<LossEntry> Engine::evaluate(const Batch& batch) {

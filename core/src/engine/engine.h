@@ -29,6 +29,7 @@ struct EngineOptions {
   Sharding sharding = Sharding::of(Strategy::fsdp);  ///< over shard x context; one rank keeps all, whatever it says
   bool reshard_after_forward = true;  ///< parameters in pieces: dropped after a call's forward, gathered again for its backward
   bool prefetch = true;               ///< gather the next call's parameters while one computes
+  DType reduce = DType::f32;          ///< gradients are sent in; bf16 halves what is sent, sums stay f32
 };
 
 /// What a tensor of the run looks like to a checkpoint: a box of a named global tensor, in memory.
@@ -68,8 +69,10 @@ class CAPSTAN_API Engine {
   /// Makes the optimizer's state, zeroed.
   void attach(std::shared_ptr<Optimizer> optimizer);
 
-  /// One microbatch; gradients add up until update() or discard(). All ranks.
+  /// One microbatch, or all of a step's; gradients add up until update() or discard(). The losses are this rank's part:
+  /// those of ranks along pp, replicate, shard and context add up. All ranks.
   std::vector<LossEntry> forward_backward(const Batch& batch, std::uint64_t step);
+  std::vector<LossEntry> forward_backward(std::span<const Batch> batches, std::uint64_t step);
   /// The losses of a batch without gradients; sums are divided by the batch's step_weight. All ranks.
   std::vector<LossEntry> evaluate(const Batch& batch);
 
@@ -95,6 +98,7 @@ class CAPSTAN_API Engine {
   ForwardContext context(const Batch& batch) const;
   Communicator& comm(std::string_view axes, std::string_view lane) const;
   bool in_pieces() const { return pieces_ > 1; }
+  bool narrow_messages() const { return options_.reduce == DType::bf16 && options_.compute != DType::f64; }
   std::size_t index_of(const Call& call) const;
   void before(const Call& call, WalkStep::Kind step);
   void after(const Call& call, WalkStep::Kind step);

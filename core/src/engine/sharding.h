@@ -7,8 +7,8 @@ namespace capstan {
 /// Names of the usual placements (docs/maintainers/mesh.md).
 enum class Strategy : std::uint8_t { ddp, zero1, zero2, fsdp };
 
-/// What each rank keeps of a unit: the whole, or its piece. A gradient in pieces needs an optimizer in pieces, and
-/// parameters in pieces need both.
+/// What each rank keeps of a unit: the whole, or its piece. Parameters or gradients in pieces need an optimizer in pieces.
+/// Gradients that are whole until the step's end with an optimizer in pieces are scattered there.
 struct Sharding {
   bool parameter = false, gradient = false, optimizer = false;
   static constexpr Sharding of(Strategy s) { return {s == Strategy::fsdp, s >= Strategy::zero2, s >= Strategy::zero1}; }

@@ -10,9 +10,9 @@
 
 namespace capstan::terminal {
 
-Display::Display() {
+Display::Display(bool shown) : shown_(shown) {
   const char* term = std::getenv("TERM");  // "dumb" terminals cannot rewrite a line
-  live_ = isatty(STDOUT_FILENO) == 1 && term != nullptr && std::string(term) != "dumb";
+  live_ = shown && isatty(STDOUT_FILENO) == 1 && term != nullptr && std::string(term) != "dumb";
 }
 
 Display::~Display() { done(); }
@@ -22,6 +22,7 @@ void Display::clear() {
 }
 
 void Display::header(const std::string& title, const std::vector<std::pair<std::string, std::string>>& rows) {
+  if (!shown_) return;
   clear();
   std::size_t width = 0;
   for (const auto& [name, value] : rows) width = std::max(width, name.size());
@@ -31,6 +32,7 @@ void Display::header(const std::string& title, const std::vector<std::pair<std::
 }
 
 void Display::status(const std::string& line, bool keep) {
+  if (!shown_) return;
   if (!live_) {
     if (keep) fmt::print("{}\n", line);
     std::fflush(stdout);
@@ -45,6 +47,7 @@ void Display::status(const std::string& line, bool keep) {
 }
 
 void Display::note(const std::string& line) {
+  if (!shown_) return;
   clear();
   fmt::print("{}\n", line);
   if (live_ && !line_.empty()) fmt::print("{}", line_);
@@ -60,6 +63,7 @@ void Display::warn(const std::string& line) {
 }
 
 void Display::text(const std::string& title, const std::string& body) {
+  if (!shown_) return;
   clear();
   fmt::print("{}\n", title);
   std::size_t at = 0;

@@ -12,7 +12,8 @@ namespace capstan::terminal {
 
 class CAPSTAN_API Display {
  public:
-  Display();
+  /// `shown` false: of a rank that is not the one which speaks; only warnings come out.
+  explicit Display(bool shown = true);
   ~Display();
   Display(const Display&) = delete;
   Display& operator=(const Display&) = delete;
@@ -33,7 +34,7 @@ class CAPSTAN_API Display {
 
  private:
   void clear();
-  bool live_;
+  bool shown_, live_;
   std::string line_;
 };
 

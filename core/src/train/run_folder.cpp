@@ -31,10 +31,14 @@ void replace_file(const fs::path& file, const std::string& text) {
 }
 }  // namespace
 
-RunFolder::RunFolder(std::string path) : path_(std::move(path)) {
+RunFolder::RunFolder(std::string path, int rank) : path_(std::move(path)), rank_(rank) {
   std::error_code error;
-  fs::create_directories(path_, error);
+  fs::create_directories(rank_ == 0 ? fs::path(path_) : fs::path(path_) / "ranks", error);
   if (error) fail(Fault::input, path_, "cannot make the run's folder: " + error.message() + "; choose another with run.dir=PATH");
+  if (rank_ != 0) {
+    log_.open(fmt::format("{}/ranks/rank_{:05}.log", path_, rank_), std::ios::app);
+    return;
+  }
   lock_ = ::open((path_ + "/.lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
   if (lock_ < 0) fail(Fault::input, path_, std::string("cannot write to the run's folder: ") + std::strerror(errno) + "; choose another with run.dir=PATH");
   if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
@@ -55,16 +59,20 @@ bool RunFolder::has_checkpoints(const std::string& path) {
   return false;
 }
 
-void RunFolder::write_recipe(const std::string& yaml) { replace_file(fs::path(path_) / "recipe.yaml", yaml); }
+void RunFolder::write_recipe(const std::string& yaml) {
+  if (rank_ == 0) replace_file(fs::path(path_) / "recipe.yaml", yaml);
+}
 
 std::string RunFolder::keep_recipe(std::int64_t step) {
   const fs::path from = fs::path(path_) / "recipe.yaml", to = fs::path(path_) / fmt::format("recipe.until_{:06}.yaml", step);
+  if (rank_ != 0) return to.string();
   std::error_code error;  // a folder that lost its recipe can still go on
   fs::copy_file(from, to, fs::copy_options::overwrite_existing, error);
   return to.string();
 }
 
 void RunFolder::rewind_metrics(std::int64_t step) {
+  if (rank_ != 0) return;
   const fs::path file = fs::path(path_) / "metrics.jsonl";
   metrics_.close();
   std::string kept;
@@ -78,6 +86,7 @@ void RunFolder::rewind_metrics(std::int64_t step) {
 }
 
 void RunFolder::metric(const std::string& json) {
+  if (rank_ != 0) return;
   metrics_ << json << '\n';
   metrics_.flush();
   if (!metrics_) {
@@ -96,6 +105,7 @@ void RunFolder::log(const std::string& line) {
 }
 
 void RunFolder::sample(std::int64_t step, const std::string& text) {
+  if (rank_ != 0) return;
   fs::create_directories(fs::path(path_) / "samples");
   replace_file(fs::path(path_) / "samples" / fmt::format("step_{:06}.txt", step), text);
 }

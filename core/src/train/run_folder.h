@@ -10,11 +10,12 @@
 
 namespace capstan::train {
 
-/// runs/<name>/: recipe.yaml (resolved), log.txt, metrics.jsonl, samples/, checkpoints/.
+/// runs/<name>/: recipe.yaml (resolved), log.txt, metrics.jsonl, samples/, checkpoints/, ranks/rank_00003.log.
+/// Rank 0 keeps it; what another rank logs goes to a file of its own, and the rest of what it says is dropped.
 class CAPSTAN_API RunFolder {
  public:
-  /// Makes the folder and takes its lock; Error(input) when another process trains in it.
-  explicit RunFolder(std::string path);
+  /// Makes the folder and, on rank 0, takes its lock; Error(input) when another process trains in it.
+  explicit RunFolder(std::string path, int rank = 0);
   ~RunFolder();
   RunFolder(const RunFolder&) = delete;
   RunFolder& operator=(const RunFolder&) = delete;
@@ -36,7 +37,7 @@ class CAPSTAN_API RunFolder {
 
  private:
   std::string path_;
-  int lock_ = -1;
+  int rank_, lock_ = -1;
   std::ofstream metrics_, log_;
 };
 

@@ -1,6 +1,7 @@
 #include "train/session.h"
 
 #include "checkpoint/loader.h"
+#include "recipe/mesh_schema.h"
 #include "recipe/run_schema.h"
 #include "train/state_tensors.h"
 
@@ -14,6 +15,13 @@ EngineOptions Session::engine_options(bool gradients) const {
   e.seed = static_cast<std::uint64_t>(options().group("run").integer("seed"));
   e.gradients = gradients;
   e.recompute = options().group("train").text("recompute") == "block";
+  const Options& mesh_options = options().group("mesh");
+  const std::string& strategy = mesh_options.text("strategy");
+  e.sharding = Sharding::of(strategy == "ddp" ? Strategy::ddp : strategy == "zero1" ? Strategy::zero1 : strategy == "zero2" ? Strategy::zero2 : Strategy::fsdp);
+  if (mesh_options.text("accumulate") == "whole") e.sharding.gradient = false;
+  e.reshard_after_forward = mesh_options.flag("reshard_after_forward");
+  e.prefetch = mesh_options.flag("prefetch");
+  if (mesh_options.text("reduce") == "bf16") e.reduce = DType::bf16;
   return e;
 }
 
@@ -26,8 +34,9 @@ std::string Session::run_folder() const {
 }
 
 std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
-                                      const std::string& executable, Placement placement) {
+                                      const std::string& executable, Placement placement, std::shared_ptr<World> world) {
   auto s = std::make_unique<Session>();
+  s->world = world ? std::move(world) : make_single_world();
   s->host = std::make_unique<PluginHost>(executable);
   s->recipe = load_recipe(recipe, overrides, run_schema(), *s->host);
   check_run_options(s->options());
@@ -43,13 +52,15 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
   const std::string& device = s->options().group("run").text("device");
   if (device != "cpu" && device != "auto")
     s->options().group("run").refuse("device", "this build runs on the CPU only: expected cpu or auto, got '" + device + "'");
+  if (s->world->size() > 1) s->mesh = std::make_shared<Mesh>(s->world, mesh_from(s->options(), s->world->size()));
+  else mesh_from(s->options(), 1);  // a mesh that asks for more ranks is refused
   s->device = make_cpu_device(static_cast<int>(s->options().group("run").integer("threads")));
   s->model = s->make_model();
   if (s->model->vocabulary() < s->tokenizer->vocabulary())
     fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
                                     std::to_string(s->tokenizer->vocabulary()) + ": set model.vocabulary to 0 or to at least that");
   if (placement != Placement::none)
-    s->engine = std::make_unique<Engine>(s->model, s->device, s->engine_options(placement == Placement::gradients));
+    s->engine = std::make_unique<Engine>(s->model, s->device, s->engine_options(placement == Placement::gradients), s->mesh);
   return s;
 }
 

@@ -1,7 +1,9 @@
 // defines: Session: what a recipe comes to: plugins, tokenizer, model, engine on a device. Shared by
 // `train`, `generate` and whatever else runs a model from a recipe.
 #pragma once
+#include "comm/communicator.h"
 #include "engine/engine.h"
+#include "mesh/mesh.h"
 #include "plugin/host.h"
 #include "recipe/recipe.h"
 
@@ -20,11 +22,14 @@ struct CAPSTAN_API Session {
   std::unique_ptr<PluginHost> host;
   Recipe recipe;
   std::shared_ptr<Tokenizer> tokenizer;
+  std::shared_ptr<World> world;  ///< the ranks of this job
+  std::shared_ptr<Mesh> mesh;    ///< null on one rank
   std::shared_ptr<Device> device;
   std::shared_ptr<Model> model;
   std::unique_ptr<Engine> engine;  ///< null with Placement::none
 
   const Options& options() const { return recipe.options; }
+  int rank() const { return mesh ? mesh->rank() : 0; }
   EngineOptions engine_options(bool gradients) const;
   /// A second model of the same recipe, for the meta device.
   std::shared_ptr<Model> make_model() const;
@@ -36,9 +41,10 @@ struct CAPSTAN_API Session {
 enum class Placement : unsigned char { none, weights, gradients };
 
 /// Reads the recipe (model.vocabulary 0 becomes the tokenizer's), makes the parts, and places parameters
-/// without values. Throws Error(input) as the recipe's and the plugins' parsers do.
+/// without values. `world` null: one rank. Throws Error(input) as the recipe's and the plugins' parsers do.
 CAPSTAN_API std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
-                                                  const std::string& executable, Placement placement);
+                                                  const std::string& executable, Placement placement,
+                                                  std::shared_ptr<World> world = nullptr);
 
 /// Fills the weights from a run folder's newest good checkpoint, or from that of `step` when it is not
 /// negative. `report` hears of damaged ones. Returns the step; Error(input) when there is none.

@@ -3,13 +3,12 @@
 namespace capstan::train {
 
 namespace {
-std::vector<std::int64_t> extents(const Tensor& t) { return {t.shape().begin(), t.shape().end()}; }
-Box whole(const Tensor& t) { return {std::vector<std::int64_t>(static_cast<std::size_t>(t.rank()), 0), extents(t)}; }
+Box box_of(const NamedTensor& t) { return {t.begin, {t.value.shape().begin(), t.value.shape().end()}}; }
 }  // namespace
 
 std::vector<checkpoint::Wanted> wanted_tensors(std::span<const NamedTensor> tensors) {
   std::vector<checkpoint::Wanted> all;
-  for (const NamedTensor& t : tensors) all.push_back({t.name, t.value.dtype(), extents(t.value), whole(t.value), t.value.raw()});
+  for (const NamedTensor& t : tensors) all.push_back({t.name, t.value.dtype(), t.shape, box_of(t), t.value.raw()});
   return all;
 }
 
@@ -17,7 +16,7 @@ std::vector<SavedTensor> saved_tensors(std::span<const NamedTensor> tensors) {
   std::vector<SavedTensor> all;
   for (const NamedTensor& t : tensors) {
     SavedTensor s;
-    s.name = t.name, s.dtype = t.value.dtype(), s.global_shape = extents(t.value), s.box = whole(t.value);
+    s.name = t.name, s.dtype = t.value.dtype(), s.global_shape = t.shape, s.box = box_of(t);
     s.data = t.value.raw(), s.bytes = t.value.bytes();
     all.push_back(std::move(s));
   }

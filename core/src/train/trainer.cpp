@@ -34,21 +34,37 @@ int Trainer::run() {
       report(result);
     }
     // 5. validate, sample, save; after a rollback the checkpoint's own step has had its turn
+    signal = agree(interrupted_());
     if (step_ == step) after_step(result);
-    signal = interrupted_();
   }
   finish(signal);
   return signal;
 }
 
 StepResult Trainer::forward_backward(std::int64_t step) {
+  session_->world->at(step, "training");
   StepResult result;
-  for (const Batch& batch : data_->next()) {
-    for (const LossEntry& entry : session_->engine->forward_backward(batch, static_cast<std::uint64_t>(step)))
-      result.loss += entry.weight * entry.sum.item();
-    result.tokens += batch.space().capacity;
-  }
+  const std::vector<Batch> batches = data_->next();
+  for (const LossEntry& entry : session_->engine->forward_backward(std::span<const Batch>(batches), static_cast<std::uint64_t>(step)))
+    result.loss += entry.weight * entry.sum.item();
+  result.loss = sum_of_losses(result.loss);
+  const Options& data = session_->options().group("data");
+  result.tokens = data.integer("batch_size") * data.integer("sequence_length");
   return result;
+}
+
+double Trainer::sum_of_losses(double mine) const {
+  if (session_->mesh) session_->mesh->comm("pp+replicate+shard+context", "control").all_reduce(&mine, 1, DType::f64).wait();
+  return mine;
+}
+
+int Trainer::agree(int signal) {
+  const double minutes = session_->options().group("checkpoint").number("every_minutes");
+  std::int64_t asked[2] = {signal, 0};
+  if (session_->rank() == 0 && minutes > 0) asked[1] = std::chrono::duration<double>(steady_clock::now() - last_save_).count() >= 60 * minutes;
+  if (session_->mesh) session_->mesh->comm("pp+replicate+shard+context+tensor", "control").all_reduce(asked, 2, DType::i64, Reduction::max).wait();
+  save_due_ = asked[1] != 0;
+  return static_cast<int>(asked[0]);
 }
 
 bool Trainer::accept(const StepResult& result, std::int64_t step) {

@@ -33,7 +33,7 @@ struct StepResult {
 class CAPSTAN_API Trainer {
  public:
   /// Opens data and the run's folder, and resumes as run.resume says. `interrupted` is asked after each
-  /// step: a signal's number, or 0.
+  /// step: a signal's number, or 0. Over several ranks each has a trainer, and all members are for all ranks.
   Trainer(std::unique_ptr<Session> session, std::function<int()> interrupted);
   ~Trainer();
 
@@ -46,6 +46,10 @@ class CAPSTAN_API Trainer {
 
  private:
   StepResult forward_backward(std::int64_t step);
+  /// The sum of every rank's part of a loss.
+  double sum_of_losses(double mine) const;
+  /// What ranks decide together: the largest signal of any, and whether rank 0's clock says that a save is due.
+  int agree(int signal);
   bool accept(const StepResult& result, std::int64_t step);
   void report(const StepResult& result);
   void after_step(const StepResult& result);
@@ -76,6 +80,7 @@ class CAPSTAN_API Trainer {
   double clip_ = 0, peak_ = 0, run_seconds_ = 0;
   double spike_mean_ = 0, spike_square_ = 0;
   std::int64_t spike_count_ = 0, refused_in_a_row_ = 0, refused_step_ = 0;
+  bool save_due_ = false;  // by rank 0's clock
   std::optional<double> bigram_, validation_;
   std::chrono::steady_clock::time_point last_save_, started_;
 };

@@ -80,8 +80,7 @@ void Trainer::after_step(const StepResult&) {
   const auto due = [&](std::int64_t every) { return every > 0 && step_ % every == 0; };
   if (due(train.integer("validate_every")) || (step_ == steps_ && train.integer("validate_every") > 0)) validate();
   if (due(train.integer("sample_every")) || (step_ == steps_ && train.integer("sample_every") > 0)) sample();
-  const double minutes = c.number("every_minutes");
-  if (due(c.integer("every_steps")) || (minutes > 0 && seconds_since(last_save_) >= 60 * minutes)) save();
+  if (due(c.integer("every_steps")) || save_due_) save();
   poll_saver();
 }
 
@@ -93,9 +92,10 @@ void Trainer::validate() {
   double loss = 0;
   for (const Batch& batch : data_->validation(batches))
     for (const LossEntry& entry : session_->engine->evaluate(batch)) loss += entry.weight * entry.sum.item();
+  loss = sum_of_losses(loss);
   validation_ = loss;
   const bool first = !bigram_.has_value();
-  if (first) bigram_ = data::bigram_cross_entropy(*data_, batches);
+  if (first && session_->rank() == 0) bigram_ = data::bigram_cross_entropy(*data_, batches);
   nlohmann::ordered_json j;
   j["step"] = step_, j["event"] = "validation", j["validation_loss"] = number(loss);
   if (bigram_) j["bigram_loss"] = *bigram_;
@@ -150,7 +150,7 @@ void Trainer::save() {
   for (const LoadedPlugin& p : session_->host->loaded()) state.plugins.push_back({p.kind, p.name, p.version});
   state.more["spikes"] = fmt::format("{:.17g} {:.17g} {}", spike_mean_, spike_square_, spike_count_);
   checkpoint::Snapshot snapshot;
-  snapshot.tensors = saved_tensors(session_->engine->tensors(true));
+  snapshot.tensors = saved_tensors(session_->engine->tensors(true, true));
   snapshot.state_json = state.to_json();
   snapshot.step = step_;
   saver_->save(snapshot);

@@ -61,7 +61,8 @@ void build_missing_sets(const Session& session, Display& display) {
   }
 }
 
-data::DataOptions data_options(const Options& options) {
+data::DataOptions data_options(const Session& session) {
+  const Options& options = session.options();
   const Options& d = options.group("data");
   data::DataOptions o;
   for (const Options& set : d.groups("sets")) o.sets.push_back({set.path("path"), set.number("weight")});
@@ -70,19 +71,27 @@ data::DataOptions data_options(const Options& options) {
   o.validation = d.number("validation"), o.attend_across_documents = d.flag("attend_across_documents");
   o.prefetch = static_cast<int>(d.integer("prefetch"));
   o.seed = static_cast<std::uint64_t>(options.group("run").integer("seed"));
+  if (const std::shared_ptr<Mesh> mesh = session.mesh) {
+    o.ranks = mesh->data_ranks(), o.rank = mesh->data_rank();
+    o.sum_over_ranks = [mesh](double x) {
+      mesh->comm("replicate+shard", "control").all_reduce(&x, 1, DType::f64).wait();
+      return x;
+    };
+  }
   return o;
 }
 
 }  // namespace
 
 Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrupted)
-    : session_(std::move(session)), interrupted_(std::move(interrupted)), folder_(checked_folder(*session_)),
+    : session_(std::move(session)), interrupted_(std::move(interrupted)), folder_(checked_folder(*session_), session_->rank()), display_(session_->rank() == 0),
       schedule_(session_->options().group("schedule")), started_(steady_clock::now()) {
   const Options& options = session_->options();
   steps_ = options.group("train").integer("steps");
   clip_ = options.group("train").number("clip");
-  build_missing_sets(*session_, display_);
-  data_ = std::make_unique<data::DataSource>(data_options(options), data::TokenizerIdentity{std::string(session_->tokenizer->name()), session_->tokenizer->vocabulary()},
+  if (session_->rank() == 0) build_missing_sets(*session_, display_);
+  if (session_->mesh) session_->mesh->comm("pp+replicate+shard+context+tensor", "control").barrier();  // the others read what it built
+  data_ = std::make_unique<data::DataSource>(data_options(*session_), data::TokenizerIdentity{std::string(session_->tokenizer->name()), session_->tokenizer->vocabulary()},
                                              session_->device);
   estimate_ = estimate_step(*session_);
   optimizer_ = session_->host->make_as<Optimizer>(options.plugin("optimizer"));
