@@ -2,6 +2,7 @@
 #include "checkpoint/saver.h"
 
 #include "checkpoint/staging.h"
+#include "checkpoint/writers.h"
 
 #include <fcntl.h>
 #include <sys/file.h>
@@ -55,7 +56,8 @@ class RetentionError : public Error {
   using Error::Error;
 };
 
-void check(const Snapshot& snapshot) {
+/// `whole`: this rank's boxes are all that there are.
+void check(const Snapshot& snapshot, bool whole) {
   std::map<std::string, std::pair<const SavedTensor*, std::vector<Box>>> boxes;
   for (const auto& t : snapshot.tensors) {
     const auto where = "checkpoint, tensor " + t.name;
@@ -77,6 +79,7 @@ void check(const Snapshot& snapshot) {
     }
     all.push_back(t.box);
   }
+  if (!whole) return;  // the manifest is checked when all are together
   for (const auto& [name, entry] : boxes) {
     if (const auto why = tiling_fault(entry.first->global_shape, entry.second); !why.empty()) {
       fail(Fault::programming, "checkpoint, tensor " + name, why);
@@ -96,6 +99,7 @@ struct Saver::Impl {
   std::shared_ptr<CheckpointFormat> format;
   SaverOptions options;
   Staging staging;
+  Writers writers;
   std::unique_ptr<FolderLock> lock;
 
   mutable std::mutex mutex;
@@ -111,7 +115,8 @@ struct Saver::Impl {
         format(std::move(f)),
         options(std::move(o)),
         staging(options.copy_threads > 0 ? options.copy_threads
-                                         : static_cast<int>(std::thread::hardware_concurrency() / 2)) {}
+                                         : static_cast<int>(std::thread::hardware_concurrency() / 2)),
+        writers(options.writers) {}
 
   void reached(std::string_view stage) const {
     if (options.fault_hook) options.fault_hook(stage);
@@ -156,19 +161,46 @@ struct Saver::Impl {
   }
 
   std::int64_t write(Snapshot& snapshot) {
-    const auto name = new_attempt();
+    const auto name = writers.from_first(new_attempt());
     Attempt attempt(root, snapshot.step, name, options.fault_hook);
     std::int64_t bytes = 0;
     try {
-      attempt.create();
-      const auto shard = attempt.write_shard(*format, 0, snapshot.tensors);
-      bytes = attempt.commit(*format, snapshot.tensors, {shard}, snapshot.state_json);
+      writers.together([&] {
+        if (writers.first()) attempt.create();
+      });
+      ShardReport mine;
+      writers.together([&] {
+        if (!snapshot.tensors.empty()) {
+          const auto [file, record] = attempt.write_shard(*format, writers.rank(), snapshot.tensors);
+          mine.file = file, mine.bytes = record.bytes, mine.xxh3 = record.xxh3;
+        }
+      });
+      mine.tensors = snapshot.tensors;
+      std::map<std::string, FileRecord> shards;
+      std::vector<SavedTensor> tensors;
+      if (writers.size() == 1) {
+        if (!mine.file.empty()) shards[mine.file] = {mine.bytes, mine.xxh3};
+        tensors = std::move(mine.tensors);
+      } else {
+        const std::vector<std::string> texts = writers.gather(to_text(mine));
+        for (std::size_t r = 0; writers.first() && r < texts.size(); ++r) {
+          ShardReport report = shard_report_from(texts[r]);
+          if (!report.file.empty()) shards[report.file] = {report.bytes, report.xxh3};
+          for (SavedTensor& t : report.tensors) tensors.push_back(std::move(t));
+        }
+      }
+      writers.together([&] {
+        if (writers.first()) bytes = attempt.commit(*format, tensors, shards, snapshot.state_json);
+      });
+      bytes = std::stoll(writers.from_first(std::to_string(bytes)));
     } catch (...) {
-      attempt.abandon();
+      if (writers.first()) attempt.abandon();
       throw;
     }
     try {
-      retain_newest(root, snapshot.step, options.keep, name, options.fault_hook);
+      writers.together([&] {
+        if (writers.first()) retain_newest(root, snapshot.step, options.keep, name, options.fault_hook);
+      });
     } catch (const Error& e) {
       throw RetentionError(e.fault(), "[checkpoint of step " + std::to_string(snapshot.step) +
                                           "] saved, but older checkpoints could not be removed: " + e.what());
@@ -192,9 +224,12 @@ struct Saver::Impl {
 Saver::Saver(Path root, std::shared_ptr<CheckpointFormat> format, SaverOptions options)
     : impl_(std::make_unique<Impl>(std::filesystem::absolute(root), std::move(format), std::move(options))) {
   if (!impl_->format) fail(Fault::programming, "checkpoint", "a Saver needs a format");
-  make_folder(impl_->root);
-  impl_->lock = std::make_unique<FolderLock>(impl_->root);
-  clean(impl_->root);
+  impl_->writers.together([&] {
+    if (!impl_->writers.first()) return;
+    make_folder(impl_->root);
+    impl_->lock = std::make_unique<FolderLock>(impl_->root);
+    clean(impl_->root);
+  });
   impl_->thread = std::thread([impl = impl_.get()] { impl->work(); });
 }
 
@@ -214,7 +249,7 @@ void Saver::reserve(std::int64_t bytes) {
 }
 
 void Saver::save(const Snapshot& snapshot) {
-  check(snapshot);
+  check(snapshot, impl_->writers.size() == 1);
   const auto start = Clock::now();
   impl_->wait_idle();
   Impl::Job job{snapshot, seconds_since(start), 0};

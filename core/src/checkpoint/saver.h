@@ -1,6 +1,7 @@
 // defines: Snapshot, Saver: saves checkpoints behind the back of the training loop.
 #pragma once
 #include "checkpoint/commit.h"
+#include "comm/communicator.h"
 
 #include <capstan/checkpoint.h>
 #include <capstan/export.h>
@@ -24,6 +25,8 @@ struct SaverOptions {
   bool asynchronous = true;  ///< false: save() returns when the checkpoint is on the disk, and copies nothing
   int copy_threads = 0;      ///< that take the snapshot; 0: half of the machine's logical cores, at least 1
   FaultHook fault_hook;      ///< for tests
+  /// The ranks that save together, each its own shard; used by the savers' threads alone. Null: one writer.
+  std::shared_ptr<Communicator> writers;
 };
 
 /// What the last finished save cost.
@@ -39,10 +42,14 @@ struct SaveReport {
 /// operations; at most one save is in flight. Failed saves leave the previous checkpoints as they were and
 /// are kept for take_error(): training goes on, and its loop says so.
 ///
+/// With several writers each rank has a Saver and all its members are for all ranks: the first makes the folder, each
+/// writes what it owns, and the first commits when every one has said that its shard is on the disk. One that fails fails
+/// the save on all, and no rank is left waiting.
+///
 /// Loading uses the same format library from the caller's thread: wait() first when a save may be in flight.
 class CAPSTAN_API Saver {
  public:
-  /// Makes `root`, locks it against other savers (Error(input) when one is at work) and cleans what killed
+  /// Rank 0 makes `root`, locks it against other savers (Error(input) when one is at work) and cleans what killed
   /// saves left there.
   Saver(Path root, std::shared_ptr<CheckpointFormat> format, SaverOptions options);
   /// Waits for the save in flight.

@@ -7,6 +7,8 @@
 #include "train/trainer.h"
 
 #include <fmt/format.h>
+
+#include <numeric>
 #include <kernels/cpu/context.h>
 
 #include <cmath>
@@ -99,6 +101,11 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
 
   const Options& c = options.group("checkpoint");
   checkpoint::SaverOptions saver;
+  if (session_->mesh) {
+    std::vector<int> all(static_cast<std::size_t>(session_->world->size()));
+    std::iota(all.begin(), all.end(), 0);
+    saver.writers = session_->world->make("checkpoint", std::move(all));
+  }
   saver.keep = static_cast<int>(c.integer("keep")), saver.asynchronous = c.flag("asynchronous");
   saver_ = std::make_unique<checkpoint::Saver>(folder_.checkpoints(), session_->host->make_as<CheckpointFormat>(c.plugin("format")), saver);
   resume();
