@@ -50,12 +50,23 @@ std::vector<int> nearest_divisors(int n, int wanted) {
   return near;
 }
 
-/// How far a mesh is from the one asked for; a size that is no size counts as 1, the axis that takes what is left as nothing.
+/// How far a mesh is from the one asked for; a size that is no size counts as 1, the axis that takes what is left as
+/// nothing. To put an axis to use that was not is further than to change one that was.
 double distance(const std::vector<MeshAxis>& asked, const std::vector<MeshAxis>& fix) {
   double sum = 0;
-  for (std::size_t i = 0; i < asked.size(); ++i)
-    if (asked[i].size != -1) sum += std::abs(std::log(static_cast<double>(fix[i].size) / std::max(1, asked[i].size)));
+  for (std::size_t i = 0; i < asked.size(); ++i) {
+    if (asked[i].size == -1) continue;
+    sum += std::abs(std::log(static_cast<double>(fix[i].size) / std::max(1, asked[i].size)));
+    if (asked[i].size == 1 && fix[i].size > 1) sum += 1;
+  }
   return sum;
+}
+
+/// "8 ranks (2^3)", "7 ranks (a prime)", "1 rank"
+std::string rank_words(int world) {
+  if (world == 1) return "1 rank";
+  const std::string parts = factors(world);
+  return fmt::format("{} ranks ({})", world, parts == std::to_string(world) ? "a prime" : parts);
 }
 
 /// Meshes over `world` ranks that differ from `asked` in one axis (and in the one that takes what is left), and if there
@@ -106,7 +117,7 @@ std::vector<std::vector<MeshAxis>> fixes_for(const std::vector<MeshAxis>& asked,
   return found;
 }
 
-/// "pp 2 x shard 3"; sizes of 1 left out, unless one is among `keep`.
+/// "pp 2 x shard 3"; sizes of 1 left out.
 std::string words(const std::vector<MeshAxis>& axes) {
   std::string text;
   for (const MeshAxis& a : axes)
@@ -114,10 +125,12 @@ std::string words(const std::vector<MeshAxis>& axes) {
   return text.empty() ? "all axes of 1" : text;
 }
 
-std::string fix_words(const std::vector<std::vector<MeshAxis>>& fixes) {
+/// "8 ranks make pp 2 x shard 4, or ..."
+std::string fix_words(const std::vector<std::vector<MeshAxis>>& fixes, int world) {
+  if (world == 1) return "1 rank has no axis above 1";
   std::string text;
   for (const auto& fix : fixes) text += fmt::format("{}{}", text.empty() ? "" : ", or ", words(fix));
-  return text;
+  return fmt::format("{} ranks make {}", world, text);
 }
 
 /// The first axis in which a fix differs from what was asked.
@@ -152,8 +165,8 @@ std::optional<MeshFault> MeshLayout::check(const std::vector<MeshAxis>& axes, in
   for (const MeshAxis& a : axes) {
     if (a.size < 1 && a.size != -1) {
       MeshFault fault{a.name, "", fixes_for(axes, world)};
-      fault.message = fmt::format("{} ranks along {}: expected 1 or more, or -1 for what the other axes leave; {} ranks make {}", a.size, a.name, world,
-                                  fix_words(fault.fixes));
+      fault.message = fmt::format("{} ranks along {}: expected 1 or more, or -1 for what the other axes leave; {}", a.size, a.name,
+                                  fix_words(fault.fixes, world));
       return fault;
     }
     if (a.size > 0) product = std::min<std::int64_t>(product * a.size, std::int64_t{1} << 40);  // no need to know more than: too many
@@ -167,11 +180,11 @@ std::optional<MeshFault> MeshLayout::check(const std::vector<MeshAxis>& axes, in
   for (const MeshAxis& a : axes)
     if (a.size > 0) given.push_back(a);
   const std::string many = product >= (std::int64_t{1} << 40) ? "far more" : std::to_string(product);
-  fault.message = rest.empty() ? fmt::format("{} makes {} ranks, but the job has {} = {}", words(given), many, world, factors(world))
-                               : fmt::format("{} ({} ranks) does not divide the job's {} ranks = {}, so {} cannot take what is left", words(given), many, world,
-                                             factors(world), rest);
-  fault.message += fmt::format("; {} ranks make {}", world, fix_words(fault.fixes));
-  if (product > 0 && product < (1 << 30) && product != 1 && world > 1) {
+  fault.message = rest.empty() ? fmt::format("{} makes {} {}, but the job has {}", words(given), many, product == 1 ? "rank" : "ranks", rank_words(world))
+                               : fmt::format("{} ({} ranks) does not divide the job's {}, so {} cannot take what is left", words(given), many,
+                                             rank_words(world), rest);
+  fault.message += "; " + fix_words(fault.fixes, world);
+  if (product > 1 && product < (1 << 30)) {
     const std::int64_t below = world / product * product, above = below + product;
     if (rest.empty()) fault.message += fmt::format("; or start {} ranks", product);
     else fault.message += below > 0 ? fmt::format("; or start {} or {} ranks", below, above) : fmt::format("; or start {} ranks", above);

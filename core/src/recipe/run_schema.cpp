@@ -1,6 +1,8 @@
 // The top level of every recipe that runs: what the trainer, the data builder and the engine read.
 #include "recipe/run_schema.h"
 
+#include "recipe/mesh_schema.h"
+
 #include <fmt/format.h>
 
 #include <string>
@@ -125,11 +127,13 @@ Schema run_schema() {
   s.group("schedule", schedule_group(), "the learning rate over the run, as a share of the optimizer's peak");
   s.group("train", train_group(), "the loop: its length and what it does on the way");
   s.group("checkpoint", checkpoint_group(), "what is saved, when and how");
+  s.group("mesh", mesh_schema(), "how the ranks of a job share the work; without it all of them shard the model");
   s.plugin("inference", "inference", "basic", "what writes text: samples during training and `capstan generate`");
   return s;
 }
 
 void check_run_options(const Options& options) {
+  check_mesh_options(options);
   const Options& data = options.group("data");
   if (data.groups("sets").empty())
     data.refuse("sets", "an empty list; expected one data set or more, such as [{path: ...}]");

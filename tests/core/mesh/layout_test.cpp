@@ -115,7 +115,9 @@ TEST_P(AnyMesh, GroupsOfEverySetOfAxesPartitionTheRanks) {
         for (const int rank : group) {
           EXPECT_EQ(m.group(rank, axes), group);  // all members see the same group
           for (unsigned i = 0; i < 5; ++i) {
-            if (!(set >> i & 1)) EXPECT_EQ(m.coordinate(rank, training[i]), m.coordinate(group.front(), training[i]));
+            if (!(set >> i & 1)) {
+              EXPECT_EQ(m.coordinate(rank, training[i]), m.coordinate(group.front(), training[i]));
+            }
           }
         }
         all.insert(all.end(), group.begin(), group.end());
@@ -207,10 +209,10 @@ TEST(Layout, DigestCountsNamesAndOrder) {
 
 TEST(LayoutRefusals, NameWhatWouldFit) {
   EXPECT_THAT(refusal_of({{"pp", 2}, {"shard", 3}, {"tensor", 1}}, 8),
-              AllOf(HasSubstr("[mesh.shard]"), HasSubstr("pp 2 x shard 3 makes 6 ranks, but the job has 8 = 2^3"), HasSubstr("pp 2 x shard 4"),
+              AllOf(HasSubstr("[mesh.shard]"), HasSubstr("pp 2 x shard 3 makes 6 ranks, but the job has 8 ranks (2^3)"), HasSubstr("pp 2 x shard 4"),
                     HasSubstr("start 6 ranks")));
   EXPECT_THAT(refusal_of({{"pp", 1}, {"shard", -1}, {"tensor", 3}}, 8),
-              AllOf(HasSubstr("[mesh.tensor]"), HasSubstr("tensor 3 (3 ranks) does not divide the job's 8 ranks = 2^3"), HasSubstr("shard 2 x tensor 4"),
+              AllOf(HasSubstr("[mesh.tensor]"), HasSubstr("tensor 3 (3 ranks) does not divide the job's 8 ranks (2^3)"), HasSubstr("shard 2 x tensor 4"),
                     HasSubstr("shard 4 x tensor 2"), HasSubstr("start 6 or 9 ranks")));
   EXPECT_THAT(refusal_of({{"shard", -1}, {"tensor", 16}}, 8), AllOf(HasSubstr("tensor 8"), HasSubstr("start 16 ranks")));
   EXPECT_THAT(refusal_of({{"shard", 0}}, 8), AllOf(HasSubstr("[mesh.shard]"), HasSubstr("0 ranks along shard: expected 1 or more"), HasSubstr("shard 8")));
@@ -222,7 +224,8 @@ TEST(LayoutRefusals, NameWhatWouldFit) {
   EXPECT_THAT(refusal_of({}, 8), HasSubstr("has 1 rank, but the job has 8"));
   EXPECT_THAT(refusal_of({{"shard", 1}}, 0), HasSubstr("a job of 0 ranks"));
   EXPECT_THAT(refusal_of({{"shard", 100000}, {"tensor", 100000}, {"pp", 100000}}, 8), HasSubstr("far more"));
-  EXPECT_THAT(refusal_of({{"pp", 2}, {"shard", 2}}, 1), HasSubstr("1 ranks make all axes of 1"));
+  EXPECT_THAT(refusal_of({{"pp", 2}, {"shard", 2}}, 1), AllOf(HasSubstr("1 rank has no axis above 1"), HasSubstr("start 4 ranks")));
+  EXPECT_THAT(refusal_of({{"pp", 1}, {"shard", 4}, {"tensor", 1}}, 8), AllOf(HasSubstr("[mesh.shard]"), HasSubstr("8 ranks make shard 8, or")));
   EXPECT_THAT(refusal_of({{"shard", 7}}, 100000), HasSubstr("2^5 x 5^5"));
 }
 
