@@ -1,0 +1,51 @@
+// defines: SharedWorld, WorldCore: a job whose ranks share memory on each host.
+#pragma once
+#include "comm/communicator.h"
+#include "comm/segment.h"
+#include "comm/watch.h"
+
+#include <memory>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace capstan::comm {
+
+/// What the communicators of one rank keep of its world.
+struct WorldCore {
+  /// `local` are the world ranks of this host, `rank` among them.
+  WorldCore(Segment segment, int rank, int size, std::vector<int> local, double timeout);
+  ~WorldCore();
+  int rank, size;
+  std::vector<int> local;
+  Watch watch;
+};
+
+class SharedWorld : public World {
+ public:
+  SharedWorld(std::shared_ptr<WorldCore> core, std::string backend) : core_(std::move(core)), backend_(std::move(backend)) {}
+  int rank() const override { return core_->rank; }
+  int size() const override { return core_->size; }
+  int local_rank() const override { return core_->watch.local_rank(); }
+  int local_size() const override { return static_cast<int>(core_->local.size()); }
+  std::string_view backend() const override { return backend_; }
+  std::shared_ptr<Communicator> make(std::string name, std::vector<int> ranks) override;
+  void at(std::int64_t step, std::string_view doing) override;
+  bool fail_job(const std::string& message) noexcept override;
+  [[noreturn]] void end_failed(int exit_code) override;
+  double timeout() const override { return core_->watch.timeout(); }
+
+ protected:
+  std::shared_ptr<WorldCore> core_;
+  std::string backend_;
+  bool printed_ = false;
+};
+
+/// A communicator of one rank: copies, and nothing to wait for.
+std::shared_ptr<Communicator> make_solo(std::string name, std::vector<int> ranks);
+/// Checks what World::make() was given; the place of `rank` in `ranks`. Error(programming).
+int checked_group(const std::string& name, const std::vector<int>& ranks, int rank, int world);
+/// The communicator among `ranks` of a shared world.
+std::shared_ptr<Communicator> make_group(std::shared_ptr<WorldCore> core, std::string name, std::vector<int> ranks);
+
+}  // namespace capstan::comm
