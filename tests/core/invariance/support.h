@@ -1,0 +1,38 @@
+// defines: Layout, layouts_of(), Trained, train_on(): one recipe trained a few steps on any mesh, its ranks threads of this process.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace capstan::invariance {
+
+/// Sizes of pp, replicate, shard, context, tensor, and the strategy over shard x context.
+struct Layout {
+  int pp = 1, replicate = 1, shard = 1, context = 1, tensor = 1;
+  std::string strategy = "fsdp";
+  int world() const { return pp * replicate * shard * context * tensor; }
+  std::string name() const;  ///< "pp2_shard2_tensor2_fsdp"
+  std::vector<std::string> overrides() const;
+};
+
+/// Every factorization of `world` over the five axes.
+std::vector<Layout> layouts_of(int world);
+
+/// What a few steps came to: the loss, the gradient's norm and each parameter's gradient, and the bits of the start.
+struct Trained {
+  std::vector<double> losses, norms;
+  std::map<std::string, std::vector<double>> gradients;   ///< of the first step, global shape
+  std::map<std::string, std::vector<double>> initial, last;
+};
+
+/// Forms of the decoder with what a mesh stumbles over: heads, key/value heads, vocabularies and inner widths that the
+/// tensor axis does not divide, tied and untied heads, biases, query and key norms, dropout.
+std::vector<std::string> forms();
+std::vector<std::string> overrides_of(const std::string& form);
+
+/// Trains `steps` steps of 5 samples in microbatches of 1 per data rank: packed documents of odd lengths, and a last
+/// microbatch that is not full. `gradients` off leaves those out.
+Trained train_on(const Layout& layout, const std::vector<std::string>& overrides, int steps, bool gradients = true);
+
+}  // namespace capstan::invariance
