@@ -1,5 +1,6 @@
 // Tiled attention with an online softmax (Milakov & Gimelshein 2018; Dao et al. 2022): scores exist for one
 // 64 x 64 tile at a time. One row's arithmetic never depends on the other rows of its tile.
+#include <kernels/cpu/ahead.h>
 #include <kernels/cpu/attention.h>
 #include <kernels/cpu/tile_gemm.h>
 
@@ -36,12 +37,15 @@ void query_tile(const Buffers<A>& b, std::int64_t rows, std::int64_t first_posit
   std::fill(b.sum, b.sum + tile, A(0));
   std::fill(b.out, b.out + rows * d_pad, A(0));
   const std::int64_t last_position = first_position + rows - 1;
+  Ahead ahead;
+  ahead.add(out, rows, head_size, out_stride);
+  const std::int64_t portion = (rows + 22 * (last_position / tile + 1) - 1) / (22 * (last_position / tile + 1));  // 22 steps a tile
   for (std::int64_t t = 0; t * tile <= last_position; ++t) {
     const std::int64_t count = std::min(tile, last_position + 1 - t * tile);
     // On the diagonal, bands of 16 rows see only the keys up to their end; what is left out would be masked.
     const bool diagonal = t * tile == first_position;
     for (std::int64_t r = 0; r < rows; r += diagonal ? band : tile)
-      tile_gemm<A>(std::min(diagonal ? band : tile, rows - r), diagonal ? r + band : tile, head_size, b.q + r * head_size, head_size, 1,
+      tile_gemm<A>(ahead, portion, std::min(diagonal ? band : tile, rows - r), diagonal ? r + band : tile, head_size, b.q + r * head_size, head_size, 1,
                    b.keys + t * tile * head_size, tile, b.scores + r * tile, tile, false);
     // Three passes over the rows, so that the exponentials of one do not wait for the maximum of another.
     A highest[tile], shrink[tile];
@@ -75,7 +79,7 @@ void query_tile(const Buffers<A>& b, std::int64_t rows, std::int64_t first_posit
       for (std::int64_t j = 0; j < d_pad; j += V::lanes) (V::load(o + j) * V(shrink[r])).store(o + j);
     }
     for (std::int64_t r = 0; r < rows; r += diagonal ? band : tile)
-      tile_gemm<A>(std::min(diagonal ? band : tile, rows - r), d_pad, diagonal ? std::min(count, r + band) : count, b.scores + r * tile, tile, 1,
+      tile_gemm<A>(ahead, portion, std::min(diagonal ? band : tile, rows - r), d_pad, diagonal ? std::min(count, r + band) : count, b.scores + r * tile, tile, 1,
                    b.values + t * tile * d_pad, d_pad, b.out + r * d_pad, d_pad, true);
   }
   for (std::int64_t r = 0; r < rows; ++r) {

@@ -74,15 +74,50 @@ void load_tile(std::int64_t rows, std::int64_t cols, std::int64_t padded, const 
   }
 }
 
+#if defined(CAPSTAN_AVX512)
+/// Rows of 16 become columns: r[i][j] <-> r[j][i], in 64 shuffles.
+CAPSTAN_INLINE void transpose_in_registers(__m512 (&r)[16]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 4) {
+    const __m512 a = _mm512_maskz_unpacklo_ps(detail::all16, r[i], r[i + 1]), b = _mm512_maskz_unpackhi_ps(detail::all16, r[i], r[i + 1]);
+    const __m512 c = _mm512_maskz_unpacklo_ps(detail::all16, r[i + 2], r[i + 3]), d = _mm512_maskz_unpackhi_ps(detail::all16, r[i + 2], r[i + 3]);
+    t[i] = _mm512_maskz_shuffle_ps(detail::all16, a, c, 0x44), t[i + 1] = _mm512_maskz_shuffle_ps(detail::all16, a, c, 0xee);
+    t[i + 2] = _mm512_maskz_shuffle_ps(detail::all16, b, d, 0x44), t[i + 3] = _mm512_maskz_shuffle_ps(detail::all16, b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) {  // quarters: t[4 q + i] holds column i of each quarter for rows 4 q .. 4 q + 3
+    const __m512 a = _mm512_maskz_shuffle_f32x4(detail::all16, t[i], t[4 + i], 0x88), b = _mm512_maskz_shuffle_f32x4(detail::all16, t[8 + i], t[12 + i], 0x88);
+    const __m512 c = _mm512_maskz_shuffle_f32x4(detail::all16, t[i], t[4 + i], 0xdd), d = _mm512_maskz_shuffle_f32x4(detail::all16, t[8 + i], t[12 + i], 0xdd);
+    r[i] = _mm512_maskz_shuffle_f32x4(detail::all16, a, b, 0x88), r[8 + i] = _mm512_maskz_shuffle_f32x4(detail::all16, a, b, 0xdd);
+    r[4 + i] = _mm512_maskz_shuffle_f32x4(detail::all16, c, d, 0x88), r[12 + i] = _mm512_maskz_shuffle_f32x4(detail::all16, c, d, 0xdd);
+  }
+}
+#endif
+
 /// The same, transposed: to[c * padded + r] = from[r, c]; rows up to `padded` are zero.
 template <class A, class T>
 void load_tile_transposed(std::int64_t rows, std::int64_t cols, std::int64_t padded, const T* from, std::int64_t stride, A* to) {
-  for (std::int64_t r = 0; r < rows; ++r) {
+  std::int64_t r = 0;
+#if defined(CAPSTAN_AVX512)
+  if constexpr (std::is_same_v<A, float>)
+    for (; r + 16 <= rows; r += 16) {
+      if (r + 32 <= rows) for (int i = 16; i < 32; ++i) prefetch_row(from + (r + i) * stride, cols);
+      std::int64_t c = 0;
+      for (; c + 16 <= cols; c += 16) {
+        __m512 block[16];
+        for (int i = 0; i < 16; ++i) block[i] = reinterpret_cast<__m512>(Vec<float>::load(from + (r + i) * stride + c).v);
+        transpose_in_registers(block);
+        for (int i = 0; i < 16; ++i) _mm512_mask_storeu_ps(to + (c + i) * padded + r, detail::all16, block[i]);
+      }
+      for (; c < cols; ++c)
+        for (int i = 0; i < 16; ++i) to[c * padded + r + i] = static_cast<A>(from[(r + i) * stride + c]);
+    }
+#endif
+  for (; r < rows; ++r) {
     if (r + prefetch_distance < rows) prefetch_row(from + (r + prefetch_distance) * stride, cols);
     for (std::int64_t c = 0; c < cols; ++c) to[c * padded + r] = static_cast<A>(from[r * stride + c]);
   }
   for (std::int64_t c = 0; c < cols; ++c)
-    for (std::int64_t r = rows; r < padded; ++r) to[c * padded + r] = A(0);
+    for (r = rows; r < padded; ++r) to[c * padded + r] = A(0);
 }
 
 /// Copies rows x cols of a padded A matrix into a strided T matrix.
