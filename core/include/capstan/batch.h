@@ -42,6 +42,7 @@ class CAPSTAN_API Batch {
   const Tensor& stream(std::string_view name) const;
   bool has(std::string_view name) const;
   void set(std::string name, Tensor value);
+  const std::vector<std::pair<std::string, Tensor>>& streams() const { return streams_; }
   /// Sum of "weight" over the whole optimizer step's microbatches and ranks: the loss's normalizer.
   double step_weight = 0;
 

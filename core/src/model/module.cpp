@@ -1,5 +1,6 @@
 // Module, Block, Layer, Head, Model: the parts that do not depend on what a model is.
 #include <capstan/model.h>
+#include <capstan/nn.h>
 #include <capstan/ops.h>
 
 #include <algorithm>
@@ -62,8 +63,9 @@ void Head::forward(ForwardContext& context) {
   Tensor objective;
   score(context, targets, &scaled, &objective);
   double count = 0;
-  if (!weight.is_meta())
-    for (const float w : std::span(weight.data<float>(), static_cast<std::size_t>(weight.numel()))) count += static_cast<double>(w);
+  const Tensor mine = nn::stream_rows(context, weight);  // as score() does, so that ranks only add
+  if (!mine.is_meta())
+    for (const float w : std::span(mine.data<float>(), static_cast<std::size_t>(mine.numel()))) count += static_cast<double>(w);
   context.loss("lm", objective, count);
 }
 

@@ -1,5 +1,10 @@
-// Linear, Norm, Embedding.
+// Linear, Norm, Embedding: what they compute and, where tensor ranks hold pieces of their weights, what they communicate.
+#include "nn/local.h"
+#include "parallel/vocabulary.h"
+
 #include <capstan/nn.h>
+
+#include <algorithm>
 
 namespace capstan::nn {
 
@@ -20,7 +25,20 @@ Linear::Linear(std::string name, std::vector<Segment> out, std::vector<Segment> 
 Linear::~Linear() = default;
 
 Tensor Linear::apply(ForwardContext& context, const Tensor& x, const Tensor& residual) const {
-  return ops::linear(x, context.use(*weight_), bias_ != nullptr ? context.use(*bias_) : Tensor(), residual);
+  const Tensor w = local_values(context, *weight_), b = bias_ != nullptr ? local_values(context, *bias_) : Tensor();
+  Communicator* comm = cut_over(context, *weight_);
+  if (comm == nullptr) return ops::linear(x, w, b, residual);
+  const TensorPlacement& placed = *weight_->placement();
+  if (placed.dim == 0) return ops::linear(parallel::gather_rows(x, *comm), w, b, residual);
+  const int ways = placed.runs[0].ways;
+  if (std::any_of(placed.runs.begin(), placed.runs.end(), [&](const Run& r) { return r.ways != ways; }))
+    fail(Fault::input, weight_->name(), "the segments of its in dimension are cut differently often over " + std::to_string(placed.size) +
+                                            " tensor ranks: expected counts with the same common divisors; train with another tensor size");
+  Tensor y = parallel::reduce_scatter_rows(ops::linear(x, w), *comm);
+  // Where nothing divides the axis, several ranks computed the same part: each counts for its share of it.
+  if (ways != placed.size) y = ops::scale(y, static_cast<double>(ways) / placed.size);
+  if (b.defined()) y = ops::add(y, b);
+  return residual.defined() ? ops::add(residual, y) : y;
 }
 
 Tensor Linear::operator()(ForwardContext& context, const Tensor& x) const { return apply(context, x, Tensor()); }
@@ -28,8 +46,10 @@ Tensor Linear::operator()(ForwardContext& context, const Tensor& x) const { retu
 Tensor Linear::add_to(ForwardContext& context, const Tensor& x, const Tensor& residual) const { return apply(context, x, residual); }
 
 std::vector<Tensor> Linear::parts(ForwardContext& context, const Tensor& x) const {
+  const std::vector<Segment>& segments = weight_->spec().dims[0];
   std::vector<std::int64_t> widths;
-  for (const Segment& s : weight_->spec().dims[0]) widths.push_back(s.extent());
+  for (std::size_t i = 0; i < segments.size(); ++i)
+    widths.push_back(weight_->cut() && weight_->placement()->dim == 0 ? weight_->placement()->runs[i].length : segments[i].extent());
   return ops::split((*this)(context, x), widths);
 }
 
@@ -63,27 +83,13 @@ Embedding::Embedding(std::string name, std::int64_t rows, std::string axis, std:
 }
 Embedding::~Embedding() = default;
 
-Tensor Embedding::operator()(ForwardContext& context, const Tensor& ids) const { return ops::embedding(context.use(*weight_), ids); }
-
-Tensor stream_rows(const ForwardContext&, const Tensor& all) { return all; }
-
-Tensor take_rows(ForwardContext&, const Tensor& h, const Tensor& rows) { return ops::gather(h, rows); }
-
-Tensor dropout(ForwardContext& context, const Tensor& x, double p, std::string_view name) {
-  if (p == 0 || !context.training) return x;
-  return ops::dropout(x, p, context.random(name), stream_rows(context, context.batch.space().sample_ids));
+Tensor Embedding::operator()(ForwardContext& context, const Tensor& ids) const {
+  const Tensor table = local_values(context, *weight_);
+  if (Communicator* comm = cut_over(context, *weight_)) {
+    const Run& rows = weight_->placement()->runs[0];
+    return parallel::vocab_embedding(table, ids, rows.begin, weight_->shape()[0], *comm);
+  }
+  return ops::embedding(table, stream_rows(context, ids));
 }
-
-Tensor attention(ForwardContext& context, const Tensor& q, const Tensor& k, const Tensor& v, const ops::AttentionShape& shape) {
-  return ops::attention(q, k, v, context.batch.space(), shape);
-}
-
-Score score(ForwardContext& context, const Tensor& x, const Parameter& weight, const Tensor& targets, const Tensor* weights, Tensor* objective) {
-  const ops::HeadScore s = ops::linear_cross_entropy(x, context.use(weight), targets, weights, context.grad);
-  if (objective != nullptr) *objective = s.objective;
-  return {s.logprob, s.logsumexp, s.entropy};
-}
-
-Tensor logits(ForwardContext& context, const Tensor& x, const Parameter& weight) { return ops::linear(x, context.use(weight)); }
 
 }  // namespace capstan::nn

@@ -30,37 +30,32 @@ class Attention : public Layer {
     qkv_ = &child<nn::Linear>(
         "qkv",
         std::vector<Segment>{
-            {"heads", heads, size, "q"}, {"kv_heads", kv_heads, size, "k"}, {"kv_heads", kv_heads, size, "v"}},
+            {"heads", heads, size, "q", kv_heads}, {"kv_heads", kv_heads, size, "k"}, {"kv_heads", kv_heads, size, "v"}},
         std::vector<Segment>{{"hidden", c.hidden, 1, ""}}, c.bias, c.init_std);
     if (o.qk_norm) {
       q_norm_ = &child<nn::Norm>("q_norm", c.norm, size, "head_size", c.norm_epsilon, norm_bias);
       k_norm_ = &child<nn::Norm>("k_norm", c.norm, size, "head_size", c.norm_epsilon, norm_bias);
     }
     out_ = &child<nn::Linear>("out", std::vector<Segment>{{"hidden", c.hidden, 1, ""}},
-                              std::vector<Segment>{{"heads", heads, size, ""}}, c.bias, c.residual_init_std);
+                              std::vector<Segment>{{"heads", heads, size, "", kv_heads}}, c.bias, c.residual_init_std);
   }
 
   Tensor apply(ForwardContext& context, const Tensor& h) override {
     const Space& space = context.batch.space();
-    const std::int64_t rows = h.size(0), q_width = shape_.heads * shape_.head_size,
-                       kv_width = shape_.kv_heads * shape_.head_size;
-    const Tensor qkv = (*qkv_)(context, (*norm_)(context, h));
-    const std::int64_t widths[] = {q_width, kv_width, kv_width};
-    const std::vector<Tensor> parts = ops::split(qkv, widths);
-    const Tensor q = place(context, space, parts[0], shape_.heads, q_norm_);
-    const Tensor k = place(context, space, parts[1], shape_.kv_heads, k_norm_);
+    const std::vector<Tensor> parts = qkv_->parts(context, (*norm_)(context, h));
+    const Tensor q = place(context, space, parts[0], q_norm_);
+    const Tensor k = place(context, space, parts[1], k_norm_);
     const Tensor& v = parts[2];
     Tensor mixed;
     if (context.state) {
-      const Dims per_head{rows, shape_.kv_heads, shape_.head_size};
+      const Dims per_head{k.size(0), shape_.kv_heads, shape_.head_size};
       const PagedKV past = context.state->append(name(), ops::reshape(k, per_head), ops::reshape(v, per_head));
       mixed = ops::attention_paged(q, past, space, shape_);
     } else {
-      mixed = ops::attention(q, k, v, space, shape_);
+      mixed = nn::attention(context, q, k, v, shape_);
     }
     if (dropout_ == 0 || !context.training) return out_->add_to(context, mixed, h);
-    return ops::add(h,
-                    ops::dropout((*out_)(context, mixed), dropout_, context.random(name() + "/dropout"), space.sample_ids));
+    return ops::add(h, nn::dropout(context, (*out_)(context, mixed), dropout_, name() + "/dropout"));
   }
 
   std::vector<StateSpec> state() const override {
@@ -69,10 +64,9 @@ class Attention : public Layer {
 
  private:
   /// Norm and rotation of queries or keys x [T, heads * D]; x itself when there is neither.
-  Tensor place(ForwardContext& context, const Space& space, const Tensor& x, std::int64_t heads,
-               const nn::Norm* norm) const {
+  Tensor place(ForwardContext& context, const Space& space, const Tensor& x, const nn::Norm* norm) const {
     if (!norm && !rope_) return x;
-    Tensor y = ops::reshape(x, {x.size(0), heads, shape_.head_size});
+    Tensor y = ops::reshape(x, {x.size(0), x.size(1) / shape_.head_size, shape_.head_size});
     if (norm) y = (*norm)(context, y);
     if (rope_) {
       const Tensor table = context.memo(table_key_, [&] {

@@ -33,10 +33,7 @@ class InputBlock : public Block {
     const Space& space = context.batch.space();
     Tensor h = (*tokens_)(context, context.batch.stream("tokens"));
     if (positions_) h = ops::add(h, (*positions_)(context, space.positions));
-    if (dropout_ > 0 && context.training) {
-      h = ops::dropout(h, dropout_, context.random(name() + "/dropout"), space.sample_ids);
-    }
-    context.set("h", h);
+    context.set("h", nn::dropout(context, h, dropout_, name() + "/dropout"));
   }
 
   Parameter& weight() const { return tokens_->weight(); }

@@ -25,14 +25,12 @@ LmHead::LmHead(const std::string& norm, std::int64_t hidden, double norm_epsilon
 
 Score LmHead::score(ForwardContext& context, const Tensor& targets, const Tensor* weights, Tensor* objective) {
   const Tensor x = (*norm_)(context, context.get("h"));
-  ops::HeadScore s = ops::linear_cross_entropy(x, context.use(*weight_), targets, weights, context.grad);
-  if (objective) *objective = s.objective;
-  return {s.logprob, s.logsumexp, s.entropy};
+  return nn::score(context, x, *weight_, targets, weights, objective);
 }
 
 Tensor LmHead::logits(ForwardContext& context, const Tensor& rows) {
-  const Tensor x = (*norm_)(context, ops::gather(context.get("h"), rows));
-  const Tensor y = ops::linear(x, context.use(*weight_));
+  const Tensor x = (*norm_)(context, nn::take_rows(context, context.get("h"), rows));
+  const Tensor y = nn::logits(context, x, *weight_);
   return y.dtype() == DType::f64 ? y : ops::cast(y, DType::f32);
 }
 

@@ -26,8 +26,7 @@ class Mlp : public Layer {
     const Tensor up = (*up_)(context, (*norm_)(context, h));
     const Tensor inner = gated_ ? ops::swiglu(up) : ops::gelu(up);
     if (dropout_ == 0 || !context.training) return down_->add_to(context, inner, h);
-    const Rng rng = context.random(name() + "/dropout");
-    return ops::add(h, ops::dropout((*down_)(context, inner), dropout_, rng, context.batch.space().sample_ids));
+    return ops::add(h, nn::dropout(context, (*down_)(context, inner), dropout_, name() + "/dropout"));
   }
 
  private:
