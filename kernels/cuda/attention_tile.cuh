@@ -1,0 +1,203 @@
+// defines: what the tensor-core attention kernels share: swizzled tiles in shared memory, asynchronous copies, 16x8x16
+// products, and the search for a block's tile among ragged sequences.
+#pragma once
+#include <kernels/cuda/attention_plan.h>
+#include <kernels/cuda/common.cuh>
+
+namespace capstan::kernels::cuda {
+
+/// A tile of bf16 rows in shared memory. Chunks of 16 bytes are permuted within each 128 so that the eight rows that
+/// one matrix load reads lie on different banks.
+template <int Width>
+struct TileOf {
+  static constexpr int chunks = (Width + 63) / 64 * 8;  ///< of a row as stored
+  static constexpr int row_bytes = chunks * 16;
+  static __device__ __forceinline__ unsigned at(int row, int chunk) {
+    return static_cast<unsigned>(row * row_bytes + ((chunk ^ (row & 7)) << 4));
+  }
+};
+
+__device__ __forceinline__ unsigned shared_address(const void* p) { return static_cast<unsigned>(__cvta_generic_to_shared(p)); }
+
+__device__ __forceinline__ void copy_async(unsigned to, const void* from, bool valid) {
+  const int bytes = valid ? 16 : 0;  // what is not copied is filled with zeros
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int Pending>
+__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(Pending) : "memory"); }
+
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsigned from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+}
+/// c[16, 8] += a[16, 16] b[16, 8].
+__device__ __forceinline__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ unsigned pack_pair(float low, float high) {
+  const __nv_bfloat162 p = __floats2bfloat162_rn(low, high);
+  return *reinterpret_cast<const unsigned*>(&p);
+}
+
+/// Rows [0, Rows) of a tile from row(r), a pointer to `size` elements or null (zeros). `vector`: 16-byte rows and sizes.
+template <int Rows, int Width, int Threads, class RowPointer>
+__device__ __forceinline__ void load_rows(unsigned to, int size, bool vector, RowPointer&& row) {
+  constexpr int chunks = Width / 8;
+  if (vector) {
+#pragma unroll 1
+    for (int i0 = 0; i0 < Rows * chunks; i0 += Threads) {
+      const int i = i0 + static_cast<int>(threadIdx.x);
+      if (Rows * chunks % Threads != 0 && i >= Rows * chunks) break;
+      const int r = i / chunks, c = i % chunks;
+      const bf16* from = row(r);
+      const bool valid = from != nullptr && c * 8 < size;
+      copy_async(to + TileOf<Width>::at(r, c), valid ? static_cast<const void*>(from + c * 8) : static_cast<const void*>(row(0)), valid);
+    }
+  } else {
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < Rows * chunks * 4; i += Threads) {
+      const int r = i / (chunks * 4), c = i % (chunks * 4) * 2;
+      const bf16* from = row(r);
+      unsigned word = 0;
+      if (from != nullptr && c < size) word = from[c].bits;
+      if (from != nullptr && c + 1 < size) word |= static_cast<unsigned>(from[c + 1].bits) << 16;
+      asm volatile("st.shared.b32 [%0], %1;" ::"r"(to + TileOf<Width>::at(r, c / 8) + static_cast<unsigned>(c % 8 * 2)), "r"(word) : "memory");
+    }
+  }
+}
+
+/// Where a lane's row of a matrix load lies: row offset and swizzle, found once; the loads then take one exclusive or.
+struct LaneOffsets {
+  unsigned rows, rows_swizzle;  ///< rows lane % 16, chunk lane / 16: rows of a, and transposed loads of b
+  unsigned cols, cols_swizzle;  ///< rows lane % 8 + 8 (lane / 16), chunk lane / 8 % 2: rows of b
+  __device__ __forceinline__ LaneOffsets(int lane, int row_bytes)
+      : rows(static_cast<unsigned>(lane % 16 * row_bytes)), rows_swizzle(static_cast<unsigned>(((lane / 16) ^ (lane & 7)) << 4)),
+        cols(static_cast<unsigned>((lane / 16 * 8 + lane % 8) * row_bytes)), cols_swizzle(static_cast<unsigned>(((lane / 8 % 2) ^ (lane & 7)) << 4)) {}
+};
+/// Byte offset in a row of an even chunk, before the lane's own part.
+__device__ __forceinline__ unsigned chunk_offset(int chunk, unsigned swizzle) {
+  return (static_cast<unsigned>(chunk & 6) << 4 ^ swizzle) + static_cast<unsigned>((chunk & ~7) << 4);
+}
+
+/// c[16, 8 N] += a[16, Width] b[8 N, Width]^T; a and b are addresses of first rows (multiples of 8).
+template <int Width, int Strips, int N>
+__device__ __forceinline__ void product_rows(float (&c)[Strips][N][4], unsigned a, unsigned b, const LaneOffsets& lane) {
+#pragma unroll 2  // further, addresses would take the registers that accumulators need
+  for (int k = 0; k < Width / 16; ++k) {
+    unsigned fa[Strips][4];
+#pragma unroll
+    for (int s = 0; s < Strips; ++s) load_matrices(fa[s], a + static_cast<unsigned>(s * 16 * TileOf<Width>::row_bytes) + lane.rows + chunk_offset(k * 2, lane.rows_swizzle));
+#pragma unroll
+    for (int n = 0; n < N / 2; ++n) {
+      unsigned fb[4];
+      load_matrices(fb, b + static_cast<unsigned>(n * 16 * TileOf<Width>::row_bytes) + lane.cols + chunk_offset(k * 2, lane.cols_swizzle));
+#pragma unroll
+      for (int s = 0; s < Strips; ++s) {
+        multiply(c[s][2 * n], fa[s], fb[0], fb[1]);
+        multiply(c[s][2 * n + 1], fa[s], fb[2], fb[3]);
+      }
+    }
+  }
+}
+
+/// An accumulator [16, 8 N], rounded to bf16, as the left side of the next product.
+template <int N>
+__device__ __forceinline__ void pack_left(unsigned (&a)[N / 2][4], const float (&p)[N][4]) {
+#pragma unroll
+  for (int k = 0; k < N / 2; ++k) {
+    a[k][0] = pack_pair(p[2 * k][0], p[2 * k][1]);
+    a[k][1] = pack_pair(p[2 * k][2], p[2 * k][3]);
+    a[k][2] = pack_pair(p[2 * k + 1][0], p[2 * k + 1][1]);
+    a[k][3] = pack_pair(p[2 * k + 1][2], p[2 * k + 1][3]);
+  }
+}
+
+/// c[16, 8 Columns] += a[16, 16 K] b[16 K, columns]; b's columns from chunk `first` (even).
+template <int Width, int Strips, int K, int Columns>
+__device__ __forceinline__ void product_columns(float (&c)[Strips][Columns][4], const unsigned (&a)[Strips][K][4], unsigned b, int first, const LaneOffsets& lane) {
+#pragma unroll
+  for (int k = 0; k < K; ++k)
+#pragma unroll
+    for (int n = 0; n < Columns / 2; ++n) {
+      unsigned fb[4];
+      load_matrices_transposed(fb, b + static_cast<unsigned>(k * 16 * TileOf<Width>::row_bytes) + lane.rows + chunk_offset(first + n * 2, lane.rows_swizzle));
+#pragma unroll
+      for (int s = 0; s < Strips; ++s) {
+        multiply(c[s][2 * n], a[s][k], fb[0], fb[1]);
+        multiply(c[s][2 * n + 1], a[s][k], fb[2], fb[3]);
+      }
+    }
+}
+
+/// A warp's strip of 16 rows leaves through shared memory (rows `row` .. of tile `stage`, which the warp owns), so that
+/// stores are of 16 bytes. target(r): where row r of the strip begins, or null.
+template <int Width, int Columns, class RowPointer>
+__device__ __forceinline__ void store_strip(const float (&c)[Columns][4], float upper, float lower, unsigned char* stage, int row, int first, int size,
+                                            bool vector, int lane, RowPointer&& target) {
+#pragma unroll
+  for (int n = 0; n < Columns; ++n) {
+    const int chunk = first + n, at = lane % 4 * 4;
+    *reinterpret_cast<unsigned*>(stage + TileOf<Width>::at(row + lane / 4, chunk) + at) = pack_pair(c[n][0] * upper, c[n][1] * upper);
+    *reinterpret_cast<unsigned*>(stage + TileOf<Width>::at(row + lane / 4 + 8, chunk) + at) = pack_pair(c[n][2] * lower, c[n][3] * lower);
+  }
+  __syncwarp();
+#pragma unroll
+  for (int i0 = 0; i0 < 16 * Columns; i0 += 32) {
+    const int i = i0 + lane;
+    if (16 * Columns % 32 != 0 && i >= 16 * Columns) break;
+    const int r = i / Columns, chunk = first + i % Columns;
+    bf16* to = target(r);
+    if (to == nullptr || chunk * 8 >= size) continue;
+    const uint4 v = *reinterpret_cast<const uint4*>(stage + TileOf<Width>::at(row + r, chunk));
+    if (vector) {
+      *reinterpret_cast<uint4*>(to + chunk * 8) = v;
+    } else {
+      const unsigned words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (chunk * 8 + j < size) to[chunk * 8 + j].bits = static_cast<std::uint16_t>(words[j / 2] >> (j % 2 * 16));
+    }
+  }
+  __syncwarp();
+}
+
+/// One block's tile: `index` counts tiles of `rows` rows over all sequences.
+struct FoundTile {
+  int begin = 0, length = 0;  ///< of the sequence, in rows of the space
+  int sequence = 0, tile = 0;
+};
+
+/// Called by whole warps; every warp finds the same.
+__device__ __forceinline__ FoundTile find_tile(const std::int32_t* starts, int sequences, int index, int rows, int times = 1) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  FoundTile f;
+  for (int base = 0; base < sequences; base += 32) {
+    const int s = base + lane;
+    const int begin = s < sequences ? starts[s] : 0, length = s < sequences ? starts[s + 1] - begin : 0;
+    const int tiles = (length * times + rows - 1) / rows;
+    int before = tiles;  // inclusive sum over lanes
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+      const int other = __shfl_up_sync(0xffffffffu, before, step);
+      if (lane >= step) before += other;
+    }
+    const unsigned reached = __ballot_sync(0xffffffffu, index < before);
+    if (reached != 0) {
+      const int owner = __ffs(static_cast<int>(reached)) - 1;
+      f.begin = __shfl_sync(0xffffffffu, begin, owner);
+      f.length = __shfl_sync(0xffffffffu, length, owner);
+      f.tile = index - __shfl_sync(0xffffffffu, before - tiles, owner);
+      f.sequence = base + owner;
+      return f;
+    }
+    index -= __shfl_sync(0xffffffffu, before, 31);
+  }
+  return f;  // length 0: no such tile
+}
+
+}  // namespace capstan::kernels::cuda
