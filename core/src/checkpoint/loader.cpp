@@ -53,7 +53,8 @@ void compare(const Path& folder, const Manifest& manifest, const ByName& wanted,
   for (const auto& [name, stored] : manifest.tensors) {
     const bool unread = std::any_of(options.leave_unread.begin(), options.leave_unread.end(),
                                     [&](const auto& prefix) { return name.starts_with(prefix); });
-    if (!unread && !wanted.contains(name)) unexpected.push_back(name);
+    const bool elsewhere = std::find(options.elsewhere.begin(), options.elsewhere.end(), name) != options.elsewhere.end();
+    if (!unread && !elsewhere && !wanted.contains(name)) unexpected.push_back(name);
   }
   if (missing.empty() && unexpected.empty() && different.empty()) return;
   std::string text = "this is a checkpoint of another model or optimizer than the recipe's:";

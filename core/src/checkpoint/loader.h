@@ -26,6 +26,8 @@ struct Wanted {
 struct LoadOptions {
   /// Tensors of the checkpoint whose names begin so may stay unread ("optimizer/" when only serving).
   std::vector<std::string> leave_unread;
+  /// Tensors of which this rank holds nothing but others do: not unexpected.
+  std::vector<std::string> elsewhere;
 };
 
 struct Loaded {

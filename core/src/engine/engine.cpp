@@ -407,7 +407,7 @@ void Engine::discard() {
     for (const UnitParameter& p : units_[u]->parameters)
       if (p.parameter->trainable()) p.parameter->leaf()->clear();
   }
-  finished_ = true;
+  finished_ = false;  // what is reduced next is nothing: zeros
 }
 
 double Engine::gradient_norm() {
@@ -486,6 +486,16 @@ std::vector<LossEntry> Engine::evaluate(const Batch& batch) {
 }
 
 // --- checkpoints -----------------------------------------------------------------------------------------
+
+std::vector<std::string> Engine::names(bool with_optimizer) const {
+  std::vector<std::string> all;
+  for (const Parameter* p : model_->parameters()) {
+    if (p->spec().persistent) all.push_back("model/" + p->name());
+    if (with_optimizer && p->trainable())
+      for (const StateDecl& decl : optimizer_->state_of(*p)) all.push_back("optimizer/" + decl.name + "/" + p->name());
+  }
+  return all;
+}
 
 std::vector<NamedTensor> Engine::tensors(bool with_optimizer, bool mine) const {
   std::vector<NamedTensor> all;

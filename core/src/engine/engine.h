@@ -92,6 +92,8 @@ class CAPSTAN_API Engine {
   /// Everything a checkpoint holds: "model/<parameter>" and "optimizer/<state>/<parameter>". `mine`: only what this rank
   /// writes, so that all ranks together write each element once; else all that it holds.
   std::vector<NamedTensor> tensors(bool with_optimizer, bool mine = false) const;
+  /// The names of all of it, wherever it is held.
+  std::vector<std::string> names(bool with_optimizer) const;
 
  private:
   struct Reducing;

@@ -125,7 +125,15 @@ void Trainer::resume() {
   if (mode != "never") {
     const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
     const auto on_damage = session_->options().group("checkpoint").text("on_damage") == "stop" ? checkpoint::OnDamage::stop : checkpoint::OnDamage::fall_back;
-    loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors), format_maker(*session_->host), on_damage, report);
+    checkpoint::LoadOptions load;
+    load.elsewhere = session_->engine->names(true);
+    loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors), format_maker(*session_->host), on_damage, report, load);
+  }
+  if (session_->mesh) {  // all ranks read the same files: they came to the same step, or one of them reads badly
+    std::int64_t steps[2] = {loaded ? loaded->step : -1, loaded ? -loaded->step : 1};
+    session_->mesh->comm("pp+replicate+shard+context+tensor", "control").all_reduce(steps, 2, DType::i64, Reduction::max).wait();
+    if (steps[0] != -steps[1])
+      fail(Fault::runtime, folder_.checkpoints(), fmt::format("ranks read different checkpoints, of steps {} to {}: is the folder on a file system that every host shares? Some rank's log names what is damaged", -steps[1], steps[0]));
   }
   if (!loaded) {
     if (mode == "require") run.refuse("resume", folder_.path() + " has no checkpoint to go on from");
@@ -152,8 +160,10 @@ void Trainer::roll_back(const std::string& why) {
   saver_->wait();
   const data::DataCursor after = data_->cursor();  // the batch that did it stays behind us
   const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
+  checkpoint::LoadOptions load;
+  load.elsewhere = session_->engine->names(true);
   const auto loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors), format_maker(*session_->host), checkpoint::OnDamage::fall_back,
-                                              [&](const std::string& line) { display_.warn(line); });
+                                              [&](const std::string& line) { display_.warn(line); }, load);
   if (!loaded) fail(Fault::runtime, "train", why + "; there is no checkpoint to roll back to: set checkpoint.every_steps, or lower optimizer.lr");
   const auto state = checkpoint::RunState::parse(loaded->state_json, loaded->folder.string());
   session_->engine->publish();

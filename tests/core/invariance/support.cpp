@@ -16,6 +16,7 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <ostream>
 #include <stdexcept>
 #include <thread>
 
@@ -31,6 +32,8 @@ std::string Layout::name() const {
   add("pp", pp), add("replicate", replicate), add("shard", shard), add("context", context), add("tensor", tensor);
   return (text.empty() ? "one" : text) + "_" + strategy;
 }
+
+void PrintTo(const Layout& layout, std::ostream* out) { *out << layout.name(); }
 
 std::vector<std::string> Layout::overrides() const {
   return {"mesh.pp=" + std::to_string(pp),           "mesh.replicate=" + std::to_string(replicate), "mesh.shard=" + std::to_string(shard),

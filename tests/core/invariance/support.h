@@ -1,6 +1,7 @@
 // defines: Layout, layouts_of(), Trained, train_on(): one recipe trained a few steps on any mesh, its ranks threads of this process.
 #pragma once
 #include <cstdint>
+#include <iosfwd>
 #include <map>
 #include <string>
 #include <vector>
@@ -15,6 +16,8 @@ struct Layout {
   std::string name() const;  ///< "pp2_shard2_tensor2_fsdp"
   std::vector<std::string> overrides() const;
 };
+
+void PrintTo(const Layout& layout, std::ostream* out);
 
 /// Every factorization of `world` over the five axes.
 std::vector<Layout> layouts_of(int world);
