@@ -104,11 +104,7 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
         unit->grad = unit->whole_grad;
       }
     }
-    for (std::size_t i = 0; i < unit->parameters.size(); ++i) {
-      Parameter& p = *unit->parameters[i].parameter;
-      p.place(unit->view(unit->whole, i), options_.gradients);
-      if (options_.gradients && p.trainable()) p.leaf()->set_buffer(unit->view(unit->whole_grad, i));
-    }
+    for (std::size_t i = 0; i < unit->parameters.size(); ++i) place(*unit, i);
   }
   for (const auto& units : call_units_) {
     std::int64_t sum = 0;
@@ -121,9 +117,20 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
   if (options_.gradients && sharding.gradient)
     gradient_pool_.emplace(*device_, two * (size_of(master) + (narrow_messages() ? size_of(options_.reduce) : 0)));
 
+  set_runtime();
+}
+
+void Engine::place(Unit& unit, std::size_t i) {
+  Parameter& p = *unit.parameters[i].parameter;
+  p.set_placement(unit.parameters[i].placement);
+  p.place(unit.view(unit.whole, i), options_.gradients);
+  if (options_.gradients && p.trainable()) p.leaf()->set_buffer(unit.view(unit.whole_grad, i));
+}
+
+void Engine::set_runtime() {
   auto runtime = std::make_shared<Runtime>();
   runtime->mesh = mesh_.get();
-  if (sharding.parameter) {
+  if (options_.sharding.parameter) {
     runtime->hooks.before = [this](const Call& call, WalkStep::Kind step) { before(call, step); };
     runtime->hooks.after = [this](const Call& call, WalkStep::Kind step) { after(call, step); };
   }
@@ -483,6 +490,38 @@ std::vector<LossEntry> Engine::evaluate(const Batch& batch) {
   walking_back_ = false;
   run_forward(*model_, c, true);  // tells us of its calls through the model's runtime
   return c.losses();
+}
+
+void Engine::on_whole_model(const std::function<void()>& work) {
+  const bool scattered = mesh_ && (options_.sharding.parameter || tensor_ > 1 || mesh_->size("context") > 1 || mesh_->size("pp") > 1);
+  const bool first = !mesh_ || mesh_->rank() == 0;
+  if (!scattered) {
+    if (first) work();
+    return;
+  }
+  discard();
+  std::vector<Tensor> whole;
+  const std::vector<Parameter*> all = model_->parameters();
+  for (Parameter* p : all) {
+    Tensor value = whole_value(*p);
+    if (first) whole.push_back(value.to(options_.compute));
+  }
+  if (first) {
+    model_->set_runtime(nullptr);
+    for (std::size_t i = 0; i < all.size(); ++i) {
+      all[i]->set_placement(nullptr);
+      all[i]->place(std::move(whole[i]), false);
+    }
+    struct Restore {
+      Engine& engine;
+      ~Restore() {
+        for (auto& unit : engine.units_)
+          for (std::size_t i = 0; i < unit->parameters.size(); ++i) engine.place(*unit, i);
+        engine.set_runtime();
+      }
+    } restore{*this};
+    work();
+  }
 }
 
 // --- checkpoints -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@
 #include <capstan/walk.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -86,6 +87,9 @@ class CAPSTAN_API Engine {
   void discard();
   /// The whole reduced gradient of a parameter, global shape, for tests and tools. All ranks; after gradient_norm().
   Tensor whole_gradient(const Parameter& parameter);
+  /// Runs `work` on rank 0 with the whole model in its memory and no mesh about it, for a look at the model (a sample): the
+  /// others send what they hold and wait. Nothing is gathered when every rank has all of it anyway. All ranks.
+  void on_whole_model(const std::function<void()>& work);
   /// The whole value of a parameter's master, likewise.
   Tensor whole_value(const Parameter& parameter);
 
@@ -100,6 +104,8 @@ class CAPSTAN_API Engine {
   ForwardContext context(const Batch& batch) const;
   Communicator& comm(std::string_view axes, std::string_view lane) const;
   bool in_pieces() const { return pieces_ > 1; }
+  void place(Unit& unit, std::size_t parameter);
+  void set_runtime();
   bool narrow_messages() const { return options_.reduce == DType::bf16 && options_.compute != DType::f64; }
   std::size_t index_of(const Call& call) const;
   void before(const Call& call, WalkStep::Kind step);

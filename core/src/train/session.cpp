@@ -1,6 +1,7 @@
 #include "train/session.h"
 
 #include "checkpoint/loader.h"
+#include "launch/launch.h"
 #include "recipe/mesh_schema.h"
 #include "recipe/run_schema.h"
 #include "train/state_tensors.h"
@@ -54,7 +55,7 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
     s->options().group("run").refuse("device", "this build runs on the CPU only: expected cpu or auto, got '" + device + "'");
   if (s->world->size() > 1) s->mesh = std::make_shared<Mesh>(s->world, mesh_from(s->options(), s->world->size()));
   else mesh_from(s->options(), 1);  // a mesh that asks for more ranks is refused
-  s->device = make_cpu_device(static_cast<int>(s->options().group("run").integer("threads")));
+  s->device = make_cpu_device(launch::threads_of_rank(static_cast<int>(s->options().group("run").integer("threads")), s->world->local_size()));
   s->model = s->make_model();
   if (s->model->vocabulary() < s->tokenizer->vocabulary())
     fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +

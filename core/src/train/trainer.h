@@ -43,6 +43,8 @@ class CAPSTAN_API Trainer {
 
   std::int64_t step() const { return step_; }
   const std::string& folder() const { return folder_.path(); }
+  /// A line in this rank's log.
+  void log(const std::string& line) { folder_.log(line); }
 
  private:
   StepResult forward_backward(std::int64_t step);

@@ -106,14 +106,16 @@ void Trainer::validate() {
 }
 
 void Trainer::sample() {
-  try {
-    write_sample();
-  } catch (const Error& e) {  // a look at the model must not cost the run
-    const std::string line = std::string("no sample could be written, training goes on: ") + e.what();
-    display_.warn(line);
-    folder_.log(line);
-    inference_.reset();
-  }
+  session_->engine->on_whole_model([this] {
+    try {
+      write_sample();
+    } catch (const Error& e) {  // a look at the model must not cost the run
+      const std::string line = std::string("no sample could be written, training goes on: ") + e.what();
+      display_.warn(line);
+      folder_.log(line);
+      inference_.reset();
+    }
+  });
 }
 
 void Trainer::write_sample() {
