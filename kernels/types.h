@@ -66,6 +66,10 @@ struct Attention {
   const std::int32_t* host_starts = nullptr;    ///< [sequences + 1]
   const std::int32_t* starts = nullptr;         ///< the same on the device
   std::int64_t sequences = 0, rows = 0, longest = 0;
+  /// Not null: the rows of sequence s are the last ones of keys and values [host_key_begins[s], + host_key_counts[s]) of
+  /// k and v, which have rows of their own. Sequences that begin at the same key are neighbours, the one with the fewest
+  /// keys first. dk and dv add up over them; rows of keys that nobody sees keep what they had. `longest` stays that of the rows.
+  const std::int32_t *host_key_begins = nullptr, *host_key_counts = nullptr;
   void* lse = nullptr;  ///< log-sum-exp of each row's scaled scores, [heads, rows], compute type; null: not kept
   // Backward:
   const void* dout = nullptr;

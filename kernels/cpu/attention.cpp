@@ -131,7 +131,11 @@ void attention_forward(Context& context, const AttentionArgs<T>& a) {
   using A = Compute<T>;
   const std::vector<Work> work = pieces(a.starts, a.sequences, a.kv_heads, context.threads());
   const std::int64_t group = a.heads / a.kv_heads, items = static_cast<std::int64_t>(work.size()) * a.kv_heads, d = a.head_size;
-  const std::int64_t d_pad = pad(d, Vec<A>::lanes), most = work.empty() ? 0 : work.front().end;
+  const std::int64_t d_pad = pad(d, Vec<A>::lanes);
+  const auto past_of = [&](std::int64_t s) { return a.key_count(s) - (a.starts[s + 1] - a.starts[s]); };
+  const auto key_tiles = [&](const Work& w) { return tiles_of(std::min(a.key_count(w.sequence), past_of(w.sequence) + w.end * tile)); };
+  std::int64_t most = 0;
+  for (const Work& w : work) most = std::max(most, key_tiles(w));
 #pragma omp parallel num_threads(context.threads())
   {
     const Buffers<A> b = take_buffers<A>(context, d, most);
@@ -139,15 +143,16 @@ void attention_forward(Context& context, const AttentionArgs<T>& a) {
     for (std::int64_t item = 0; item < items; ++item) {
       const Work& w = work[static_cast<std::size_t>(item / a.kv_heads)];
       const std::int64_t g = item % a.kv_heads, begin = a.starts[w.sequence], length = a.starts[w.sequence + 1] - begin;
-      for (std::int64_t t = 0; t < w.end; ++t) {
-        const std::int64_t count = std::min(tile, length - t * tile), row = begin + t * tile;
+      const std::int64_t held = a.key_count(w.sequence), past = past_of(w.sequence);
+      for (std::int64_t t = 0; t < key_tiles(w); ++t) {
+        const std::int64_t count = std::min(tile, held - t * tile), row = a.key_begin(w.sequence) + t * tile;
         load_tile_transposed(count, d, tile, a.k + row * a.k_stride + g * d, a.k_stride, b.keys + t * tile * d);
         load_tile(count, d, d_pad, a.v + row * a.v_stride + g * d, a.v_stride, b.values + t * tile * d_pad);
       }
       for (std::int64_t h = g * group; h < (g + 1) * group; ++h)
         for (std::int64_t t = w.first; t < w.end; ++t) {
           const std::int64_t row = begin + t * tile;
-          query_tile<A, T>(b, std::min(tile, length - t * tile), t * tile, d, a.scale, a.q + row * a.q_stride + h * d, a.q_stride,
+          query_tile<A, T>(b, std::min(tile, length - t * tile), past + t * tile, d, a.scale, a.q + row * a.q_stride + h * d, a.q_stride,
                            a.out + row * a.out_stride + h * d, a.out_stride,
                            a.lse == nullptr ? nullptr : static_cast<A*>(a.lse) + h * a.rows + row);
         }

@@ -10,7 +10,8 @@ namespace capstan::kernels::cpu {
 inline constexpr std::int64_t attention_tile = 64;
 
 /// T: storage (double, float, bf16). Rows t of q, k, v and out are `*_stride` elements apart; head h starts
-/// at column h * head_size. Sequence s has rows [starts[s], starts[s + 1]).
+/// at column h * head_size. Sequence s has rows [starts[s], starts[s + 1]); with key_begins its keys lie elsewhere
+/// (kernels::Attention says how).
 template <class T>
 struct AttentionArgs {
   const T *q = nullptr, *k = nullptr, *v = nullptr;
@@ -19,7 +20,10 @@ struct AttentionArgs {
   std::int64_t heads = 0, kv_heads = 0, head_size = 0;
   double scale = 1;
   const std::int32_t* starts = nullptr;
+  const std::int32_t *key_begins = nullptr, *key_counts = nullptr;
   std::int64_t sequences = 0, rows = 0;
+  std::int64_t key_begin(std::int64_t s) const { return key_begins != nullptr ? key_begins[s] : starts[s]; }
+  std::int64_t key_count(std::int64_t s) const { return key_begins != nullptr ? key_counts[s] : starts[s + 1] - starts[s]; }
   /// log-sum-exp of each row's scores, [heads, rows]; compute type (f64 for double, else f32).
   void* lse = nullptr;
   // Backward:

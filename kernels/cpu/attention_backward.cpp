@@ -18,6 +18,7 @@ constexpr std::int64_t tile = attention_tile, band = 16;
 std::int64_t pad(std::int64_t n) { return (n + 15) / 16 * 16; }
 
 /// What one thread holds: q, dout and dq of one head and dk, dv of its group, one sequence whole; one key tile's k, v.
+/// `whole`: the longest sequence's rows or keys, the greater.
 template <class A>
 struct Buffers {
   A *q, *dout, *dq, *dk, *dv, *delta, *k, *kt, *vt, *prob, *grad;
@@ -29,28 +30,29 @@ struct Buffers {
   }
 };
 
-/// One head of one sequence against its keys and values: adds to b.dk and b.dv, leaves b.dq.
+/// One head of sequence s against its keys and values: adds to b.dk and b.dv (begins them when `fresh`, stores them when
+/// `last`), leaves b.dq.
 template <class A, class T>
-void backward_head(const Buffers<A>& b, const AttentionArgs<T>& a, std::int64_t begin, std::int64_t length, std::int64_t h, std::int64_t g, Ahead& ahead) {
+void backward_head(const Buffers<A>& b, const AttentionArgs<T>& a, std::int64_t s, std::int64_t h, std::int64_t g, bool fresh, bool last, Ahead& ahead) {
+  const std::int64_t begin = a.starts[s], length = a.starts[s + 1] - begin, key_begin = a.key_begin(s), held = a.key_count(s), past = held - length;
   if (length == 0) return;
   using V = Vec<A>;
   const std::int64_t d = a.head_size, dp = pad(d), tiles = (length + tile - 1) / tile;
   const std::int64_t portion = (ahead.rows() + 25 * tiles * (tiles + 1) - 1) / (25 * tiles * (tiles + 1));  // 50 steps a tile
   const A* lse = static_cast<const A*>(a.lse) + h * a.rows + begin;
-  const bool first = h % (a.heads / a.kv_heads) == 0, last = (h + 1) % (a.heads / a.kv_heads) == 0;  // of those that share these keys
-  for (std::int64_t kt0 = 0; kt0 < length; kt0 += tile) {
-    const std::int64_t keys = std::min(tile, length - kt0);
-    const T* k_rows = a.k + (begin + kt0) * a.k_stride + g * d;
-    const T* v_rows = a.v + (begin + kt0) * a.v_stride + g * d;
+  for (std::int64_t kt0 = 0; kt0 < held; kt0 += tile) {
+    const std::int64_t keys = std::min(tile, held - kt0);
+    const T* k_rows = a.k + (key_begin + kt0) * a.k_stride + g * d;
+    const T* v_rows = a.v + (key_begin + kt0) * a.v_stride + g * d;
     load_tile(keys, d, dp, k_rows, a.k_stride, b.k);
     load_tile_transposed(keys, d, tile, b.k, dp, b.kt);
     load_tile_transposed(keys, d, tile, v_rows, a.v_stride, b.vt);
     A* dk = b.dk + kt0 * dp;
     A* dv = b.dv + kt0 * dp;
-    for (std::int64_t q0 = kt0; q0 < length; q0 += tile) {
+    for (std::int64_t q0 = kt0 > past ? (kt0 - past) / tile * tile : 0; q0 < length; q0 += tile) {
       const std::int64_t rows = std::min(tile, length - q0);
       // On the diagonal, bands of 16 rows see only the keys up to their end: a third of the tile is left out.
-      const bool diagonal = q0 == kt0;
+      const bool diagonal = past + q0 == kt0;
       if (kt0 == 0) {  // every tile is copied just before its first use
         load_tile(rows, d, dp, a.q + (begin + q0) * a.q_stride + h * d, a.q_stride, b.q + q0 * dp);
         load_tile(rows, d, dp, a.dout + (begin + q0) * a.dout_stride + h * d, a.dout_stride, b.dout + q0 * dp);
@@ -70,7 +72,7 @@ void backward_head(const Buffers<A>& b, const AttentionArgs<T>& a, std::int64_t 
         A* pr = b.prob + r * tile;
         A* gr = b.grad + r * tile;
         const V l(lse[q0 + r]), dl(b.delta[q0 + r]), sc(static_cast<A>(a.scale));
-        const std::int64_t valid = std::min(keys, q0 + r + 1 - kt0);
+        const std::int64_t valid = std::clamp<std::int64_t>(past + q0 + r + 1 - kt0, 0, keys);
         const std::int64_t seen = diagonal ? r / band * band + band : tile;
         for (std::int64_t c = 0; c < seen; c += V::lanes) {
           const V e = exp_flushed(fma(V::load(pr + c), sc, -l));
@@ -81,19 +83,19 @@ void backward_head(const Buffers<A>& b, const AttentionArgs<T>& a, std::int64_t 
       }
       for (std::int64_t c = 0; c < keys; c += diagonal ? band : tile) {
         const std::int64_t m = std::min(diagonal ? band : tile, keys - c), from = diagonal ? c : 0;
-        tile_gemm<A>(ahead, portion, m, dp, rows - from, b.prob + from * tile + c, 1, tile, b.dout + (q0 + from) * dp, dp, dv + c * dp, dp, !(first && diagonal));
-        tile_gemm<A>(ahead, portion, m, dp, rows - from, b.grad + from * tile + c, 1, tile, b.q + (q0 + from) * dp, dp, dk + c * dp, dp, !(first && diagonal));
+        tile_gemm<A>(ahead, portion, m, dp, rows - from, b.prob + from * tile + c, 1, tile, b.dout + (q0 + from) * dp, dp, dv + c * dp, dp, !(fresh && diagonal));
+        tile_gemm<A>(ahead, portion, m, dp, rows - from, b.grad + from * tile + c, 1, tile, b.q + (q0 + from) * dp, dp, dk + c * dp, dp, !(fresh && diagonal));
       }
       for (std::int64_t r = 0; r < rows; r += diagonal ? band : tile) {
         const std::int64_t m = std::min(diagonal ? band : tile, rows - r);
         tile_gemm<A>(ahead, portion, m, dp, diagonal ? std::min(keys, r + band) : keys, b.grad + r * tile, tile, 1, b.k, dp, b.dq + (q0 + r) * dp, dp, kt0 > 0);
       }
-      // With its diagonal tile a row's dq is whole.
-      if (diagonal) store_tile(rows, d, dp, b.dq + q0 * dp, a.dq + (begin + q0) * a.dq_stride + h * d, a.dq_stride);
+      // With the tile of its own key a row's dq is whole.
+      if (kt0 + tile >= past + q0 + rows) store_tile(rows, d, dp, b.dq + q0 * dp, a.dq + (begin + q0) * a.dq_stride + h * d, a.dq_stride);
     }
     if (last) {
-      store_tile(keys, d, dp, dk, a.dk + (begin + kt0) * a.dkv_stride + g * d, a.dkv_stride);
-      store_tile(keys, d, dp, dv, a.dv + (begin + kt0) * a.dkv_stride + g * d, a.dkv_stride);
+      store_tile(keys, d, dp, dk, a.dk + (key_begin + kt0) * a.dkv_stride + g * d, a.dkv_stride);
+      store_tile(keys, d, dp, dv, a.dv + (key_begin + kt0) * a.dkv_stride + g * d, a.dkv_stride);
     }
   }
 }
@@ -103,26 +105,42 @@ void backward_head(const Buffers<A>& b, const AttentionArgs<T>& a, std::int64_t 
 template <class T>
 void attention_backward(Context& context, const AttentionArgs<T>& a) {
   using A = Compute<T>;
-  const std::int64_t d = a.head_size, dp = pad(d), group = a.heads / a.kv_heads, items = a.sequences * a.kv_heads;
+  // Sequences [of[i], of[i + 1]) share keys: their gradients add up on one thread.
+  std::vector<std::int64_t> of;
   std::int64_t longest = 0;
-  for (std::int64_t s = 0; s < a.sequences; ++s) longest = std::max<std::int64_t>(longest, a.starts[s + 1] - a.starts[s]);
+  for (std::int64_t s = 0; s < a.sequences; ++s) {
+    longest = std::max<std::int64_t>({longest, a.starts[s + 1] - a.starts[s], a.key_count(s)});
+    if (a.key_begins == nullptr || s == 0 || a.key_begins[s] != a.key_begins[s - 1]) of.push_back(s);
+  }
+  of.push_back(a.sequences);
+  const std::int64_t d = a.head_size, dp = pad(d), group = a.heads / a.kv_heads, items = (static_cast<std::int64_t>(of.size()) - 1) * a.kv_heads;
   const std::int64_t whole = (longest + tile - 1) / tile * tile;
 #pragma omp parallel num_threads(context.threads())
   {
     const Buffers<A> b(static_cast<A*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>(Buffers<A>::need(whole, dp)) * sizeof(A))), whole, dp);
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t item = 0; item < items; ++item) {
-      const std::int64_t s = item / a.kv_heads, g = item % a.kv_heads, begin = a.starts[s], length = a.starts[s + 1] - begin;
-      for (std::int64_t h = g * group; h < (g + 1) * group; ++h) {
-        Ahead ahead;
-        const std::int64_t most = std::min<std::int64_t>(length, 512);  // what the second-level cache holds beside the buffers
-        ahead.add(a.dq + begin * a.dq_stride + h * d, most, d, a.dq_stride);
-        if (h + 1 == (g + 1) * group) {
-          ahead.add(a.dk + begin * a.dkv_stride + g * d, most, d, a.dkv_stride);
-          ahead.add(a.dv + begin * a.dkv_stride + g * d, most, d, a.dkv_stride);
-        }
-        backward_head(b, a, begin, length, h, g, ahead);
+      const auto first = static_cast<std::size_t>(item / a.kv_heads);
+      const std::int64_t g = item % a.kv_heads;
+      const bool zeroed = a.key_begins != nullptr;  // a tile's first rows may not be those of its own keys
+      if (zeroed) {
+        const std::int64_t most = a.key_count(of[first + 1] - 1) * dp;
+        std::fill(b.dk, b.dk + most, A(0));
+        std::fill(b.dv, b.dv + most, A(0));
       }
+      for (std::int64_t h = g * group; h < (g + 1) * group; ++h)
+        for (std::int64_t s = of[first]; s < of[first + 1]; ++s) {
+          const std::int64_t begin = a.starts[s], length = a.starts[s + 1] - begin;
+          const bool fresh = !zeroed && h == g * group, last = h + 1 == (g + 1) * group && s + 1 == of[first + 1];
+          Ahead ahead;
+          const std::int64_t most = std::min<std::int64_t>(length, 512);  // what the second-level cache holds beside the buffers
+          ahead.add(a.dq + begin * a.dq_stride + h * d, most, d, a.dq_stride);
+          if (last) {
+            ahead.add(a.dk + a.key_begin(s) * a.dkv_stride + g * d, most, d, a.dkv_stride);
+            ahead.add(a.dv + a.key_begin(s) * a.dkv_stride + g * d, most, d, a.dkv_stride);
+          }
+          backward_head(b, a, s, h, g, fresh, last, ahead);
+        }
     }
   }
 }

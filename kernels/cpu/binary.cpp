@@ -2,28 +2,11 @@
 // flat loop and a bias is a loop over rows.
 #include <kernels/cpu/binary.h>
 #include <kernels/cpu/elementwise.h>
+#include <kernels/shapes.h>
 
 namespace capstan::kernels::cpu {
 
 namespace {
-
-Broadcast merged(const Broadcast& p) {
-  Broadcast m;
-  for (int d = 0; d < p.rank; ++d) {
-    if (p.shape[d] == 1) continue;
-    if (m.rank > 0) {
-      const int last = m.rank - 1;
-      if (m.a[last] == p.a[d] * p.shape[d] && m.b[last] == p.b[d] * p.shape[d]) {
-        m.shape[last] *= p.shape[d], m.a[last] = p.a[d], m.b[last] = p.b[d];
-        continue;
-      }
-    }
-    m.shape[m.rank] = p.shape[d], m.a[m.rank] = p.a[d], m.b[m.rank] = p.b[d];
-    ++m.rank;
-  }
-  if (m.rank == 0) m.rank = 1, m.shape[0] = 1;
-  return m;
-}
 
 // One stretch of the innermost dimension.
 template <class T, class F>

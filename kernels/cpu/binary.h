@@ -1,19 +1,15 @@
-// defines: Broadcast, BinaryOp, binary: a op b over broadcast and strided operands.
+// defines: binary: a op b over broadcast and strided operands.
 #pragma once
 #include <capstan/kernels/bf16.h>
 #include <kernels/cpu/context.h>
+#include <kernels/types.h>
 
 #include <cstdint>
 
 namespace capstan::kernels::cpu {
 
-enum class BinaryOp : std::uint8_t { add, sub, mul, div };
-
-/// The output's shape and, per dimension, the step of each operand in elements (0 where it is repeated).
-struct Broadcast {
-  int rank = 0;
-  std::int64_t shape[6] = {}, a[6] = {}, b[6] = {};
-};
+using kernels::BinaryOp;
+using kernels::Broadcast;
 
 /// out is contiguous. T: double, float, bf16.
 template <class T>

@@ -1,6 +1,8 @@
 // Tile sizes and shared memory of the own attention kernels.
 #include <kernels/cuda/attention_plan.h>
 
+#include <initializer_list>
+
 namespace capstan::kernels::cuda {
 
 namespace {

@@ -11,7 +11,10 @@
 
 namespace capstan {
 
-namespace kernels::cpu { class Context; }
+namespace kernels {
+class Backend;
+namespace cpu { class Context; }
+}  // namespace kernels
 
 enum class DeviceKind : std::uint8_t { meta, cpu, cuda };
 
@@ -58,8 +61,14 @@ class CAPSTAN_API Device : public std::enable_shared_from_this<Device> {
   Cost total_cost() const;
   void log_op(std::string_view name, const Cost& cost, double seconds);
 
-  /// Threads, GEMM primitives and scratch of a CPU device; Error(programming) on any other kind.
+  /// The kernels that work on this device's memory; Error(programming) on the meta device.
+  virtual kernels::Backend& backend();
+  /// The host's threads, GEMM primitives and scratch; Error(programming) on the meta device.
   virtual kernels::cpu::Context& cpu();
+  /// Waits until everything that was asked of the device is done; throws what its kernels found wrong.
+  void synchronize();
+  /// "NVIDIA H200, 139.8 GiB" or "2 threads of Intel(R) Xeon(R) Processor, 23.4 GiB"
+  virtual std::string describe() const;
 
  protected:
   void count(std::int64_t bytes) { held_ += bytes; if (held_ > peak_) peak_ = held_; }
@@ -74,6 +83,11 @@ class CAPSTAN_API Device : public std::enable_shared_from_this<Device> {
 CAPSTAN_API std::shared_ptr<Device> make_cpu_device(int threads = 0);
 /// A device of shapes and costs only.
 CAPSTAN_API std::shared_ptr<Device> make_meta_device();
+/// An NVIDIA GPU of this machine, by CUDA's number; `threads` for what the host does for it, as above. Error(input) saying
+/// what is missing when there is none to use.
+CAPSTAN_API std::shared_ptr<Device> make_cuda_device(int index = 0, int threads = 0);
+/// Why make_cuda_device() would fail here: "" when it would not.
+CAPSTAN_API std::string cuda_problem();
 
 /// Wraps the work of one op: charges its cost to the device's ledger and times it when asked to.
 class CAPSTAN_API OpScope {
@@ -86,6 +100,7 @@ class CAPSTAN_API OpScope {
   bool meta() const { return meta_; }
 
  private:
+  double finished() const;  ///< the time, when the device's work is done
   Device& device_;
   std::string_view name_;
   Cost cost_;

@@ -1,6 +1,6 @@
 // The walk through the graph, leaves, and the record of a node.
 #include <capstan/autograd.h>
-#include <kernels/cpu/context.h>
+#include <kernels/backend.h>
 
 #include <algorithm>
 #include <unordered_map>
@@ -53,15 +53,8 @@ void Leaf::add(const Tensor& grad) {
     if (!parameter_) grad_ = Tensor::empty(before.shape(), before.dtype(), before.device());
     if (!grad_.is_meta()) {
       const Tensor g = grad.contiguous().to(grad_.dtype());
-      const std::int64_t n = grad_.numel();
       if (!grad_.is_contiguous()) fail(Fault::programming, "gradient", "the buffer of a gradient must be contiguous");
-      auto sum = [&]<class T>(T* to, const T* x, const T* y) {
-#pragma omp parallel for simd num_threads(grad_.device().cpu().threads()) if (n > 65536)
-        for (std::int64_t i = 0; i < n; ++i) to[i] = T(x[i] + y[i]);
-      };
-      if (grad_.dtype() == DType::f64) sum(grad_.data<double>(), before.data<double>(), g.data<double>());
-      else if (grad_.dtype() == DType::f32) sum(grad_.data<float>(), before.data<float>(), g.data<float>());
-      else sum(grad_.data<bf16>(), before.data<bf16>(), g.data<bf16>());
+      grad_.device().backend().add(static_cast<kernels::Num>(grad_.dtype()), grad_.numel(), before.raw(), g.raw(), grad_.raw());
     }
   }
   filled_ = true;

@@ -1,6 +1,7 @@
 // Device: accounting and the op ledger.
 #include <capstan/device.h>
 #include <capstan/error.h>
+#include <kernels/backend.h>
 
 #include <chrono>
 
@@ -21,7 +22,15 @@ std::string_view Device::name() const {
   return "?";
 }
 
-kernels::cpu::Context& Device::cpu() { fail(Fault::programming, "device", "CPU kernels asked of a " + std::string(name()) + " device"); }
+kernels::cpu::Context& Device::cpu() { fail(Fault::programming, "device", "host threads asked of a " + std::string(name()) + " device"); }
+
+kernels::Backend& Device::backend() { fail(Fault::programming, "device", "kernels asked of a " + std::string(name()) + " device"); }
+
+void Device::synchronize() {
+  if (kind() != DeviceKind::meta) backend().synchronize();
+}
+
+std::string Device::describe() const { return std::string(name()); }
 
 Cost Device::total_cost() const {
   Cost total;
@@ -41,11 +50,16 @@ void Device::log_op(std::string_view name, const Cost& cost, double seconds) {
 
 OpScope::OpScope(Device& device, std::string_view name, Cost cost)
     : device_(device), name_(name), cost_(cost), meta_(device.kind() == DeviceKind::meta) {
-  if (device_.timed()) start_ = now();
+  if (device_.timed()) start_ = finished();
+}
+
+double OpScope::finished() const {
+  if (!meta_ && device_.kind() == DeviceKind::cuda) device_.synchronize();  // its work runs behind the calls
+  return now();
 }
 
 OpScope::~OpScope() {
-  if (device_.recording()) device_.log_op(name_, cost_, device_.timed() ? now() - start_ : 0);
+  if (device_.recording()) device_.log_op(name_, cost_, device_.timed() ? finished() - start_ : 0);
 }
 
 }  // namespace capstan

@@ -129,10 +129,17 @@ void fill_spans(const std::vector<Span>& spans, const std::vector<Rng>& streams,
       fill_random(to + s.to, static_cast<std::uint64_t>(s.at), static_cast<std::uint64_t>(s.at + s.count), streams[s.segment], init);
     }
   };
+  // Other devices get the host's bits.
+  const auto fill_values = [&]<class T>(T*) {
+    if (values.device().kind() == DeviceKind::cpu) return fill(values.data<T>());
+    std::vector<T> host(static_cast<std::size_t>(values.numel()));
+    fill(host.data());
+    values.copy_from_host(host.data(), values.bytes());
+  };
   switch (values.dtype()) {
-    case DType::f64: fill(values.data<double>()); break;
-    case DType::f32: fill(values.data<float>()); break;
-    default: fill(values.data<bf16>()); break;
+    case DType::f64: fill_values(static_cast<double*>(nullptr)); break;
+    case DType::f32: fill_values(static_cast<float*>(nullptr)); break;
+    default: fill_values(static_cast<bf16*>(nullptr)); break;
   }
 }
 

@@ -2,11 +2,12 @@
 #include "ops/common.h"
 
 #include <capstan/ops.h>
-#include <kernels/cpu/activation.h>
 
 namespace capstan::ops {
 
 namespace {
+
+using kernels::UnaryOp;
 
 class GeluNode final : public Node {
  public:
@@ -17,8 +18,7 @@ class GeluNode final : public Node {
     if (!wants(0, part)) return {Tensor()};
     const Tensor g = incoming(grads[0], x.dtype());
     Tensor dx = Tensor::empty(x.shape(), x.dtype(), x.device());
-    run(x.device(), "gelu dx", {20 * real(x.numel()), 2 * real(x.bytes()), real(x.bytes())}, x.dtype(),
-        [&]<class T>(cpu::Context& ctx) { cpu::gelu_backward(ctx, x.numel(), x.data<T>(), g.data<T>(), dx.data<T>()); });
+    run(x.device(), "gelu dx", {20 * real(x.numel()), 2 * real(x.bytes()), real(x.bytes())}, [&](Backend& b) { b.unary_backward(UnaryOp::gelu, num(x), x.numel(), x.raw(), g.raw(), dx.raw()); });
     return {dx};
   }
 };
@@ -32,8 +32,7 @@ class SiluNode final : public Node {
     if (!wants(0, part)) return {Tensor()};
     const Tensor g = incoming(grads[0], x.dtype());
     Tensor dx = Tensor::empty(x.shape(), x.dtype(), x.device());
-    run(x.device(), "silu dx", {15 * real(x.numel()), 2 * real(x.bytes()), real(x.bytes())}, x.dtype(),
-        [&]<class T>(cpu::Context& ctx) { cpu::silu_backward(ctx, x.numel(), x.data<T>(), g.data<T>(), dx.data<T>()); });
+    run(x.device(), "silu dx", {15 * real(x.numel()), 2 * real(x.bytes()), real(x.bytes())}, [&](Backend& b) { b.unary_backward(UnaryOp::silu, num(x), x.numel(), x.raw(), g.raw(), dx.raw()); });
     return {dx};
   }
 };
@@ -48,10 +47,8 @@ class SwigluNode final : public Node {
     const Tensor g = incoming(grads[0], gate_up.dtype());
     Tensor dx = Tensor::empty(gate_up.shape(), gate_up.dtype(), gate_up.device());
     const Rows r = rows_of(g);
-    run(g.device(), "swiglu dx", {18 * real(g.numel()), real(g.bytes() + dx.bytes()), real(dx.bytes())}, g.dtype(),
-        [&]<class T>(cpu::Context& ctx) {
-          cpu::swiglu_backward(ctx, r.rows, r.cols, gate_up.data<T>(), g.data<T>(), dx.data<T>());
-        });
+    run(g.device(), "swiglu dx", {18 * real(g.numel()), real(g.bytes() + dx.bytes()), real(dx.bytes())},
+        [&](Backend& b) { b.swiglu_backward(num(g), r.rows, r.cols, gate_up.raw(), g.raw(), dx.raw()); });
     return {dx};
   }
 };
@@ -62,8 +59,7 @@ Tensor gelu(const Tensor& x) {
   check_floating("gelu", "input", x);
   const Tensor in = x.detach().contiguous();
   Tensor y = Tensor::empty(x.shape(), x.dtype(), x.device());
-  run(x.device(), "gelu", {14 * real(x.numel()), real(x.bytes()), real(x.bytes())}, x.dtype(),
-      [&]<class T>(cpu::Context& ctx) { cpu::gelu(ctx, in.numel(), in.data<T>(), y.data<T>()); });
+  run(x.device(), "gelu", {14 * real(x.numel()), real(x.bytes()), real(x.bytes())}, [&](Backend& b) { b.unary(UnaryOp::gelu, num(in), in.numel(), in.raw(), y.raw()); });
   if (any_requires_grad({&x})) {
     auto node = std::make_shared<GeluNode>();
     node->x = in;
@@ -76,8 +72,7 @@ Tensor silu(const Tensor& x) {
   check_floating("silu", "input", x);
   const Tensor in = x.detach().contiguous();
   Tensor y = Tensor::empty(x.shape(), x.dtype(), x.device());
-  run(x.device(), "silu", {10 * real(x.numel()), real(x.bytes()), real(x.bytes())}, x.dtype(),
-      [&]<class T>(cpu::Context& ctx) { cpu::silu(ctx, in.numel(), in.data<T>(), y.data<T>()); });
+  run(x.device(), "silu", {10 * real(x.numel()), real(x.bytes()), real(x.bytes())}, [&](Backend& b) { b.unary(UnaryOp::silu, num(in), in.numel(), in.raw(), y.raw()); });
   if (any_requires_grad({&x})) {
     auto node = std::make_shared<SiluNode>();
     node->x = in;
@@ -94,8 +89,8 @@ Tensor swiglu(const Tensor& gate_up) {
   shape[shape.size() - 1] /= 2;
   Tensor y = Tensor::empty(shape, in.dtype(), in.device());
   const Rows r = rows_of(y);
-  run(in.device(), "swiglu", {11 * real(y.numel()), real(in.bytes()), real(y.bytes())}, in.dtype(),
-      [&]<class T>(cpu::Context& ctx) { cpu::swiglu(ctx, r.rows, r.cols, in.data<T>(), y.data<T>()); });
+  run(in.device(), "swiglu", {11 * real(y.numel()), real(in.bytes()), real(y.bytes())},
+      [&](Backend& b) { b.swiglu(num(in), r.rows, r.cols, in.raw(), y.raw()); });
   if (any_requires_grad({&gate_up})) {
     auto node = std::make_shared<SwigluNode>();
     node->gate_up = in;

@@ -2,14 +2,12 @@
 #include "ops/common.h"
 
 #include <capstan/ops.h>
-#include <kernels/cpu/binary.h>
-#include <kernels/cpu/reduce.h>
 
 namespace capstan::ops {
 
 namespace {
 
-using cpu::BinaryOp;
+using kernels::BinaryOp;
 
 constexpr const char* names[] = {"add", "sub", "mul", "div"};
 const char* name_of_op(BinaryOp op) { return names[static_cast<int>(op)]; }
@@ -32,8 +30,8 @@ Tensor apply(BinaryOp op, const Tensor& a, const Tensor& b) {
   const char* name = name_of_op(op);
   const Dims shape = broadcast_shape(name, a, b);
   Tensor out = Tensor::empty(shape, a.dtype(), a.device());
-  run(a.device(), name, {real(out.numel()), real(a.bytes() + b.bytes()), real(out.bytes())}, a.dtype(), [&]<class T>(cpu::Context& ctx) {
-    cpu::Broadcast plan;
+  run(a.device(), name, {real(out.numel()), real(a.bytes() + b.bytes()), real(out.bytes())}, [&](Backend& backend) {
+    kernels::Broadcast plan;
     plan.rank = shape.size();
     for (int d = 0; d < plan.rank; ++d) {
       const int i = d - (plan.rank - a.rank()), j = d - (plan.rank - b.rank());
@@ -41,7 +39,7 @@ Tensor apply(BinaryOp op, const Tensor& a, const Tensor& b) {
       plan.a[d] = i < 0 || a.shape()[i] == 1 ? 0 : a.strides()[i];
       plan.b[d] = j < 0 || b.shape()[j] == 1 ? 0 : b.strides()[j];
     }
-    cpu::binary(ctx, op, plan, a.data<T>(), b.data<T>(), out.data<T>());
+    backend.binary(op, plan, num(a), a.raw(), b.raw(), out.raw());
   });
   return out;
 }
@@ -122,9 +120,8 @@ Tensor sum_to(const Tensor& t, const Dims& shape) {
     Dims to = s.shape();
     for (int i = d; i < end; ++i) to[i] = 1;
     Tensor out = Tensor::empty(to, s.dtype(), s.device());
-    run(s.device(), "sum", {real(s.numel()), real(s.bytes()), real(out.bytes())}, s.dtype(), [&]<class T>(cpu::Context& ctx) {
-      cpu::sum_middle(ctx, outer, n, inner, s.data<T>(), cpu::Compute<T>(1), out.data<T>());
-    });
+    run(s.device(), "sum", {real(s.numel()), real(s.bytes()), real(out.bytes())},
+        [&](Backend& b) { b.sum_middle(num(s), outer, n, inner, s.raw(), 1, num(out), out.raw()); });
     s = out;
     d = end;
   }

@@ -1,25 +1,26 @@
-// defines: what ops share: dispatch over element types, shape checks with tagged messages, cost scopes,
+// defines: what ops share: shape checks with tagged messages, cost scopes,
 // run(), and compute types.
 #pragma once
+#include "ops/num.h"
+
 #include <capstan/autograd.h>
 #include <capstan/device.h>
 #include <capstan/tensor.h>
-#include <kernels/cpu/context.h>
-#include <kernels/cpu/simd.h>
+#include <kernels/backend.h>
 
 #include <memory>
 #include <string>
 
 namespace capstan::ops {
 
-namespace cpu = kernels::cpu;
+using kernels::Backend;
 
 /// Throws "[op] what: expected ..., got ...".
 [[noreturn]] inline void wrong(const char* op, const std::string& what, const std::string& expected, const std::string& got) {
   fail(Fault::programming, op, what + ": expected " + expected + ", got " + got);
 }
 
-/// Defined and of an element type that the CPU computes in.
+/// Defined and of an element type that devices compute in.
 inline void check_floating(const char* op, const char* what, const Tensor& t) {
   if (!t.defined()) wrong(op, what, "a tensor", "an undefined one");
   if (t.dtype() != DType::f64 && t.dtype() != DType::f32 && t.dtype() != DType::bf16)
@@ -63,24 +64,11 @@ inline int dimension(const char* op, const Tensor& t, int dim) {
 /// What sums of `dtype` run in.
 inline DType compute_dtype(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
-/// Calls f.operator()<T>() with the C++ type of f64, f32 or bf16.
+/// The op's work: charged to the device's ledger, skipped on the meta device. `work` is called with the device's kernels.
 template <class F>
-decltype(auto) visit(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f64: return f.template operator()<double>();
-    case DType::f32: return f.template operator()<float>();
-    default: return f.template operator()<bf16>();
-  }
-}
-
-/// The op's work: charged to the device's ledger, skipped on the meta device. `work` is called as
-/// work.operator()<T>(context).
-template <class F>
-void run(Device& device, std::string_view name, Cost cost, DType dtype, F&& work) {
+void run(Device& device, std::string_view name, Cost cost, F&& work) {
   OpScope scope(device, name, cost);
-  if (scope.meta()) return;
-  kernels::cpu::Context& context = device.cpu();
-  visit(dtype, [&]<class T>() { work.template operator()<T>(context); });
+  if (!scope.meta()) work(device.backend());
 }
 
 inline double real(std::int64_t n) { return static_cast<double>(n); }

@@ -5,19 +5,18 @@
 
 #include <capstan/autograd.h>
 #include <capstan/ops.h>
-#include <kernels/cpu/gemm.h>
-#include <kernels/cpu/softmax_rows.h>
+#include <kernels/backend.h>
 
 #include <algorithm>
-#include <cmath>
 
 namespace capstan::ops {
 
 namespace {
 
-using kernels::cpu::Gemm;
+using kernels::Gemm;
 
-constexpr std::int64_t chunk_bytes = std::int64_t{128} << 20;  // of logits at a time: fewer passes over the weight
+/// Of logits at a time: more mean fewer passes over the weight, and memory.
+std::int64_t chunk_bytes(Device& device) { return std::int64_t{device.kind() == DeviceKind::cuda ? 1024 : 128} << 20; }
 
 DType score_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
@@ -31,8 +30,10 @@ struct Pass {
   Pass(const Tensor& x_in, const Tensor& w, const Tensor& targets_in) : x(x_in), weight(w), targets(targets_in) {
     t = x.size(0), c = x.size(1), v = weight.size(0);
     compute = score_type(x.dtype());
-    ld = v;  // padded rows would send the library down a path whose bits depend on the row count
-    const std::int64_t most = std::clamp<std::int64_t>(chunk_bytes / (ld * size_of(compute)), 16, 4096);
+    // On the CPU padded rows would send the library down a path whose bits depend on the row count; a GPU wants aligned rows.
+    const bool gpu = x.device().kind() == DeviceKind::cuda;
+    ld = gpu ? (v + 63) / 64 * 64 : v;
+    const std::int64_t most = std::clamp<std::int64_t>(chunk_bytes(x.device()) / (ld * size_of(compute)), 16, gpu ? 65536 : 4096);
     const std::int64_t chunks = std::max<std::int64_t>(1, (t + most - 1) / most);
     chunk = std::min(((t + chunks - 1) / chunks + 15) / 16 * 16, t);  // even ones: a short last chunk would be slow
     logits = Tensor::empty(Dims{chunk, ld}, compute, x.device());
@@ -44,21 +45,27 @@ struct Pass {
     g.a = g.b = num_of(x.dtype(), "linear_cross_entropy"), g.c = num_of(compute, "linear_cross_entropy");
     g.trans_b = true, g.invariant = true;
     g.m = rows, g.n = v, g.k = c, g.lda = c, g.ldb = c, g.ldc = ld;
-    kernels::cpu::gemm(x.device().cpu(), g, x.narrow(0, row, rows).raw(), weight.raw(), logits.raw());
+    x.device().backend().gemm(g, x.narrow(0, row, rows).raw(), weight.raw(), logits.raw());
   }
 
-  /// The logits' gradient, cast to the model's element type where that is narrower.
-  const void* gradient_chunk(std::int64_t rows) const {
-    if (!narrow.defined()) return logits.raw();
-    narrow.narrow(0, 0, rows).copy_from(logits.narrow(0, 0, rows));
-    return narrow.raw();
+  /// What the kernels are told of rows [row, row + rows); `out` holds their scores.
+  kernels::ScoreRows chunk_rows(std::int64_t row, std::int64_t rows, const Tensor& logprob, const Tensor& logsumexp, const Tensor& entropy) const {
+    const auto at = [&](const Tensor& t) { return t.defined() ? t.narrow(0, row, rows).raw() : nullptr; };
+    kernels::ScoreRows s;
+    s.compute = num(compute), s.rows = rows, s.cols = v, s.stride = ld, s.logits = logits.raw();
+    s.targets = static_cast<const std::int32_t*>(at(targets));
+    s.logprob = at(logprob), s.logsumexp = at(logsumexp), s.entropy = at(entropy);
+    return s;
   }
+
+  /// Where the logits' gradient goes: the model's element type where that is narrower.
+  void* gradient() const { return narrow.defined() ? narrow.raw() : logits.raw(); }
 
   void dx_chunk(const void* dlogits, std::int64_t row, std::int64_t rows, const Tensor& dx) const {
     Gemm g;
     g.a = g.b = num_of(x.dtype(), "linear_cross_entropy"), g.c = num_of(dx.dtype(), "linear_cross_entropy");
     g.m = rows, g.n = c, g.k = v, g.lda = ld, g.ldb = weight.strides()[0], g.ldc = c;
-    kernels::cpu::gemm(x.device().cpu(), g, dlogits, weight.raw(), dx.narrow(0, row, rows).raw());
+    x.device().backend().gemm(g, dlogits, weight.raw(), dx.narrow(0, row, rows).raw());
   }
 
   void dw_chunk(const void* dlogits, std::int64_t row, std::int64_t rows, const Tensor& dw, bool accumulate) const {
@@ -66,7 +73,7 @@ struct Pass {
     g.a = g.b = num_of(x.dtype(), "linear_cross_entropy"), g.c = num_of(dw.dtype(), "linear_cross_entropy");
     g.trans_a = true, g.accumulate = accumulate;
     g.m = v, g.n = c, g.k = rows, g.lda = ld, g.ldb = x.strides()[0], g.ldc = c;
-    kernels::cpu::gemm(x.device().cpu(), g, dlogits, x.narrow(0, row, rows).raw(), dw.raw());
+    x.device().backend().gemm(g, dlogits, x.narrow(0, row, rows).raw(), dw.raw());
   }
 };
 
@@ -100,7 +107,7 @@ class ObjectiveNode final : public Node {
   std::string_view name() const override { return "linear_cross_entropy"; }
   void release() override { dx = dw = Tensor(); }
   std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
-    if (!grads[0].is_meta() && grads[0].item() != 1.0)
+    if (!grads[0].is_meta() && !grads[0].device().backend().is_one("linear_cross_entropy: the gradient of its objective", num(grads[0]), grads[0].raw()))
       fail(Fault::programming, "linear_cross_entropy", "the gradient of its objective must be 1, got " + std::to_string(grads[0].item()) +
                                                            ": put every scaling into the token weights");
     std::vector<Tensor> result(2);
@@ -132,12 +139,18 @@ class ScoreNode final : public Node {
       if (wanted) cost += gemm_cost(p, p.t);
     OpScope scope(x.device(), "linear_cross_entropy dx", cost);
     if (!scope.meta()) {
+      Tensor kept[3];  // contiguous, in the compute type
+      for (std::size_t i = 0; i < 3; ++i)
+        if (grads[i].defined()) kept[i] = grads[i].detach().to(p.compute).contiguous();
       for (std::int64_t row = 0; row < p.t; row += p.chunk) {
         const std::int64_t rows = std::min(p.chunk, p.t - row);
         p.forward_chunk(row, rows);
-        if (p.compute == DType::f64) differentiate<double>(p, row, rows, grads);
-        else differentiate<float>(p, row, rows, grads);
-        const void* dlogits = p.gradient_chunk(rows);
+        kernels::ScoreRows s = p.chunk_rows(row, rows, Tensor(), logsumexp, entropy);
+        const auto gradient = [&](std::size_t i) { return grads[i].defined() ? kept[i].narrow(0, row, rows).raw() : nullptr; };
+        s.g_logprob = gradient(0), s.g_logsumexp = gradient(1), s.g_entropy = gradient(2);
+        s.narrow = p.narrow.defined() ? p.narrow.raw() : nullptr;
+        x.device().backend().score_rows_backward(s);
+        const void* dlogits = p.gradient();
         if (want_x) p.dx_chunk(dlogits, row, rows, result[0]);
         if (want_w) p.dw_chunk(dlogits, row, rows, dw.value, row > 0 || !dw.overwrite);
       }
@@ -149,55 +162,7 @@ class ScoreNode final : public Node {
     return result;
   }
 
- private:
-  /// dlogit_j = g_logprob (1[j = target] - p_j) + g_lse p_j - g_entropy p_j (log p_j + H).
-  template <class A>
-  void differentiate(const Pass& p, std::int64_t row, std::int64_t rows, std::span<const Tensor> grads) const {
-    const A* g[3] = {};
-    for (std::size_t i = 0; i < 3; ++i)
-      if (grads[i].defined()) g[i] = grads[i].data<A>();
-    const std::int32_t* target = targets.data<std::int32_t>();
-    const A* lse = logsumexp.data<A>();
-    const A* h = entropy.data<A>();
-#pragma omp parallel for num_threads(x.device().cpu().threads())
-    for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t at = row + r;
-      A* logit = p.logits.data<A>() + r * p.ld;
-      const bool none = target[at] < 0;
-      const A lp = g[0] && !none ? g[0][at] : A(0), ls = g[1] ? g[1][at] : A(0), en = g[2] ? g[2][at] : A(0);
-      for (std::int64_t j = 0; j < p.v; ++j) {
-        const A log_p = logit[j] - lse[at], prob = std::exp(log_p);
-        logit[j] = prob * (ls - lp) - (prob > A(0) ? en * prob * (log_p + h[at]) : A(0));
-      }
-      if (!none) logit[target[at]] += lp;
-    }
-  }
 };
-
-/// Scores one chunk; with `weights`, leaves -weights[t] * d logprob[t] / d logits in its place.
-template <class A>
-void score_chunk(const Pass& p, std::int64_t row, std::int64_t rows, const HeadScore& out, const float* weights) {
-  const std::int32_t* target = p.targets.data<std::int32_t>();
-  A* logprob = out.logprob.data<A>();
-  A* lse = out.logsumexp.data<A>();
-  A* entropy = out.entropy.data<A>();
-#pragma omp parallel for num_threads(p.x.device().cpu().threads()) schedule(static)
-  for (std::int64_t r = 0; r < rows; ++r) {
-    const std::int64_t at = row + r;
-    A* logit = p.logits.data<A>() + r * p.ld;
-    const std::int32_t y = target[at];
-    const A chosen = y >= 0 ? logit[y] : A(0);
-    const auto s = kernels::cpu::score_row<A>(logit, p.v, weights != nullptr);
-    lse[at] = s.logsumexp;
-    entropy[at] = s.entropy;
-    logprob[at] = y >= 0 ? chosen - s.logsumexp : A(0);
-    if (weights != nullptr) {
-      const A w = y >= 0 ? static_cast<A>(weights[at]) : A(0);
-      kernels::cpu::scale_row<A>(logit, p.v, w / s.sum);
-      if (y >= 0) logit[y] -= w;
-    }
-  }
-}
 
 }  // namespace
 
@@ -210,15 +175,15 @@ HeadScore linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tens
   if (weights != nullptr && (!(weights->shape() == targets.shape()) || weights->dtype() != DType::f32))
     fail(Fault::programming, op, "weights: expected f32 " + to_string(targets.shape()) + ", got " + to_string(weights->shape()));
   Device& device = x.device();
-  Pass p(x.detach().contiguous(), weight.detach().contiguous(), targets);
+  Pass p(x.detach().contiguous(), weight.detach().contiguous(), targets.detach().contiguous());
+  const Tensor known = weights != nullptr ? weights->detach().contiguous() : Tensor();
   const DType type = p.compute;
   HeadScore out{Tensor::empty(Dims{p.t}, type, device), Tensor::empty(Dims{p.t}, type, device), Tensor::empty(Dims{p.t}, type, device), Tensor()};
   if (!targets.is_meta()) {
-    const std::int32_t* y = targets.data<std::int32_t>();
-    for (std::int64_t i = 0; i < p.t; ++i)
-      if (y[i] >= p.v || y[i] < -1)
-        fail(Fault::input, op, "target " + std::to_string(y[i]) + " of row " + std::to_string(i) + " is outside the vocabulary of " + std::to_string(p.v) +
-                                   ": the dataset was made with another tokenizer");
+    const std::int64_t bad = device.backend().first_outside(op, p.t, p.targets.data<std::int32_t>(), -1, p.v);
+    if (bad >= 0)
+      fail(Fault::input, op, "target " + std::to_string(static_cast<std::int64_t>(p.targets.narrow(0, bad, 1).item())) + " of row " + std::to_string(bad) +
+                                 " is outside the vocabulary of " + std::to_string(p.v) + ": the dataset was made with another tokenizer");
   }
   const bool differentiable = grad && any_requires_grad({&x, &weight});
   const bool now = differentiable && weights != nullptr;
@@ -238,15 +203,17 @@ HeadScore linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tens
     {
       const double elements = static_cast<double>(rows * p.v), bytes = elements * static_cast<double>(size_of(type));
       OpScope scope(device, "head softmax", {5 * elements, bytes, now ? bytes : 0});
-      if (scope.meta()) {
-      } else if (type == DType::f64) {
-        score_chunk<double>(p, row, rows, out, now ? weights->data<float>() : nullptr);
-      } else {
-        score_chunk<float>(p, row, rows, out, now ? weights->data<float>() : nullptr);
+      if (!scope.meta()) {
+        kernels::ScoreRows rows_of_chunk = p.chunk_rows(row, rows, out.logprob, out.logsumexp, out.entropy);
+        if (now) {
+          rows_of_chunk.weights = known.narrow(0, row, rows).data<float>();
+          rows_of_chunk.narrow = p.narrow.defined() ? p.narrow.raw() : nullptr;
+        }
+        device.backend().score_rows(rows_of_chunk);
       }
     }
     if (!now) continue;
-    const void* dlogits = device.kind() == DeviceKind::meta ? nullptr : p.gradient_chunk(rows);
+    const void* dlogits = p.gradient();
     if (node->dx.defined()) {
       OpScope scope(device, "head dx", gemm_cost(p, rows));
       if (!scope.meta()) p.dx_chunk(dlogits, row, rows, node->dx);
@@ -258,13 +225,8 @@ HeadScore linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tens
   }
   if (weights != nullptr) {  // summed in f64 and in order: one number, many tokens
     out.objective = Tensor::empty(Dims{}, type, device);
-    if (!out.objective.is_meta()) {
-      double sum = 0;
-      const float* w = weights->data<float>();
-      for (std::int64_t i = 0; i < p.t; ++i)
-        sum -= static_cast<double>(w[i]) * (type == DType::f64 ? out.logprob.data<double>()[i] : static_cast<double>(out.logprob.data<float>()[i]));
-      out.objective.fill(sum);
-    }
+    if (!out.objective.is_meta())
+      device.backend().weighted_sum(num(type), p.t, known.data<float>(), out.logprob.raw(), out.objective.raw());
   }
   if (now) {
     node->leaf_done = dw.leaf;

@@ -2,7 +2,6 @@
 #include "ops/common.h"
 
 #include <capstan/ops.h>
-#include <kernels/cpu/dropout.h>
 
 namespace capstan::ops {
 
@@ -17,8 +16,8 @@ struct Mask {
 Tensor masked(const char* name, const Tensor& x, const Mask& mask) {
   Tensor y = Tensor::empty(x.shape(), x.dtype(), x.device());
   const std::int64_t rows = x.size(0), cols = rows == 0 ? 0 : x.numel() / rows;
-  run(x.device(), name, {real(x.numel()), real(x.bytes()), real(x.bytes())}, x.dtype(), [&]<class T>(cpu::Context& ctx) {
-    cpu::dropout(ctx, rows, cols, x.data<T>(), mask.sample_ids.data<std::int64_t>(), mask.p, mask.key, mask.step, y.data<T>());
+  run(x.device(), name, {real(x.numel()), real(x.bytes()), real(x.bytes())}, [&](Backend& b) {
+    b.dropout(num(x), rows, cols, x.raw(), mask.sample_ids.data<std::int64_t>(), mask.p, mask.key, mask.step, y.raw());
   });
   return y;
 }

@@ -2,7 +2,6 @@
 #include "ops/common.h"
 
 #include <capstan/ops.h>
-#include <kernels/cpu/embedding.h>
 
 namespace capstan::ops {
 
@@ -40,16 +39,7 @@ class GatherNode final : public Node {
     const double touched = overwrite ? real(table.bytes()) : real(m * cols * size_of(table.dtype()));
     OpScope scope(g.device(), name_, {real(g.numel()), real(g.bytes()) + (overwrite ? 0 : touched), touched});
     if (scope.meta()) return;
-    cpu::Context& ctx = g.device().cpu();
-    const std::int32_t* ids = ids_.data<std::int32_t>();
-    const auto add = [&]<class T, class Out>() {
-      cpu::scatter_add_rows(ctx, m, cols, ids, g.data<T>(), n, table.data<Out>(), overwrite);
-    };
-    if (dtype_ == DType::f64) add.template operator()<double, double>();
-    else if (dtype_ == DType::f32 && table.dtype() == DType::bf16) add.template operator()<float, bf16>();
-    else if (dtype_ == DType::f32) add.template operator()<float, float>();
-    else if (table.dtype() == DType::bf16) add.template operator()<bf16, bf16>();
-    else add.template operator()<bf16, float>();
+    g.device().backend().scatter_add_rows(num(g), m, cols, ids_.data<std::int32_t>(), g.raw(), n, num(table), table.raw(), overwrite);
   }
 
   const char* name_;
@@ -70,10 +60,12 @@ Tensor gather_named(const char* op, const Tensor& a, const Tensor& ids) {
   {
     OpScope scope(a.device(), op, {0, real(out.bytes() + ids.bytes()), real(out.bytes())});
     if (!scope.meta()) {
-      const std::int64_t bad = cpu::first_outside(m, index.data<std::int32_t>(), n);
+      const std::int32_t* at = index.data<std::int32_t>();
+      Backend& backend = a.device().backend();
+      const std::int64_t bad = backend.first_outside(op, m, at, 0, n);
       if (bad >= 0)
-        wrong(op, "ids[" + std::to_string(bad) + "]", "a row of [0, " + std::to_string(n) + ")", std::to_string(index.data<std::int32_t>()[bad]));
-      if (m > 0) cpu::gather_rows(a.device().cpu(), m, out.bytes() / m, table.raw(), index.data<std::int32_t>(), out.raw());
+        wrong(op, "ids[" + std::to_string(bad) + "]", "a row of [0, " + std::to_string(n) + ")", std::to_string(static_cast<std::int64_t>(index.narrow(0, bad, 1).item())));
+      if (m > 0) backend.gather_rows(m, out.bytes() / m, table.raw(), n, at, out.raw());
     }
   }
   if (any_requires_grad({&a})) record(std::make_shared<GatherNode>(op, a, index), {&a}, {&out});

@@ -4,24 +4,15 @@
 
 #include <capstan/autograd.h>
 #include <capstan/ops.h>
-#include <kernels/cpu/column_sum.h>
-#include <kernels/cpu/gemm.h>
+#include <kernels/backend.h>
 
 namespace capstan::ops {
 
 namespace {
 
-using kernels::cpu::Gemm;
+using kernels::Gemm;
 
 double d(std::int64_t n) { return static_cast<double>(n); }
-
-void bias_gradient(const Tensor& dy, const Tensor& to, bool accumulate) {
-  auto& cpu = dy.device().cpu();
-  const std::int64_t rows = dy.size(0), cols = dy.size(1), stride = dy.strides()[0];
-  if (dy.dtype() == DType::f64) kernels::cpu::column_sum(cpu, dy.data<double>(), rows, cols, stride, to.data<double>(), accumulate);
-  else if (dy.dtype() == DType::f32) kernels::cpu::column_sum(cpu, dy.data<float>(), rows, cols, stride, to.data<float>(), accumulate);
-  else kernels::cpu::column_sum(cpu, dy.data<bf16>(), rows, cols, stride, to.data<float>(), accumulate);
-}
 
 class LinearNode final : public Node {
  public:
@@ -36,11 +27,13 @@ class LinearNode final : public Node {
     if (wants(0, part)) {  // dX = dY W
       result[0] = Tensor::empty(Dims{t, in}, dy.dtype(), dy.device());
       OpScope scope(dy.device(), "linear dx", {2 * d(t) * d(out) * d(in), d(dy.bytes() + weight.bytes()), d(result[0].bytes())});
-      if (!scope.meta()) {
+      if (out == 0) {
+        result[0].fill(0);  // a rank without words of the vocabulary
+      } else if (!scope.meta()) {
         Gemm g;
         g.a = g.b = g.c = num_of(dy.dtype(), "linear");
         g.m = t, g.n = in, g.k = out, g.lda = dy.strides()[0], g.ldb = weight.strides()[0], g.ldc = in;
-        kernels::cpu::gemm(dy.device().cpu(), g, dy.raw(), weight.raw(), result[0].raw());
+        dy.device().backend().gemm(g, dy.raw(), weight.raw(), result[0].raw());
       }
     }
     if (wants(1, part)) {  // dW (+)= dY^T X
@@ -54,7 +47,7 @@ class LinearNode final : public Node {
         g.a = g.b = num_of(dy.dtype(), "linear"), g.c = num_of(dw.dtype(), "linear");
         g.trans_a = true, g.accumulate = !overwrite;
         g.m = out, g.n = in, g.k = t, g.lda = dy.strides()[0], g.ldb = x.strides()[0], g.ldc = in;
-        kernels::cpu::gemm(dy.device().cpu(), g, dy.raw(), x.raw(), dw.raw());
+        dy.device().backend().gemm(g, dy.raw(), x.raw(), dw.raw());
       }
       if (to != nullptr) to->done();
       else result[1] = dw.to(weight.dtype());
@@ -66,7 +59,7 @@ class LinearNode final : public Node {
       Tensor db = to != nullptr ? to->accumulate_into(like, overwrite)
                                 : Tensor::empty(Dims{out}, dy.dtype() == DType::f64 ? DType::f64 : DType::f32, dy.device());
       OpScope scope(dy.device(), "linear db", {d(t) * d(out), d(dy.bytes()), d(db.bytes())});
-      if (!scope.meta()) bias_gradient(dy, db, !overwrite);
+      if (!scope.meta()) dy.device().backend().column_sum(num(dy), dy.raw(), t, out, dy.strides()[0], num(db), db.raw(), !overwrite);
       if (to != nullptr) to->done();
       else result[2] = db.to(dy.dtype());
     }
@@ -95,12 +88,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const T
     if (!scope.meta()) {
       Gemm g;
       g.a = g.b = g.c = num_of(x.dtype(), "linear");
-      g.trans_b = true, g.invariant = true, g.bias = bias.defined(), g.accumulate = residual.defined();
+      g.trans_b = true, g.invariant = true;
       g.m = t, g.n = out, g.k = in, g.lda = in, g.ldb = in, g.ldc = out;  // one row may keep a wide stride: it means nothing
-      if (residual.defined()) y.copy_from(residual);
-      // The library takes f32 biases on every instruction set.
-      const Tensor b = bias.defined() && bias.dtype() == DType::bf16 ? bias.detach().to(DType::f32) : bias;
-      kernels::cpu::gemm(x.device().cpu(), g, rows.raw(), w.raw(), y.raw(), b.defined() ? b.raw() : nullptr);
+      const Tensor add = residual.defined() ? residual.detach().contiguous() : Tensor(), b = bias.defined() ? bias.detach().contiguous() : Tensor();
+      x.device().backend().gemm(g, rows.raw(), w.raw(), y.raw(), b.defined() ? b.raw() : nullptr, add.defined() ? add.raw() : nullptr);
     }
   }
   if (any_requires_grad({&x, &weight, &bias, &residual})) {

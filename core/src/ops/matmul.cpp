@@ -3,7 +3,7 @@
 
 #include <capstan/autograd.h>
 #include <capstan/ops.h>
-#include <kernels/cpu/gemm.h>
+#include <kernels/backend.h>
 
 #include <algorithm>
 
@@ -11,7 +11,7 @@ namespace capstan::ops {
 
 namespace {
 
-using kernels::cpu::Gemm;
+using kernels::Gemm;
 
 /// One operand as GEMM reads it: contiguous leading dimensions, the last two plain or transposed.
 struct Operand {
@@ -75,7 +75,7 @@ Tensor product(const Tensor& a, const Tensor& b, const Dims& shape, const char* 
   g.m = m, g.n = n, g.k = k, g.lda = x.ld, g.ldb = y.ld, g.ldc = n;
   g.batch = batch, g.stride_a = x.batch_stride, g.stride_b = y.batch_stride, g.stride_c = m * n;
   g.invariant = batch == 1;
-  kernels::cpu::gemm(a.device().cpu(), g, x.value.raw(), y.value.raw(), c.raw());
+  a.device().backend().gemm(g, x.value.raw(), y.value.raw(), c.raw());
   return c;
 }
 

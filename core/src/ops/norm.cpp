@@ -2,8 +2,8 @@
 #include "ops/common.h"
 
 #include <capstan/ops.h>
-#include <kernels/cpu/norm.h>
-#include <kernels/cpu/reduce.h>
+
+#include <algorithm>
 
 namespace capstan::ops {
 
@@ -23,22 +23,20 @@ Tensor wide(const Tensor& weight, const Tensor& x) {
   return weight.defined() ? weight.detach().to(compute_dtype(x.dtype())).contiguous() : Tensor();
 }
 
-template <class C> C* pointer(const Tensor& t) { return t.defined() ? t.data<C>() : nullptr; }
+void* pointer(const Tensor& t) { return t.defined() ? t.raw() : nullptr; }
 
 // Room for the sums of each fixed block of rows.
 Tensor partials(const Tensor& x) {
   const Rows r = rows_of(x);
-  const std::int64_t block = cpu::norm_block_rows(r.rows);
-  return Tensor::empty(Dims{(r.rows + block - 1) / block, r.cols}, compute_dtype(x.dtype()), x.device());
+  const std::int64_t blocks = x.is_meta() ? std::min<std::int64_t>((r.rows + 63) / 64, 256) : x.device().backend().norm_blocks(r.rows, r.cols);
+  return Tensor::empty(Dims{blocks, r.cols}, compute_dtype(x.dtype()), x.device());
 }
 
 // The blocks' sums, added in order.
 Tensor total(const Tensor& partial) {
   Tensor out = Tensor::empty(Dims{partial.size(1)}, partial.dtype(), partial.device());
   if (!partial.is_meta())
-    visit(partial.dtype(), [&]<class T>() {
-      cpu::sum_middle(partial.device().cpu(), 1, partial.size(0), partial.size(1), partial.data<T>(), cpu::Compute<T>(1), out.data<T>());
-    });
+    partial.device().backend().sum_middle(num(partial), 1, partial.size(0), partial.size(1), partial.raw(), 1, num(out), out.raw());
   return out;
 }
 
@@ -55,12 +53,10 @@ class RmsNormNode final : public Node {
     const Rows r = rows_of(x);
     if (want_x) result[0] = Tensor::empty(x.shape(), x.dtype(), x.device());
     const Tensor partial = want_w ? partials(x) : Tensor();
-    run(x.device(), "rms_norm dx", {9 * real(x.numel()), 2 * real(x.bytes()), want_x ? real(x.bytes()) : 0}, x.dtype(),
-        [&]<class T>(cpu::Context& ctx) {
-          using C = cpu::Compute<T>;
+    run(x.device(), "rms_norm dx", {9 * real(x.numel()), 2 * real(x.bytes()), want_x ? real(x.bytes()) : 0},
+        [&](Backend& b) {
           const Tensor w = wide(weight, x);
-          cpu::rms_norm_backward(ctx, r.rows, r.cols, x.data<T>(), w.data<C>(), inverse.data<C>(), g.data<T>(),
-                                 pointer<T>(result[0]), pointer<C>(partial));
+          b.rms_norm_backward(num(x), r.rows, r.cols, x.raw(), w.raw(), inverse.raw(), g.raw(), pointer(result[0]), pointer(partial));
         });
     if (want_w) result[1] = outgoing(*this, 1, total(partial), weight.dtype());
     return result;
@@ -81,12 +77,11 @@ class LayerNormNode final : public Node {
     const Rows r = rows_of(x);
     if (want_x) result[0] = Tensor::empty(x.shape(), x.dtype(), x.device());
     const Tensor partial_w = want_w ? partials(x) : Tensor(), partial_b = want_b ? partials(x) : Tensor();
-    run(x.device(), "layer_norm dx", {13 * real(x.numel()), 2 * real(x.bytes()), want_x ? real(x.bytes()) : 0}, x.dtype(),
-        [&]<class T>(cpu::Context& ctx) {
-          using C = cpu::Compute<T>;
+    run(x.device(), "layer_norm dx", {13 * real(x.numel()), 2 * real(x.bytes()), want_x ? real(x.bytes()) : 0},
+        [&](Backend& b) {
           const Tensor w = wide(weight, x);
-          cpu::layer_norm_backward(ctx, r.rows, r.cols, x.data<T>(), w.data<C>(), mean.data<C>(), inverse.data<C>(), g.data<T>(),
-                                   pointer<T>(result[0]), pointer<C>(partial_w), pointer<C>(partial_b));
+          b.layer_norm_backward(num(x), r.rows, r.cols, x.raw(), w.raw(), mean.raw(), inverse.raw(), g.raw(), pointer(result[0]),
+                                pointer(partial_w), pointer(partial_b));
         });
     if (want_w) result[1] = outgoing(*this, 1, total(partial_w), weight.dtype());
     if (want_b) result[2] = outgoing(*this, 2, total(partial_b), bias_dtype);
@@ -102,10 +97,9 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon) {
   const Rows r = rows_of(x);
   Tensor y = Tensor::empty(x.shape(), x.dtype(), x.device());
   const Tensor inverse = Tensor::empty(Dims{r.rows}, compute_dtype(x.dtype()), x.device());
-  run(x.device(), "rms_norm", {4 * real(x.numel()), real(x.bytes() + weight.bytes()), real(x.bytes())}, x.dtype(), [&]<class T>(cpu::Context& ctx) {
-    using C = cpu::Compute<T>;
+  run(x.device(), "rms_norm", {4 * real(x.numel()), real(x.bytes() + weight.bytes()), real(x.bytes())}, [&](Backend& backend) {
     const Tensor w = wide(weight, x);
-    cpu::rms_norm(ctx, r.rows, r.cols, in.data<T>(), w.data<C>(), epsilon, y.data<T>(), inverse.data<C>());
+    backend.rms_norm(num(in), r.rows, r.cols, in.raw(), w.raw(), epsilon, y.raw(), inverse.raw());
   });
   if (any_requires_grad({&x, &weight})) {
     auto node = std::make_shared<RmsNormNode>();
@@ -127,10 +121,9 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, dou
   Tensor y = Tensor::empty(x.shape(), x.dtype(), x.device());
   const Tensor mean = Tensor::empty(Dims{r.rows}, compute_dtype(x.dtype()), x.device());
   const Tensor inverse = Tensor::empty(Dims{r.rows}, compute_dtype(x.dtype()), x.device());
-  run(x.device(), "layer_norm", {7 * real(x.numel()), real(x.bytes() + weight.bytes()), real(x.bytes())}, x.dtype(), [&]<class T>(cpu::Context& ctx) {
-    using C = cpu::Compute<T>;
+  run(x.device(), "layer_norm", {7 * real(x.numel()), real(x.bytes() + weight.bytes()), real(x.bytes())}, [&](Backend& backend) {
     const Tensor w = wide(weight, x), b = wide(bias, x);
-    cpu::layer_norm(ctx, r.rows, r.cols, in.data<T>(), w.data<C>(), pointer<C>(b), epsilon, y.data<T>(), mean.data<C>(), inverse.data<C>());
+    backend.layer_norm(num(in), r.rows, r.cols, in.raw(), w.raw(), pointer(b), epsilon, y.raw(), mean.raw(), inverse.raw());
   });
   if (any_requires_grad({&x, &weight, &bias})) {
     auto node = std::make_shared<LayerNormNode>();

@@ -1,17 +1,25 @@
-// defines: num_of(), the kernels' name of an element type; is_row_matrix(), what GEMMs read in place.
+// defines: num(), num_of(), the kernels' name of an element type; is_row_matrix(), what GEMMs read in place.
 #pragma once
 #include <capstan/tensor.h>
-#include <kernels/cpu/gemm.h>
+#include <kernels/backend.h>
 
 #include <string>
 
 namespace capstan::ops {
 
-inline kernels::cpu::Num num_of(DType dtype, const char* op) {
+using kernels::Num;
+static_assert(static_cast<int>(DType::f64) == static_cast<int>(Num::f64) && static_cast<int>(DType::boolean) == static_cast<int>(Num::boolean));
+
+/// The kernels' name of an element type.
+inline Num num(DType dtype) { return static_cast<Num>(dtype); }
+inline Num num(const Tensor& t) { return num(t.dtype()); }
+
+/// The same where only f64, f32 and bf16 will do.
+inline Num num_of(DType dtype, const char* op) {
   switch (dtype) {
-    case DType::f64: return kernels::cpu::Num::f64;
-    case DType::f32: return kernels::cpu::Num::f32;
-    case DType::bf16: return kernels::cpu::Num::bf16;
+    case DType::f64:
+    case DType::f32:
+    case DType::bf16: return num(dtype);
     default: fail(Fault::programming, op, "element type: expected f64, f32 or bf16, got " + std::string(name_of(dtype)));
   }
 }

@@ -2,7 +2,6 @@
 #include "ops/common.h"
 
 #include <capstan/ops.h>
-#include <kernels/cpu/reduce.h>
 
 namespace capstan::ops {
 
@@ -35,9 +34,8 @@ class SumNode final : public Node {
     const Tensor g = incoming(grads[0], dtype_);
     Tensor dx = Tensor::empty(shape_, dtype_, g.device());
     const Middle m(shape_, dim_);
-    run(g.device(), name_, {real(dx.numel()), real(g.bytes()), real(dx.bytes())}, dtype_, [&]<class T>(cpu::Context& ctx) {
-      cpu::spread_middle(ctx, m.outer, m.n, m.inner, g.data<T>(), static_cast<cpu::Compute<T>>(factor_), dx.data<T>());
-    });
+    run(g.device(), name_, {real(dx.numel()), real(g.bytes()), real(dx.bytes())},
+        [&](Backend& b) { b.spread_middle(num(g), m.outer, m.n, m.inner, g.raw(), factor_, dx.raw()); });
     return {dx};
   }
 
@@ -56,9 +54,8 @@ Tensor sum_scaled(const char* op, const Tensor& a, int dim, bool keep, bool aver
   const double factor = averaged ? 1.0 / real(m.n) : 1.0;
   const Tensor x = a.detach().contiguous();
   Tensor out = Tensor::empty(without(a.shape(), d, keep), a.dtype(), a.device());
-  run(a.device(), op, {real(a.numel()), real(a.bytes()), real(out.bytes())}, a.dtype(), [&]<class T>(cpu::Context& ctx) {
-    cpu::sum_middle(ctx, m.outer, m.n, m.inner, x.data<T>(), static_cast<cpu::Compute<T>>(factor), out.data<T>());
-  });
+  run(a.device(), op, {real(a.numel()), real(a.bytes()), real(out.bytes())},
+      [&](Backend& b) { b.sum_middle(num(x), m.outer, m.n, m.inner, x.raw(), factor, num(out), out.raw()); });
   if (any_requires_grad({&a})) record(std::make_shared<SumNode>(op, a.shape(), d, a.dtype(), factor), {&a}, {&out});
   return out;
 }
@@ -73,10 +70,8 @@ class MaxNode final : public Node {
     const Tensor g = incoming(grads[0], x_.dtype());
     Tensor dx = Tensor::empty(x_.shape(), x_.dtype(), x_.device());
     const Middle m(x_.shape(), dim_);
-    run(g.device(), "max dx", {real(x_.numel()), real(x_.bytes() + 2 * g.bytes()), real(dx.bytes())}, g.dtype(),
-        [&]<class T>(cpu::Context& ctx) {
-          cpu::max_middle_backward(ctx, m.outer, m.n, m.inner, x_.data<T>(), y_.data<T>(), g.data<T>(), dx.data<T>());
-        });
+    run(g.device(), "max dx", {real(x_.numel()), real(x_.bytes() + 2 * g.bytes()), real(dx.bytes())},
+        [&](Backend& b) { b.max_middle_backward(num(g), m.outer, m.n, m.inner, x_.raw(), y_.raw(), g.raw(), dx.raw()); });
     return {dx};
   }
 
@@ -94,9 +89,8 @@ class SumAllNode final : public Node {
     if (!wants(0, part)) return {Tensor()};
     const Tensor g = incoming(grads[0], dtype_);
     Tensor dx = Tensor::empty(shape_, dtype_, g.device());
-    run(g.device(), "sum_all dx", {0, real(g.bytes()), real(dx.bytes())}, dtype_, [&]<class T>(cpu::Context& ctx) {
-      cpu::spread_middle(ctx, 1, dx.numel(), 1, g.data<T>(), cpu::Compute<T>(1), dx.data<T>());
-    });
+    run(g.device(), "sum_all dx", {0, real(g.bytes()), real(dx.bytes())},
+        [&](Backend& b) { b.spread_middle(num(g), 1, dx.numel(), 1, g.raw(), 1, dx.raw()); });
     return {dx};
   }
 
@@ -117,8 +111,8 @@ Tensor max(const Tensor& a, int dim, bool keep) {
   if (m.n == 0) wrong("max", "extent of dimension " + std::to_string(dim), "at least 1", to_string(a.shape()));
   const Tensor x = a.detach().contiguous();
   Tensor out = Tensor::empty(without(a.shape(), d, keep), a.dtype(), a.device());
-  run(a.device(), "max", {real(a.numel()), real(a.bytes()), real(out.bytes())}, a.dtype(),
-      [&]<class T>(cpu::Context& ctx) { cpu::max_middle(ctx, m.outer, m.n, m.inner, x.data<T>(), out.data<T>()); });
+  run(a.device(), "max", {real(a.numel()), real(a.bytes()), real(out.bytes())},
+      [&](Backend& b) { b.max_middle(num(x), m.outer, m.n, m.inner, x.raw(), out.raw()); });
   if (any_requires_grad({&a})) record(std::make_shared<MaxNode>(x, out, d), {&a}, {&out});
   return out;
 }
@@ -127,8 +121,8 @@ Tensor sum_all(const Tensor& a) {
   check_floating("sum_all", "input", a);
   const Tensor x = a.detach().contiguous();
   Tensor out = Tensor::empty(Dims{}, a.dtype(), a.device());
-  run(a.device(), "sum_all", {real(a.numel()), real(a.bytes()), real(out.bytes())}, a.dtype(),
-      [&]<class T>(cpu::Context& ctx) { *out.data<T>() = T(cpu::sum_flat(ctx, x.numel(), x.data<T>())); });
+  run(a.device(), "sum_all", {real(a.numel()), real(a.bytes()), real(out.bytes())},
+      [&](Backend& b) { b.sum_flat(num(x), x.numel(), x.raw(), out.raw()); });
   if (any_requires_grad({&a})) record(std::make_shared<SumAllNode>(a.shape(), a.dtype()), {&a}, {&out});
   return out;
 }

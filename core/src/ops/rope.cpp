@@ -2,7 +2,6 @@
 #include "ops/common.h"
 
 #include <capstan/ops.h>
-#include <kernels/cpu/rope.h>
 
 namespace capstan::ops {
 
@@ -22,10 +21,8 @@ Tensor turn(const Tensor& x, const Tensor& table, bool inverse) {
   const Tensor in = rows_readable(x) ? x.detach() : x.detach().contiguous();
   const std::int64_t rows = x.size(0), size = table.size(1), heads = rows == 0 ? 0 : x.numel() / rows / size;
   Tensor y = Tensor::empty(x.shape(), x.dtype(), x.device());
-  run(x.device(), inverse ? "rope dx" : "rope", {3 * real(x.numel()), real(x.bytes() + table.bytes()), real(x.bytes())}, x.dtype(),
-      [&]<class T>(cpu::Context& ctx) {
-        cpu::rope(ctx, rows, heads, size, in.data<T>(), in.strides()[0], table.data<cpu::Compute<T>>(), y.data<T>(), inverse);
-      });
+  run(x.device(), inverse ? "rope dx" : "rope", {3 * real(x.numel()), real(x.bytes() + table.bytes()), real(x.bytes())},
+      [&](Backend& b) { b.rope(num(in), rows, heads, size, in.raw(), in.strides()[0], table.raw(), y.raw(), inverse); });
   return y;
 }
 
@@ -75,9 +72,7 @@ Tensor rope_table(const Tensor& positions, std::int64_t head_size, double theta,
   Tensor table = Tensor::empty(Dims{at.numel(), head_size}, dtype, at.device());
   OpScope scope(at.device(), "rope_table", {real(table.numel()), real(at.bytes()), real(table.bytes())});
   if (scope.meta()) return table;
-  cpu::Context& ctx = at.device().cpu();
-  if (dtype == DType::f64) cpu::rope_table(ctx, at.numel(), head_size, theta, at.data<std::int32_t>(), table.data<double>());
-  else cpu::rope_table(ctx, at.numel(), head_size, theta, at.data<std::int32_t>(), table.data<float>());
+  at.device().backend().rope_table(num(table), at.numel(), head_size, theta, at.data<std::int32_t>(), table.raw());
   return table;
 }
 

@@ -2,7 +2,6 @@
 #include "ops/common.h"
 
 #include <capstan/ops.h>
-#include <kernels/cpu/softmax.h>
 
 namespace capstan::ops {
 
@@ -20,10 +19,8 @@ class SoftmaxNode final : public Node {
     const Tensor g = incoming(grads[0], y_.dtype());
     Tensor dx = Tensor::empty(g.shape(), g.dtype(), g.device());
     const Rows r = rows_of(g);
-    run(g.device(), logarithm_ ? "log_softmax dx" : "softmax dx", {4 * real(g.numel()), 2 * real(g.bytes()), real(g.bytes())}, g.dtype(),
-        [&]<class T>(cpu::Context& ctx) {
-          cpu::softmax_backward(ctx, r.rows, r.cols, y_.data<T>(), g.data<T>(), dx.data<T>(), logarithm_);
-        });
+    run(g.device(), logarithm_ ? "log_softmax dx" : "softmax dx", {4 * real(g.numel()), 2 * real(g.bytes()), real(g.bytes())},
+        [&](Backend& b) { b.softmax_backward(num(g), r.rows, r.cols, y_.raw(), g.raw(), dx.raw(), logarithm_); });
     return {dx};
   }
 
@@ -39,8 +36,8 @@ Tensor rows_softmax(const Tensor& a, bool logarithm) {
   const Tensor x = a.detach().contiguous();
   Tensor y = Tensor::empty(a.shape(), a.dtype(), a.device());
   const Rows r = rows_of(a);
-  run(a.device(), op, {5 * real(a.numel()), real(a.bytes()), real(a.bytes())}, a.dtype(),
-      [&]<class T>(cpu::Context& ctx) { cpu::softmax(ctx, r.rows, r.cols, x.data<T>(), y.data<T>(), logarithm); });
+  run(a.device(), op, {5 * real(a.numel()), real(a.bytes()), real(a.bytes())},
+      [&](Backend& b) { b.softmax(num(x), r.rows, r.cols, x.raw(), y.raw(), logarithm); });
   if (any_requires_grad({&a})) record(std::make_shared<SoftmaxNode>(y, logarithm), {&a}, {&y});
   return y;
 }

@@ -3,48 +3,42 @@
 #include "ops/common.h"
 
 #include <capstan/ops.h>
-#include <kernels/cpu/elementwise.h>
 
 namespace capstan::ops {
 
 namespace {
 
-// f maps vectors; slope(v) is the derivative at the saved value.
-template <class Slope>
+using kernels::UnaryOp;
+
 class UnaryNode final : public Node {
  public:
-  UnaryNode(const char* name, Tensor saved, Slope slope) : name_(name), saved_(std::move(saved)), slope_(slope) {}
+  UnaryNode(const char* name, UnaryOp op, Tensor saved) : name_(name), op_(op), saved_(std::move(saved)) {}
   std::string_view name() const override { return name_; }
   void release() override { saved_ = Tensor(); }
   std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
     if (!wants(0, part)) return {Tensor()};
     const Tensor g = incoming(grads[0], saved_.dtype());
     Tensor dx = Tensor::empty(g.shape(), g.dtype(), g.device());
-    run(g.device(), name_, {2 * real(g.numel()), 2 * real(g.bytes()), real(g.bytes())}, g.dtype(), [&]<class T>(cpu::Context& ctx) {
-      cpu::map2(ctx, g.numel(), g.data<T>(), saved_.data<T>(), dx.data<T>(),
-                [slope = slope_](auto grad, auto v) { return grad * slope(v); });
-    });
+    run(g.device(), name_, {2 * real(g.numel()), 2 * real(g.bytes()), real(g.bytes())},
+        [&](Backend& b) { b.unary_backward(op_, num(g), g.numel(), saved_.raw(), g.raw(), dx.raw()); });
     return {dx};
   }
 
  private:
   const char* name_;
+  UnaryOp op_;
   Tensor saved_;
-  Slope slope_;
 };
 
-template <class F, class Slope>
-Tensor unary(const char* op, const Tensor& a, bool save_output, F f, Slope slope) {
-  check_floating(op, "input", a);
+Tensor unary(const char* name, UnaryOp op, const Tensor& a, bool save_output) {
+  check_floating(name, "input", a);
   const Tensor x = a.detach().contiguous();
   Tensor y = Tensor::empty(a.shape(), a.dtype(), a.device());
-  run(a.device(), op, {real(a.numel()), real(a.bytes()), real(a.bytes())}, a.dtype(),
-      [&]<class T>(cpu::Context& ctx) { cpu::map1(ctx, x.numel(), x.data<T>(), y.data<T>(), f); });
-  if (any_requires_grad({&a})) record(std::make_shared<UnaryNode<Slope>>(op, save_output ? y : x, slope), {&a}, {&y});
+  run(a.device(), name, {real(a.numel()), real(a.bytes()), real(a.bytes())},
+      [&](Backend& b) { b.unary(op, num(x), x.numel(), x.raw(), y.raw()); });
+  if (any_requires_grad({&a})) record(std::make_shared<UnaryNode>(name, op, save_output ? y : x), {&a}, {&y});
   return y;
 }
-
-template <class V> V constant(V, double c) { return V(static_cast<typename V::Scalar>(c)); }
 
 // d(a * factor + shift) = factor: needs no saved value.
 class ScaleNode final : public Node {
@@ -67,35 +61,16 @@ Tensor scale(const Tensor& a, double factor, double shift) {
   check_floating("scale", "input", a);
   const Tensor x = a.detach().contiguous();
   Tensor y = Tensor::empty(a.shape(), a.dtype(), a.device());
-  run(a.device(), "scale", {2 * real(a.numel()), real(a.bytes()), real(a.bytes())}, a.dtype(), [&]<class T>(cpu::Context& ctx) {
-    cpu::map1(ctx, x.numel(), x.data<T>(), y.data<T>(),
-              [factor, shift](auto v) { return fma(v, constant(v, factor), constant(v, shift)); });
-  });
+  run(a.device(), "scale", {2 * real(a.numel()), real(a.bytes()), real(a.bytes())},
+      [&](Backend& b) { b.scale(num(x), x.numel(), x.raw(), factor, shift, y.raw()); });
   if (any_requires_grad({&a})) record(std::make_shared<ScaleNode>(factor), {&a}, {&y});
   return y;
 }
 
-Tensor exp(const Tensor& a) {
-  return unary("exp", a, true, [](auto v) { return exp(v); }, [](auto y) { return y; });
-}
-
-Tensor log(const Tensor& a) {
-  return unary("log", a, false, [](auto v) { return log(v); }, [](auto x) { return constant(x, 1) / x; });
-}
-
-Tensor sqrt(const Tensor& a) {
-  return unary("sqrt", a, true, [](auto v) { return sqrt(v); }, [](auto y) { return constant(y, 0.5) / y; });
-}
-
-Tensor tanh(const Tensor& a) {
-  return unary("tanh", a, false, [](auto v) { return tanh(v); }, [](auto x) {
-    const auto y = tanh(x);
-    return fma(-y, y, constant(y, 1));
-  });
-}
-
-Tensor sigmoid(const Tensor& a) {
-  return unary("sigmoid", a, false, [](auto v) { return sigmoid(v); }, [](auto x) { return sigmoid(x) * sigmoid(-x); });
-}
+Tensor exp(const Tensor& a) { return unary("exp", UnaryOp::exp, a, true); }
+Tensor log(const Tensor& a) { return unary("log", UnaryOp::log, a, false); }
+Tensor sqrt(const Tensor& a) { return unary("sqrt", UnaryOp::sqrt, a, true); }
+Tensor tanh(const Tensor& a) { return unary("tanh", UnaryOp::tanh, a, false); }
+Tensor sigmoid(const Tensor& a) { return unary("sigmoid", UnaryOp::sigmoid, a, false); }
 
 }  // namespace capstan::ops

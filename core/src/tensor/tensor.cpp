@@ -1,11 +1,10 @@
 // Tensor: construction, views and copies. Differentiable ops are in core/src/ops.
 #include <capstan/autograd.h>
 #include <capstan/tensor.h>
-#include <kernels/cpu/context.h>
+#include <kernels/backend.h>
 
-#include <cmath>
-#include <cstring>
 #include <utility>
+#include <vector>
 
 namespace capstan {
 
@@ -21,52 +20,13 @@ Dims contiguous_strides(const Dims& shape) {
   return strides;
 }
 
-/// Calls f with a null T* of the dtype's C++ type.
-template <class F>
-void visit(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::f64: return f(static_cast<double*>(nullptr));
-    case DType::f32: return f(static_cast<float*>(nullptr));
-    case DType::bf16: return f(static_cast<bf16*>(nullptr));
-    case DType::i32: return f(static_cast<std::int32_t*>(nullptr));
-    case DType::i64: return f(static_cast<std::int64_t*>(nullptr));
-    case DType::u8:
-    case DType::boolean: return f(static_cast<std::uint8_t*>(nullptr));
-    default: fail(Fault::programming, "tensor", "element type " + std::string(name_of(dtype)) + " has no CPU arithmetic");
-  }
-}
+kernels::Num num(DType dtype) { return static_cast<kernels::Num>(dtype); }
 
-template <class To, class From>
-To convert(From x) {
-  if constexpr (std::is_same_v<To, bf16>) return bf16(static_cast<float>(x));
-  else if constexpr (std::is_same_v<From, bf16>) return static_cast<To>(static_cast<float>(x));
-  else return static_cast<To>(x);
-}
-
-/// Walks two strided tensors of one shape row by row (the last dimension is the inner loop), on the device's threads.
-template <class To, class From>
-void copy_strided(Device& device, To* to, const Dims& to_strides, const From* from, const Dims& from_strides, const Dims& shape) {
-  if (shape.product() == 0) return;
-  const int r = shape.size();
-  const std::int64_t n = r == 0 ? 1 : shape[r - 1], ts = r == 0 ? 1 : to_strides[r - 1], fs = r == 0 ? 1 : from_strides[r - 1];
-  const std::int64_t rows = shape.product() / n;
-#pragma omp parallel for num_threads(device.cpu().threads()) if (rows * n > 65536)
-  for (std::int64_t row = 0; row < rows; ++row) {
-    std::int64_t left = row;
-    To* t = to;
-    const From* f = from;
-    for (int d = r - 2; d >= 0; --d) {
-      const std::int64_t i = left % shape[d];
-      left /= shape[d];
-      t += i * to_strides[d], f += i * from_strides[d];
-    }
-    if (ts == 1 && fs == 1) {
-      if constexpr (std::is_same_v<To, From>) std::memcpy(t, f, static_cast<std::size_t>(n) * sizeof(To));
-      else for (std::int64_t i = 0; i < n; ++i) t[i] = convert<To>(f[i]);
-    } else {
-      for (std::int64_t i = 0; i < n; ++i) t[i * ts] = convert<To>(f[i * fs]);
-    }
-  }
+kernels::Strided strided(const Dims& shape, const Dims& to, const Dims& from) {
+  kernels::Strided s;
+  s.rank = shape.size();
+  for (int i = 0; i < s.rank; ++i) s.shape[i] = shape[i], s.to[i] = to[i], s.from[i] = from[i];
+  return s;
 }
 
 }  // namespace
@@ -100,7 +60,7 @@ Tensor Tensor::empty(const Dims& shape, DType dtype, Device& device) {
 
 Tensor Tensor::zeros(const Dims& shape, DType dtype, Device& device) {
   Tensor t = empty(shape, dtype, device);
-  if (t.raw() != nullptr) std::memset(t.raw(), 0, static_cast<std::size_t>(t.bytes()));
+  if (!t.is_meta()) device.backend().clear(t.raw(), t.bytes());
   return t;
 }
 
@@ -221,51 +181,54 @@ Tensor Tensor::to(DType dtype) const {
 
 void Tensor::fill(double value) const {
   if (is_meta() || numel() == 0) return;
-  visit(dtype_, [&]<class T>(T*) {
-    const T v = convert<T>(value);
-    Dims zero = strides_;
-    for (int i = 0; i < zero.size(); ++i) zero[i] = 0;
-    copy_strided(device(), static_cast<T*>(raw()), strides_, &v, zero, shape_);
-  });
+  device().backend().fill(strided(shape_, strides_, strides_), num(dtype_), raw(), value);
 }
 
 void Tensor::copy_from(const Tensor& source) const {
   if (!(source.shape_ == shape_))
     fail(Fault::programming, "copy", "shapes differ: expected " + to_string(shape_) + ", got " + to_string(source.shape_));
   if (is_meta() || source.is_meta() || numel() == 0) return;
-  if (dtype_ == source.dtype_ && is_contiguous() && source.is_contiguous() && bytes() < (1 << 20)) {
-    std::memcpy(raw(), source.raw(), static_cast<std::size_t>(bytes()));
+  if (&device() == &source.device()) {
+    device().backend().copy(strided(shape_, strides_, source.strides_), num(dtype_), raw(), num(source.dtype_), source.raw());
     return;
   }
-  Dims shape = shape_, to_strides = strides_, from_strides = source.strides_;
-  if (is_contiguous() && source.is_contiguous()) {  // rows of a fixed length, so that threads share the work
-    const std::int64_t n = numel(), row = n % 4096 == 0 ? 4096 : n % 64 == 0 ? 64 : n;
-    shape = Dims{n / row, row}, to_strides = Dims{row, 1}, from_strides = Dims{row, 1};
+  // Between devices: through contiguous memory of this type.
+  const Tensor from = source.to(dtype_).contiguous();
+  if (is_contiguous() && source.device().kind() == DeviceKind::cpu) {
+    copy_from_host(from.raw(), bytes());
+  } else if (is_contiguous() && device().kind() == DeviceKind::cpu) {
+    from.copy_to_host(raw(), bytes());
+  } else {
+    std::vector<char> host(static_cast<std::size_t>(bytes()));
+    from.copy_to_host(host.data(), bytes());
+    const Tensor here = is_contiguous() ? *this : empty(shape_, dtype_, device());
+    here.copy_from_host(host.data(), bytes());
+    if (!is_contiguous()) copy_from(here);
   }
-  visit(dtype_, [&]<class To>(To*) {
-    visit(source.dtype_, [&]<class From>(From*) {
-      copy_strided(device(), static_cast<To*>(raw()), to_strides, static_cast<const From*>(source.raw()), from_strides, shape);
-    });
-  });
 }
 
 void Tensor::copy_from_host(const void* source, std::int64_t count) const {
   if (!is_contiguous() || count != bytes())
     fail(Fault::programming, "copy_from_host", "expected " + std::to_string(bytes()) + " contiguous bytes for shape " + to_string(shape_) +
                                                    ", got " + std::to_string(count));
-  if (!is_meta()) std::memcpy(raw(), source, static_cast<std::size_t>(count));
+  if (!is_meta() && count > 0) device().backend().upload(raw(), source, count);
 }
 
 void Tensor::copy_to_host(void* target, std::int64_t count) const {
   if (!is_contiguous() || count != bytes() || is_meta())
     fail(Fault::programming, "copy_to_host", "expected " + std::to_string(bytes()) + " contiguous bytes with data, asked for " + std::to_string(count));
-  std::memcpy(target, raw(), static_cast<std::size_t>(count));
+  if (count > 0) device().backend().download(target, raw(), count);
 }
 
 double Tensor::item() const {
   if (numel() != 1 || is_meta()) fail(Fault::programming, "item", "expected one element with data, got shape " + to_string(shape_));
   double value = 0;
-  visit(dtype_, [&]<class T>(T*) { value = convert<double>(*static_cast<const T*>(raw())); });
+  if (device().kind() == DeviceKind::cpu) {
+    kernels::Strided one;
+    device().backend().copy(one, kernels::Num::f64, &value, num(dtype_), raw());
+    return value;
+  }
+  view(Dims{1}).to(DType::f64).copy_to_host(&value, sizeof value);
   return value;
 }
 

@@ -103,4 +103,10 @@ CAPSTAN_HD inline double philox_normal(std::uint64_t key, std::uint64_t step, st
   return normal_quantile(philox_uniform(key, step, index));
 }
 
+/// `scale` times a normal, or a uniform in (-1, 1), from one word of a stream.
+CAPSTAN_HD inline double random_value(std::uint32_t bits, bool normal, double scale) {
+  const double u = (static_cast<double>(bits) + 0.5) * 0x1p-32;
+  return scale * (normal ? normal_quantile(u) : 2 * u - 1);
+}
+
 }  // namespace capstan::kernels

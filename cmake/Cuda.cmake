@@ -1,0 +1,22 @@
+# Decides whether the CUDA part is built: CAPSTAN_CUDA_BUILD.
+set(CAPSTAN_CUDA_BUILD OFF)
+if(NOT CAPSTAN_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "CAPSTAN_CUDA: expected AUTO, ON or OFF, got '${CAPSTAN_CUDA}'")
+endif()
+if(NOT CAPSTAN_CUDA STREQUAL "OFF")
+  find_program(CAPSTAN_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_PATH PATHS /usr/local/cuda PATH_SUFFIXES bin)
+  if(CAPSTAN_CUDA STREQUAL "ON" AND NOT CAPSTAN_NVCC)
+    message(FATAL_ERROR "CAPSTAN_CUDA=ON, but there is no nvcc: install CUDA 13, or name it in CUDACXX, or configure with -DCAPSTAN_CUDA=OFF")
+  endif()
+  if(CAPSTAN_CUDA STREQUAL "ON" OR (CAPSTAN_NVCC AND EXISTS /dev/nvidiactl))
+    set(CAPSTAN_CUDA_BUILD ON)
+    set(CMAKE_CUDA_COMPILER ${CAPSTAN_NVCC})
+    set(CMAKE_CUDA_ARCHITECTURES OFF)  # each target names its own
+    enable_language(CUDA)
+    if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # CMake 3.25 does not know CUDA 13's compiler
+      set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+      set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+    endif()
+    message(STATUS "CUDA part: ON, for ${CAPSTAN_CUDA_ARCHITECTURES}")
+  endif()
+endif()

@@ -1,0 +1,112 @@
+// The CUDA device: accounting over the memory of libcapstan_cuda.so, which lies beside this library and is opened when a GPU
+// is asked for, so that a build with CUDA starts on machines without a driver.
+#include "base/usable_threads.h"
+
+#include <capstan/device.h>
+#include <capstan/error.h>
+#include <kernels/cpu/context.h>
+#include <kernels/cuda/gpu.h>
+
+#include <dlfcn.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <mutex>
+
+namespace capstan {
+
+namespace {
+
+namespace cuda = kernels::cuda;
+namespace fs = std::filesystem;
+
+std::int64_t round_up(std::int64_t n) { return (std::max<std::int64_t>(n, 1) + 255) / 256 * 256; }
+
+std::string gib(std::int64_t bytes) {
+  const std::int64_t tenths = bytes * 10 / (std::int64_t{1} << 30);
+  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " GiB";
+}
+
+/// The library's one function, or null with the reason in `why`.
+cuda::OpenGpu open_library(std::string& why) {
+  Dl_info here{};
+  if (dladdr(reinterpret_cast<const void*>(&make_cuda_device), &here) == 0 || here.dli_fname == nullptr) {
+    why = "cannot tell where libcapstan.so lies";
+    return nullptr;
+  }
+  const fs::path path = fs::path(here.dli_fname).parent_path() / "libcapstan_cuda.so";
+  std::error_code error;
+  if (!fs::exists(path, error)) {
+    why = "this build has no CUDA part (" + path.string() + " does not exist): configure it with -DCAPSTAN_CUDA=ON, or set run.device: cpu";
+    return nullptr;
+  }
+  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);  // never closed: its kernels stay registered
+  if (library == nullptr) {
+    const char* text = dlerror();
+    why = path.string() + " cannot be opened: " + (text != nullptr ? text : "unknown reason") +
+          "; CUDA 13's libraries (cublasLt, cudnn) must be installed, or their folders named in LD_LIBRARY_PATH";
+    return nullptr;
+  }
+  auto open = reinterpret_cast<cuda::OpenGpu>(dlsym(library, "capstan_cuda_open"));
+  if (open == nullptr) why = path.string() + " is from another build: it does not offer capstan_cuda_open";
+  return open;
+}
+
+class CudaDevice final : public Device {
+ public:
+  CudaDevice(std::unique_ptr<cuda::Gpu> gpu, int threads) : gpu_(std::move(gpu)), host_(threads) {}
+  DeviceKind kind() const override { return DeviceKind::cuda; }
+  kernels::Backend& backend() override { return *gpu_; }
+  kernels::cpu::Context& cpu() override { return host_; }
+  std::string describe() const override { return gpu_->name() + ", " + gib(gpu_->capacity()); }
+
+  void* allocate(std::int64_t bytes) override {
+    const std::int64_t size = round_up(bytes);
+    std::lock_guard lock(mutex_);
+    void* data = gpu_->allocate(size);
+    if (data == nullptr) {
+      fail(Fault::runtime, "cuda memory",
+           "cannot allocate " + std::to_string(bytes) + " bytes (" + gib(bytes) + "): tensors hold " + gib(bytes_held()) + ", the pool has " +
+               gib(gpu_->reserved()) + " from the driver, " + gib(gpu_->available()) + " of " + gib(gpu_->capacity()) +
+               " are free for anyone; a smaller data.micro_batch or data.sequence_length, train.recompute=block, or precision.compute=bf16 lowers the need");
+    }
+    count(size);
+    return data;
+  }
+
+  void release(void* data, std::int64_t bytes) noexcept override {
+    std::lock_guard lock(mutex_);
+    gpu_->release(data);
+    count(-round_up(bytes));
+  }
+
+  std::int64_t bytes_reserved() const override { return gpu_->reserved(); }
+
+ private:
+  mutable std::mutex mutex_;
+  std::unique_ptr<cuda::Gpu> gpu_;
+  kernels::cpu::Context host_;
+};
+
+}  // namespace
+
+std::string cuda_problem() {
+  std::string why;
+  const cuda::OpenGpu open = open_library(why);
+  if (open == nullptr) return why;
+  char message[1024] = "";
+  open(cuda::gpu_interface, -1, message, sizeof message);
+  return message;
+}
+
+std::shared_ptr<Device> make_cuda_device(int index, int threads) {
+  std::string why;
+  const cuda::OpenGpu open = open_library(why);
+  if (open == nullptr) fail(Fault::input, "cuda", why);
+  char message[1024] = "";
+  std::unique_ptr<cuda::Gpu> gpu(open(cuda::gpu_interface, std::max(index, 0), message, sizeof message));
+  if (!gpu) fail(Fault::input, "cuda", message);
+  return std::make_shared<CudaDevice>(std::move(gpu), usable_threads(threads));
+}
+
+}  // namespace capstan
