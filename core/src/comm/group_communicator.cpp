@@ -1,11 +1,14 @@
 // Communicators of several ranks.
 #include "comm/group_communicator.h"
 
+#include "comm/host_group.h"
 #include "comm/reduce.h"
+#include "comm/span_group.h"
 
 #include <capstan/error.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <numeric>
 
@@ -33,7 +36,18 @@ std::shared_ptr<Communicator> make_group(std::shared_ptr<WorldCore> core, std::s
 
 GroupCommunicator::GroupCommunicator(std::shared_ptr<WorldCore> core, std::string name, std::vector<int> ranks, int me)
     : Communicator(std::move(name), std::move(ranks), me), core_(std::move(core)),
-      host_(core_->watch, key_of(this->name(), this->ranks()), this->name(), this->ranks()), lane_(make_lane()) {}
+      lane_(make_lane()) {
+  const std::uint64_t key = key_of(this->name(), this->ranks());
+  const bool one_host = !core_->several_hosts || std::all_of(this->ranks().begin(), this->ranks().end(), [&](int r) {
+    const auto& host = core_->transport->host_of();
+    return host[static_cast<std::size_t>(r)] == host[static_cast<std::size_t>(core_->rank)];
+  });
+  if (one_host) group_ = std::make_unique<HostGroup>(core_->watch, key, this->name(), this->ranks());
+  else {
+    core_->claim_tag(SpanGroup::tag_of(key), this->name(), this->ranks());
+    group_ = std::make_unique<SpanGroup>(core_->watch, *core_->transport, key, this->name(), this->ranks());
+  }
+}
 
 GroupCommunicator::~GroupCommunicator() {
   lane_->close();
@@ -83,7 +97,7 @@ Handle GroupCommunicator::launch(const Descriptor& call, double bytes, std::func
   Descriptor numbered = call;
   numbered.sequence = ++sequence_;
   return Handle(lane_->submit(collective, timed(collective, bytes, [this, numbered, body = std::move(body)] {
-    host_.begin(numbered);
+    group_->begin(numbered);
     body();
   })));
 }
@@ -98,12 +112,12 @@ Handle GroupCommunicator::launch_peer(Collective collective, int peer, double by
 
 Handle GroupCommunicator::all_reduce(void* data, std::int64_t count, DType dtype, Reduction op) {
   return launch(call(Collective::all_reduce, count, dtype, op), 2.0 * (size() - 1) / size() * static_cast<double>(count * size_of(dtype)),
-                [=, this] { host_.all_reduce(bytes_of(data), count, dtype, op); });
+                [=, this] { group_->all_reduce(bytes_of(data), count, dtype, op); });
 }
 
 Handle GroupCommunicator::reduce_scatter(const void* in, void* out, std::int64_t count, DType dtype, Reduction op) {
   return launch(call(Collective::reduce_scatter, count, dtype, op), (size() - 1.0) * static_cast<double>(count * size_of(dtype)),
-                [=, this] { host_.reduce_scatter(bytes_of(in), bytes_of(out), count, dtype, op); });
+                [=, this] { group_->reduce_scatter(bytes_of(in), bytes_of(out), count, dtype, op); });
 }
 
 Handle GroupCommunicator::gather(Collective collective, const void* in, void* out, std::vector<std::int64_t> counts, DType dtype) {
@@ -120,7 +134,7 @@ Handle GroupCommunicator::gather(Collective collective, const void* in, void* ou
   const double sent = (size() - 1.0) * static_cast<double>(counts[static_cast<std::size_t>(rank())]);
   const std::int64_t count = collective == Collective::all_gather ? counts[0] / size_of(dtype) : hash;
   return launch(call(collective, count, dtype), sent, [this, in, out, at = std::move(at), counts = std::move(counts)] {
-    host_.all_gather(bytes_of(in), bytes_of(out), at, counts);
+    group_->all_gather(bytes_of(in), bytes_of(out), at, counts);
   });
 }
 
@@ -145,8 +159,14 @@ Handle GroupCommunicator::exchange(Collective collective, const void* in, std::v
   if (send_counts[me] != receive_counts[me]) wrong(collective, "what a rank sends to itself is not what it receives from itself");
   const double sent = static_cast<double>(std::accumulate(send_counts.begin(), send_counts.end(), std::int64_t{0}) - send_counts[me]);
   const std::int64_t count = collective == Collective::all_to_all ? send_counts[0] : 0;
-  return launch(call(collective, count, dtype), sent, [=, this, s = std::move(send_counts), r = std::move(receive_counts)] {
-    host_.all_to_all(bytes_of(in), s, bytes_of(out), r);
+  const auto offsets = [](const std::vector<std::int64_t>& bytes) {
+    std::vector<std::int64_t> at(bytes.size(), 0);
+    for (std::size_t i = 1; i < bytes.size(); ++i) at[i] = at[i - 1] + bytes[i - 1];
+    return at;
+  };
+  return launch(call(collective, count, dtype), sent, [this, in, out, sa = offsets(send_counts), ra = offsets(receive_counts),
+                                                       s = std::move(send_counts), r = std::move(receive_counts)] {
+    group_->all_to_all(bytes_of(in), sa, s, bytes_of(out), ra, r);
   });
 }
 
@@ -164,20 +184,20 @@ Handle GroupCommunicator::all_to_all_v(const void* in, std::span<const std::int6
 Handle GroupCommunicator::broadcast(void* data, std::int64_t count, DType dtype, int root) {
   const std::int64_t bytes = count * size_of(dtype);
   return launch(call(Collective::broadcast, count, dtype, Reduction::sum, root), rank() == root ? static_cast<double>(bytes) : 0,
-                [=, this] { host_.broadcast(bytes_of(data), bytes, root); });
+                [=, this] { group_->broadcast(bytes_of(data), bytes, root); });
 }
 
 Handle GroupCommunicator::send(const void* data, std::int64_t count, DType dtype, int to) {
   const std::int64_t bytes = count * size_of(dtype);
   if (count < 0) wrong(Collective::send, fmt::format("negative count {}", count));
   return launch_peer(Collective::send, to, static_cast<double>(bytes),
-                     [=, this](std::uint64_t n) { host_.send(bytes_of(data), bytes, dtype, to, n); });
+                     [=, this](std::uint64_t n) { group_->send(bytes_of(data), bytes, dtype, to, n); });
 }
 
 Handle GroupCommunicator::receive(void* data, std::int64_t count, DType dtype, int from) {
   const std::int64_t bytes = count * size_of(dtype);
   if (count < 0) wrong(Collective::receive, fmt::format("negative count {}", count));
-  return launch_peer(Collective::receive, from, 0, [=, this](std::uint64_t n) { host_.receive(bytes_of(data), bytes, dtype, from, n); });
+  return launch_peer(Collective::receive, from, 0, [=, this](std::uint64_t n) { group_->receive(bytes_of(data), bytes, dtype, from, n); });
 }
 
 void GroupCommunicator::barrier() {
@@ -187,8 +207,8 @@ void GroupCommunicator::barrier() {
     Descriptor numbered = call(Collective::barrier, 0, DType::u8);
     numbered.sequence = ++sequence_;
     task = lane_->prepare(Collective::barrier, timed(Collective::barrier, 0, [this, numbered] {
-      host_.begin(numbered);
-      host_.barrier();
+      group_->begin(numbered);
+      group_->barrier();
     }));
   }
   task->wait();

@@ -1,9 +1,9 @@
 // defines: GroupCommunicator: the Communicator of several ranks: asynchronous lanes over the blocking collectives.
 #pragma once
 #include "comm/communicator.h"
-#include "comm/host_group.h"
 #include "comm/lane.h"
 #include "comm/shared_world.h"
+#include "comm/transport.h"
 
 #include <functional>
 #include <map>
@@ -46,7 +46,7 @@ class GroupCommunicator final : public Communicator {
   [[noreturn]] void wrong(Collective collective, const std::string& what) const;
 
   std::shared_ptr<WorldCore> core_;
-  HostGroup host_;
+  std::unique_ptr<Group> group_;
   std::mutex mutex_;
   std::uint64_t sequence_ = 0;
   std::shared_ptr<Lane> lane_;

@@ -182,14 +182,8 @@ void HostGroup::all_gather(const std::byte* in, std::byte* out, std::span<const 
          });
 }
 
-void HostGroup::all_to_all(const std::byte* in, std::span<const std::int64_t> send_bytes, std::byte* out,
-                           std::span<const std::int64_t> receive_bytes) {
-  const auto offsets = [](std::span<const std::int64_t> bytes) {
-    std::vector<std::int64_t> at(bytes.size() + 1, 0);
-    for (std::size_t i = 0; i < bytes.size(); ++i) at[i + 1] = at[i] + bytes[i];
-    return at;
-  };
-  const std::vector<std::int64_t> send_at = offsets(send_bytes), receive_at = offsets(receive_bytes);
+void HostGroup::all_to_all(const std::byte* in, std::span<const std::int64_t> send_at, std::span<const std::int64_t> send_bytes,
+                           std::byte* out, std::span<const std::int64_t> receive_at, std::span<const std::int64_t> receive_bytes) {
   move_bytes(out + receive_at[z(me_)], in + send_at[z(me_)], send_bytes[z(me_)]);
   if (size_ == 1) return;
   // First what goes where: nobody else knows the largest block.

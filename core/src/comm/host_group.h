@@ -2,6 +2,7 @@
 #pragma once
 #include "comm/communicator.h"
 #include "comm/segment.h"
+#include "comm/transport.h"
 #include "comm/watch.h"
 
 #include <capstan/dtype.h>
@@ -18,10 +19,10 @@ namespace capstan::comm {
 /// ticks of the others and reads or adds from their buffers in rank order. A buffer is written again two rounds later: a
 /// rank that posted round k has read everything of round k-2. All methods block and are called by one thread at a time, in
 /// the same order on all members.
-class HostGroup {
+class HostGroup final : public Group {
  public:
   HostGroup(Watch& watch, std::uint64_t key, const std::string& name, std::vector<int> world_ranks);
-  ~HostGroup();
+  ~HostGroup() override;
   HostGroup(const HostGroup&) = delete;
   HostGroup& operator=(const HostGroup&) = delete;
 
@@ -29,22 +30,18 @@ class HostGroup {
   int rank() const { return me_; }
   const std::vector<int>& world_ranks() const { return ranks_; }
 
-  /// Opens a collective: what this rank calls, compared with the others' at its first wait.
-  void begin(const Descriptor& call);
+  void begin(const Descriptor& call) override;
+  void barrier() override;
+  void all_reduce(std::byte* data, std::int64_t count, DType dtype, Reduction op) override;
+  void reduce_scatter(const std::byte* in, std::byte* out, std::int64_t count, DType dtype, Reduction op) override;
+  void all_gather(const std::byte* in, std::byte* out, std::span<const std::int64_t> at, std::span<const std::int64_t> bytes) override;
+  void all_to_all(const std::byte* in, std::span<const std::int64_t> send_at, std::span<const std::int64_t> send_bytes, std::byte* out,
+                  std::span<const std::int64_t> receive_at, std::span<const std::int64_t> receive_bytes) override;
+  void broadcast(std::byte* data, std::int64_t bytes, int root) override;
+  void send(const std::byte* data, std::int64_t bytes, DType dtype, int to, std::uint64_t sequence) override;
+  void receive(std::byte* data, std::int64_t bytes, DType dtype, int from, std::uint64_t sequence) override;
   const Site& site() const { return site_; }
   Site site(Collective collective, std::uint64_t sequence) const { return {slot_, collective, sequence}; }
-
-  void barrier();
-  void all_reduce(std::byte* data, std::int64_t count, DType dtype, Reduction op);
-  /// in: size() blocks of `count`; out: block me, which may be in's own.
-  void reduce_scatter(const std::byte* in, std::byte* out, std::int64_t count, DType dtype, Reduction op);
-  /// out block r at out + at[r] bytes, bytes[r] long.
-  void all_gather(const std::byte* in, std::byte* out, std::span<const std::int64_t> at, std::span<const std::int64_t> bytes);
-  void all_to_all(const std::byte* in, std::span<const std::int64_t> send_bytes, std::byte* out,
-                  std::span<const std::int64_t> receive_bytes);
-  void broadcast(std::byte* data, std::int64_t bytes, int root);
-  void send(const std::byte* data, std::int64_t bytes, DType dtype, int to, std::uint64_t sequence);
-  void receive(std::byte* data, std::int64_t bytes, DType dtype, int from, std::uint64_t sequence);
 
  private:
   std::byte* mine() const { return segment_.stage(*slot_, me_, round_); }

@@ -48,7 +48,7 @@ class Segment::Locked {
   Word& lock_;
 };
 
-Segment Segment::format(std::shared_ptr<void> memory, std::size_t bytes, int local_size, int remote_ranks) {
+Segment Segment::format(std::shared_ptr<void> memory, std::size_t bytes, int local_size, int world_of_hosts) {
   Segment segment(std::move(memory));
   auto* header = new (segment.memory_.get()) SegmentHeader;
   header->bytes = bytes;
@@ -56,7 +56,8 @@ Segment Segment::format(std::shared_ptr<void> memory, std::size_t bytes, int loc
   header->local_size = local_size;
   header->pages_offset = segment.allocate(sizeof(StatusPage) * static_cast<std::size_t>(local_size));
   for (int r = 0; r < local_size; ++r) new (&segment.page(r)) StatusPage;
-  header->remote_offset = segment.allocate(static_cast<std::size_t>(remote_ranks));
+  header->remote_offset = segment.allocate(sizeof(RemotePage) * static_cast<std::size_t>(world_of_hosts));
+  for (int r = 0; r < world_of_hosts; ++r) new (&segment.remote(r)) RemotePage;
   header->magic = kMagic;
   return segment;
 }

@@ -80,6 +80,16 @@ struct alignas(64) StatusPage {
   WaitEntry waits[kWaits];
 };
 
+/// What another host says of one of its ranks.
+struct RemotePage {
+  std::atomic<std::int64_t> heard{0};        ///< monotonic ns of this host
+  std::atomic<std::int64_t> step{-1};
+  std::atomic<std::int32_t> pid{0};
+  std::atomic<Phase> phase{Phase::absent};
+  std::atomic<std::uint8_t> gone{0}, stopped{0}, blocked{0};
+  SharedText<96> doing;
+};
+
 /// The first failure of the job that this host knows of.
 struct FailureRecord {
   Word state{0};                             ///< 0 none, 1 being written, 2 readable
@@ -145,11 +155,14 @@ struct SegmentHeader {
 class Segment {
  public:
   Segment() = default;
-  /// Writes the header: one rank of the host does, before any other attaches.
-  static Segment format(std::shared_ptr<void> memory, std::size_t bytes, int local_size, int remote_ranks);
+  /// Writes the header: one rank of the host does, before any other attaches. `world_of_hosts`: the world's size where it
+  /// has several hosts, else 0.
+  static Segment format(std::shared_ptr<void> memory, std::size_t bytes, int local_size, int world_of_hosts);
   static Segment attach(std::shared_ptr<void> memory);
 
   SegmentHeader& header() const { return *static_cast<SegmentHeader*>(memory_.get()); }
+  /// Of a world rank on another host; only in worlds of several hosts.
+  RemotePage& remote(int world_rank) const { return at<RemotePage>(header().remote_offset)[world_rank]; }
   StatusPage& page(int local_rank) const { return at<StatusPage>(header().pages_offset)[local_rank]; }
   template <class T> T* at(std::uint64_t offset) const { return reinterpret_cast<T*>(static_cast<std::byte*>(memory_.get()) + offset); }
   template <class T> std::uint64_t offset(const T* p) const {

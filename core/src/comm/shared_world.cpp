@@ -26,6 +26,14 @@ WorldCore::WorldCore(Segment segment, int rank_, int size_, std::vector<int> loc
 
 WorldCore::~WorldCore() { watch.own().phase.store(Phase::left, std::memory_order_release); }
 
+void WorldCore::claim_tag(std::uint32_t tag, const std::string& name, const std::vector<int>& ranks) {
+  const std::scoped_lock lock(mutex_);
+  const auto [at, fresh] = tags_.try_emplace(tag, name, ranks);
+  if (!fresh && at->second != std::pair(name, ranks))
+    fail(Fault::runtime, "communicator '" + name + "'",
+         fmt::format("its messages cannot be told from those of '{}', whose name hashes alike: rename one of them", at->second.first));
+}
+
 int checked_group(const std::string& name, const std::vector<int>& ranks, int rank, int world) {
   const auto text = [&] { return fmt::format("{}", fmt::join(ranks, ", ")); };
   if (ranks.empty() || !std::is_sorted(ranks.begin(), ranks.end(), std::less_equal<>()) || ranks.front() < 0 || ranks.back() >= world)
@@ -58,9 +66,7 @@ bool SharedWorld::fail_job(const std::string& message) noexcept {
     const std::string at = step >= 0 ? fmt::format("step {}{}{}", step, doing.empty() ? "" : ", ", doing) : std::string("before the first step");
     watch.set_failure(fmt::format("rank {}", rank()), fmt::format("rank {} ({}) failed: {}", rank(), at, message), false);
     page.phase.store(Phase::failed, std::memory_order_release);
-    const bool speaks = watch.failure_finder() == rank() && !printed_;
-    printed_ = true;
-    return speaks;
+    return watch.failure_finder() == rank() && !core_->printed.exchange(true);
   } catch (...) {
     return true;
   }

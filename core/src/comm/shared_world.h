@@ -2,9 +2,13 @@
 #pragma once
 #include "comm/communicator.h"
 #include "comm/segment.h"
+#include "comm/transport.h"
 #include "comm/watch.h"
 
+#include <atomic>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -19,6 +23,15 @@ struct WorldCore {
   int rank, size;
   std::vector<int> local;
   Watch watch;
+  std::atomic<bool> printed{false};        ///< the failure, by this rank
+  std::shared_ptr<Transport> transport;    ///< of MPI; null for threads
+  bool several_hosts = false;
+  /// Refuses a message tag that another communicator of this rank has.
+  void claim_tag(std::uint32_t tag, const std::string& name, const std::vector<int>& ranks);
+
+ private:
+  std::mutex mutex_;
+  std::map<std::uint32_t, std::pair<std::string, std::vector<int>>> tags_;
 };
 
 class SharedWorld : public World {
@@ -38,7 +51,6 @@ class SharedWorld : public World {
  protected:
   std::shared_ptr<WorldCore> core_;
   std::string backend_;
-  bool printed_ = false;
 };
 
 /// A communicator of one rank: copies, and nothing to wait for.

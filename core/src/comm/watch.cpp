@@ -21,8 +21,8 @@ namespace {
 
 // How long a sleeper stays before it looks whether those it waits for still live.
 constexpr long kSliceNs = 20'000'000;
-// A process is asked for at most this often by one wait.
-constexpr double kSilent = 3;
+// Other hosts tell of their ranks four times a second; this many seconds without a word is worth a word.
+constexpr double kSilent = 1.2;
 
 char process_state(int pid) {  // R, S, D, T, t, Z, or 0: there is none
   std::FILE* file = std::fopen(fmt::format("/proc/{}/stat", pid).c_str(), "r");
@@ -152,8 +152,16 @@ void Watch::lose(int missing, const RankState& s, const Site& site) {
   throw_if_failed(site);
 }
 
-void Watch::await_failure() const {
-  for (int i = 0; i < 200 && !failed(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+void Watch::await_failure(double seconds) const {
+  for (int i = 0; i < static_cast<int>(1000 * seconds) && !failed(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+}
+
+bool Watch::report_if_gone(int missing) {
+  const RankState s = lost(missing);
+  if (!s.gone || s.phase != Phase::running) return false;
+  set_failure(fmt::format("rank {}", missing), say(missing, s), false);
+  await_failure();
+  return true;
 }
 
 // Follows who waits for whom until ranks that wait for nobody: they hold up the others.
@@ -180,6 +188,16 @@ void Watch::give_up(int missing, const Site& site) {
       }
     }
     if (!waits) leaves.push_back(edge);
+  }
+  // Who waits on another host knows better whom it waits for: its host is about to say so.
+  const auto waits_elsewhere = [&](const Edge& e) { return local_of(e.rank) < 0 && state(e.rank).blocked; };
+  if (std::any_of(leaves.begin(), leaves.end(), waits_elsewhere)) {
+    await_failure(std::min(1.0, timeout_ / 2));
+    throw_if_failed(site);
+    std::vector<Edge> worse;
+    for (int r = 0; remote_ && r < world_size_; ++r)
+      if (const RankState s = state(r); local_of(r) < 0 && (s.gone || s.stopped)) worse.push_back({r, leaves.front().in});
+    if (!worse.empty()) leaves = worse;
   }
   const bool circle = leaves.empty();
   if (circle) leaves = seen;

@@ -68,7 +68,9 @@ class Watch {
   RankState state(int world_rank) const;
   /// States of ranks on other hosts, as their hosts tell them; and what to say when one does not answer.
   using Remote = std::function<RankState(int world_rank)>;
-  void set_remote(Remote remote) { remote_ = std::move(remote); }
+  void set_remote(Remote remote, int world_size) { remote_ = std::move(remote), world_size_ = world_size; }
+  /// Records that a local rank's process is gone, when it is. For who watches without waiting.
+  bool report_if_gone(int missing);
 
   const Segment& segment() const { return segment_; }
   StatusPage& own() const { return segment_.page(local_rank_); }
@@ -119,7 +121,7 @@ class Watch {
       if (std::chrono::steady_clock::now() > deadline) give_up(missing, site);
     }
   }
-  void await_failure() const;  // another rank may be writing it
+  void await_failure(double seconds = 0.2) const;  // another rank may be writing it
   static void yield();
   static void futex_wait(Word& word, std::uint32_t seen);  // returns after a moment at the latest
   int local_of(int world_rank) const;
@@ -132,6 +134,7 @@ class Watch {
   int spins_, yields_;
   std::function<void()> tell_;
   Remote remote_;
+  int world_size_ = 0;
 };
 
 std::int64_t monotonic_ns();
