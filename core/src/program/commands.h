@@ -2,8 +2,11 @@
 // The work happens in the callback: it throws Error (exit code 2 for Fault::input, else 1) or sets exit_code.
 #pragma once
 #include <string>
+#include <vector>
 
 namespace CLI { class App; }
+
+namespace capstan::launch { struct Job; }
 
 namespace capstan::program {
 
@@ -13,11 +16,15 @@ struct Program {
 };
 
 void add_train(CLI::App& app, Program& program);
+void add_launch(CLI::App& app, Program& program);
 void add_generate(CLI::App& app, Program& program);
 void add_recipe(CLI::App& app, Program& program);      // recipe show|check
 void add_plugin(CLI::App& app, Program& program);      // plugin list|info|new
 void add_data(CLI::App& app, Program& program);        // data build|info
 void add_checkpoint(CLI::App& app, Program& program);  // checkpoint info|verify
 void add_bench(CLI::App& app, Program& program);
+
+/// `train RECIPE overrides...` over ranks of this machine.
+launch::Job training_job(const std::string& executable, int ranks, const std::string& recipe, const std::vector<std::string>& overrides);
 
 }  // namespace capstan::program

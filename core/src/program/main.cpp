@@ -1,7 +1,6 @@
 // The program: subcommands, errors, exit codes.
 #include "program/commands.h"
-
-#include <capstan/error.h>
+#include "program/ending.h"
 
 #include <CLI/CLI.hpp>
 
@@ -9,7 +8,6 @@
 #include <cstdio>
 #include <exception>
 #include <filesystem>
-#include <new>
 
 int main(int argc, char** argv) {
   using namespace capstan;
@@ -24,6 +22,7 @@ int main(int argc, char** argv) {
   app.require_subcommand(1);
   app.failure_message(CLI::FailureMessage::help);
   program::add_train(app, program);
+  program::add_launch(app, program);
   program::add_generate(app, program);
   program::add_recipe(app, program);
   program::add_plugin(app, program);
@@ -36,14 +35,9 @@ int main(int argc, char** argv) {
   } catch (const CLI::ParseError& e) {
     const int code = app.exit(e);
     return code == 0 ? 0 : 2;
-  } catch (const Error& e) {
-    std::fprintf(stderr, "capstan: %s\n", e.what());
-    return e.fault() == Fault::input ? 2 : 1;
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "capstan: out of memory: a smaller data.micro_batch, data.sequence_length or train.recompute=block lowers the need\n");
-    return 1;
-  } catch (const std::exception& e) {
-    std::fprintf(stderr, "capstan: %s\n", e.what());
-    return 1;
+  } catch (...) {
+    const program::Ending ending = program::ending_of(std::current_exception());
+    std::fprintf(stderr, "capstan: %s\n", ending.message.c_str());
+    return ending.code;
   }
 }

@@ -20,8 +20,9 @@ Schema run_group() {
          "auto: continue where the folder's run stopped, if there is one; never: refuse a folder that holds "
          "a run; require: refuse a folder that holds none")
       .one_of({"auto", "never", "require"});
-  s.integer("threads", 0, "CPU threads; 0: all cores").range(0, 4096);
-  s.text("device", "cpu", "where tensors live; auto: the best device that this build can use").one_of({"cpu", "auto"});
+  s.integer("threads", 0, "CPU threads of each rank; 0: the cores of its host, shared out evenly over the ranks there").range(0, 4096);
+  s.text("device", "cpu", "where tensors live and are computed with; cuda: an NVIDIA GPU; auto: the GPU when this machine has one that this build can use, else the CPU")
+      .one_of({"cpu", "cuda", "auto"});
   return s;
 }
 

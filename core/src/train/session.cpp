@@ -1,6 +1,7 @@
 #include "train/session.h"
 
 #include "checkpoint/loader.h"
+#include "pipeline/stages.h"
 #include "launch/launch.h"
 #include "recipe/mesh_schema.h"
 #include "recipe/run_schema.h"
@@ -26,6 +27,17 @@ EngineOptions Session::engine_options(bool gradients) const {
   return e;
 }
 
+void Session::cut_into_stages(EngineOptions& e) const {
+  const Options& p = options().group("mesh").group("pipeline");
+  e.pipeline.kind = pipeline::schedule_kind(p.text("schedule"));
+  e.pipeline.ranks = mesh->size("pp");
+  e.pipeline.stages_per_rank = static_cast<int>(p.integer("stages_per_rank"));
+  const Options& data = options().group("data");
+  const std::int64_t micro = data.integer("micro_batch") > 0 ? data.integer("micro_batch") : data.integer("batch_size");
+  const std::vector<pipeline::CallCost> costs = pipeline::call_costs(*make_model(), micro, data.integer("sequence_length"), e.compute, e.recompute);
+  e.stage_of_call = pipeline::cut_into_stages(costs, e.pipeline.stages());
+}
+
 std::shared_ptr<Model> Session::make_model() const { return host->make_as<Model>(options().plugin("model")); }
 
 std::string Session::run_folder() const {
@@ -33,6 +45,20 @@ std::string Session::run_folder() const {
   if (!dir.empty()) return dir;
   return (std::filesystem::path("runs") / std::filesystem::path(recipe.path).stem()).string();
 }
+
+namespace {
+
+/// run.device: with several ranks on a machine, each takes the GPU of its number.
+std::shared_ptr<Device> device_of(const Options& run, int threads, int local_rank) {
+  const std::string& device = run.text("device");
+  if (device == "cpu") return make_cpu_device(threads);
+  const std::string problem = cuda_problem();
+  if (problem.empty()) return make_cuda_device(local_rank, threads);
+  if (device == "cuda") run.refuse("device", problem);
+  return make_cpu_device(threads);
+}
+
+}  // namespace
 
 std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
                                       const std::string& executable, Placement placement, std::shared_ptr<World> world) {
@@ -50,24 +76,26 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
     more.push_back("model.vocabulary=" + std::to_string(s->tokenizer->vocabulary()));
     s->recipe = load_recipe(recipe, more, run_schema(), *s->host);
   }
-  const std::string& device = s->options().group("run").text("device");
-  if (device != "cpu" && device != "auto")
-    s->options().group("run").refuse("device", "this build runs on the CPU only: expected cpu or auto, got '" + device + "'");
   if (s->world->size() > 1) s->mesh = std::make_shared<Mesh>(s->world, mesh_from(s->options(), s->world->size()));
   else mesh_from(s->options(), 1);  // a mesh that asks for more ranks is refused
-  s->device = make_cpu_device(launch::threads_of_rank(static_cast<int>(s->options().group("run").integer("threads")), s->world->local_size()));
+  s->device = device_of(s->options().group("run"), launch::threads_of_rank(static_cast<int>(s->options().group("run").integer("threads")), s->world->local_size()), s->world->local_rank());
   s->model = s->make_model();
   if (s->model->vocabulary() < s->tokenizer->vocabulary())
     fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
                                     std::to_string(s->tokenizer->vocabulary()) + ": set model.vocabulary to 0 or to at least that");
   if (placement != Placement::none)
-    s->engine = std::make_unique<Engine>(s->model, s->device, s->engine_options(placement == Placement::gradients), s->mesh);
+    {
+    EngineOptions e = s->engine_options(placement == Placement::gradients);
+    if (s->mesh && s->mesh->size("pp") > 1) s->cut_into_stages(e);
+    s->engine = std::make_unique<Engine>(s->model, s->device, std::move(e), s->mesh);
+  }
   return s;
 }
 
 std::int64_t load_weights(Session& session, const std::string& run_folder, std::int64_t step, const std::function<void(const std::string&)>& report) {
   const std::vector<NamedTensor> tensors = session.engine->tensors(false);
-  const std::vector<checkpoint::Wanted> wanted = wanted_tensors(tensors);
+  HostMemory host;
+  const std::vector<checkpoint::Wanted> wanted = wanted_tensors(tensors, host);
   const checkpoint::FormatMaker maker = format_maker(*session.host);
   checkpoint::LoadOptions load;
   load.leave_unread = {"optimizer/"};
@@ -82,6 +110,7 @@ std::int64_t load_weights(Session& session, const std::string& run_folder, std::
     if (!loaded) fail(Fault::input, root.string(), "there is no checkpoint: train first, with checkpoint.at_end or checkpoint.every_steps");
     found = loaded->step;
   }
+  to_device(tensors, host);
   session.engine->publish();
   return found;
 }
