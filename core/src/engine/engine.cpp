@@ -4,6 +4,8 @@
 
 #include "engine/boxes.h"
 #include "engine/reductions.h"
+#include "model/call_run.h"
+#include "parallel/context_cut.h"
 
 #include <algorithm>
 #include <cmath>
@@ -26,8 +28,6 @@ DType master_type(DType compute) { return compute == DType::f64 ? DType::f64 : D
 /// A flat tensor whose memory comes and goes.
 Tensor rebindable(std::int64_t size, DType dtype, Device& device) { return Tensor::wrap(nullptr, Dims{size}, dtype, device, nullptr); }
 
-bool is_head(const Call& call) { return dynamic_cast<const Head*>(call.block) != nullptr; }
-
 bool contains(const std::vector<std::size_t>& all, std::size_t one) { return std::find(all.begin(), all.end(), one) != all.end(); }
 
 }  // namespace
@@ -43,42 +43,16 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
     pieces_ = mesh_->size("shard") * mesh_->size("context");
     piece_rank_ = mesh_->coordinate("shard") * mesh_->size("context") + mesh_->coordinate("context");
     tensor_ = mesh_->size("tensor");
+    pp_ = mesh_->size("pp"), pp_rank_ = mesh_->coordinate("pp");
   }
+  if (pp_ > 1 && options_.stage_of_call.size() != model_->calls().size())
+    fail(Fault::programming, "engine", "expected a stage for each of the model's " + std::to_string(model_->calls().size()) + " calls, got " + std::to_string(options_.stage_of_call.size()));
   if (!in_pieces()) options_.sharding = {};
-  const Sharding& sharding = options_.sharding;
+  const Sharding sharding = options_.sharding;
   if ((sharding.gradient || sharding.parameter) && !sharding.optimizer)
     fail(Fault::programming, "engine", "parameters or gradients in pieces need an optimizer in pieces");
 
-  // Units: a block's parameters, unless a block before it has them.
-  const auto& calls = model_->calls();
-  model_->parameters();  // checks that names are unique
-  std::vector<const Parameter*> placed;
-  std::vector<std::size_t> unit_of;
-  std::vector<const Block*> seen;
-  for (const Call& call : calls) {
-    if (std::find(seen.begin(), seen.end(), call.block) != seen.end()) continue;
-    seen.push_back(call.block);
-    auto unit = std::make_unique<Unit>();
-    for (Parameter* p : call.block->parameters()) {
-      if (std::find(placed.begin(), placed.end(), p) != placed.end()) continue;  // tied: its first user owns it
-      placed.push_back(p);
-      unit_of.push_back(units_.size());
-      std::shared_ptr<const TensorPlacement> placement;
-      if (tensor_ > 1) placement = std::make_shared<TensorPlacement>(place_tensor(*p, tensor_, mesh_->coordinate("tensor")));
-      p->set_placement(placement);
-      unit->add(p, std::move(placement));
-      parameter_count_ += p->numel();
-    }
-    if (unit->parameters.empty()) continue;
-    unit->cut(pieces_, piece_rank_, sharding.optimizer);
-    units_.push_back(std::move(unit));
-  }
-  call_units_.resize(calls.size());
-  for (std::size_t c = 0; c < calls.size(); ++c)
-    for (const Parameter* p : calls[c].block->parameters()) {
-      const std::size_t u = unit_of[static_cast<std::size_t>(std::find(placed.begin(), placed.end(), p) - placed.begin())];
-      if (!contains(call_units_[c], u)) call_units_[c].push_back(u);
-    }
+  make_units();
   gathered_.resize(units_.size());
   gradient_.resize(units_.size());
 
@@ -118,6 +92,67 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
     gradient_pool_.emplace(*device_, two * (size_of(master) + (narrow_messages() ? size_of(options_.reduce) : 0)));
 
   set_runtime();
+  if (pp_ > 1) {
+    pipeline::ExecutorOptions e;
+    e.recompute = options_.recompute;
+    executor_ = std::make_unique<pipeline::Executor>(*model_, comm("pp", "pipeline"), options_.pipeline, options_.stage_of_call, e);
+  }
+}
+
+bool Engine::here(std::size_t call) const { return pp_ == 1 || options_.stage_of_call[call] % pp_ == pp_rank_; }
+
+/// A block's parameters make a unit, unless a block before it has them. One that calls on several pipeline ranks use has a
+/// unit of its own: its pieces are then the same on each of them.
+void Engine::make_units() {
+  const auto& calls = model_->calls();
+  const std::vector<Parameter*> all = model_->parameters();  // checks that names are unique
+  for (const Parameter* p : all) parameter_count_ += p->numel();
+  std::vector<std::vector<int>> holders(all.size());
+  const auto index = [&](const Parameter* p) { return static_cast<std::size_t>(std::find(all.begin(), all.end(), p) - all.begin()); };
+  for (std::size_t c = 0; c < calls.size(); ++c)
+    for (const Parameter* p : calls[c].block->parameters()) {
+      std::vector<int>& h = holders[index(p)];
+      const int rank = pp_ == 1 ? 0 : options_.stage_of_call[c] % pp_;
+      if (std::find(h.begin(), h.end(), rank) == h.end()) h.push_back(rank);
+    }
+  std::vector<std::size_t> unit_of(all.size(), units_.max_size());
+  const auto add = [&](Unit& unit, Parameter* p) {
+    unit_of[index(p)] = units_.size();
+    std::shared_ptr<const TensorPlacement> placement;
+    if (tensor_ > 1) placement = std::make_shared<TensorPlacement>(place_tensor(*p, tensor_, mesh_->coordinate("tensor")));
+    unit.add(p, std::move(placement));
+  };
+  const auto finish = [&](std::unique_ptr<Unit> unit) {
+    if (unit->parameters.empty()) return;
+    unit->cut(pieces_, piece_rank_, options_.sharding.optimizer);
+    units_.push_back(std::move(unit));
+  };
+  for (std::size_t c = 0; c < calls.size(); ++c) {
+    if (!here(c)) continue;
+    auto unit = std::make_unique<Unit>();
+    for (Parameter* p : calls[c].block->parameters())
+      if (unit_of[index(p)] == units_.max_size() && holders[index(p)].size() == 1) add(*unit, p);  // tied in a stage: its first user owns it
+    finish(std::move(unit));
+    for (Parameter* p : calls[c].block->parameters()) {
+      if (unit_of[index(p)] != units_.max_size()) continue;
+      auto own = std::make_unique<Unit>();
+      add(*own, p);
+      own->stages = holders[index(p)];
+      std::sort(own->stages.begin(), own->stages.end());
+      own->first_stage = own->stages.front() == pp_rank_;
+      const std::vector<int> column = mesh_->layout().group(mesh_->rank(), "pp");
+      std::vector<int> ranks;
+      for (const int stage : own->stages) ranks.push_back(column[static_cast<std::size_t>(stage)]);
+      own->across_stages = mesh_->world().make("stages of " + p->name() + " from rank " + std::to_string(column.front()), std::move(ranks));
+      finish(std::move(own));
+    }
+  }
+  call_units_.resize(calls.size());
+  for (std::size_t c = 0; c < calls.size(); ++c) {
+    if (!here(c)) continue;
+    for (const Parameter* p : calls[c].block->parameters())
+      if (!contains(call_units_[c], unit_of[index(p)])) call_units_[c].push_back(unit_of[index(p)]);
+  }
 }
 
 void Engine::place(Unit& unit, std::size_t i) {
@@ -398,6 +433,11 @@ void Engine::finish_gradients() {
     }
     wait_all();
   }
+  for (auto& unit : units_) {  // every stage that uses a tied parameter has a part of its gradient
+    const Tensor g = unit->region_grad();
+    if (unit->across_stages && !g.is_meta()) handles.push_back(unit->across_stages->all_reduce(g.raw(), g.numel(), g.dtype()));
+  }
+  wait_all();
   if (mesh_ && mesh_->size("replicate") > 1) {
     for (auto& unit : units_) {
       const Tensor g = unit->region_grad();
@@ -425,6 +465,7 @@ double Engine::gradient_norm() {
     const auto count = static_cast<double>(parameter_count_);
     OpScope scope(*device_, "gradient norm", {2 * count, 4 * count, 0});
     for (const auto& unit : units_) {
+      if (!unit->first_stage) continue;
       const Tensor g = unit->piece_grad();
       for (const auto& [begin, end] : unit->counted()) total += squared_norm(g.narrow(0, begin, end - begin));
     }
@@ -462,34 +503,71 @@ ForwardContext Engine::context(const Batch& batch) const {
   return context;
 }
 
-std::vector<LossEntry> Engine::forward_backward(const Batch& batch, std::uint64_t step) {
-  ForwardContext c = context(batch);
-  c.grad = c.training = true;
-  c.step = step;
-  finished_ = false;
-  walking_back_ = true;
+/// This rank's rows of a data rank's batch.
+Batch Engine::localize(const Batch& batch) const {
+  if (!mesh_ || (mesh_->size("context") == 1 && tensor_ == 1)) return batch;
+  return parallel::cut_context(batch, mesh_->size("context"), mesh_->coordinate("context"), tensor_);
+}
+
+WalkHooks Engine::hooks() {
   WalkHooks hooks;
   if (options_.sharding.parameter || options_.sharding.gradient) {
     hooks.before = [this](const Call& call, WalkStep::Kind step) { before(call, step); };
     hooks.after = [this](const Call& call, WalkStep::Kind step) { after(call, step); };
   }
-  capstan::forward_backward(*model_, c, hooks, options_.recompute);
-  walking_back_ = false;
-  return c.losses();
+  return hooks;
 }
 
+/// Contexts of all microbatches for the pipeline.
+template <class Walk>
+std::vector<LossEntry> Engine::on_stages(std::span<const Batch> batches, Walk&& walk) {
+  std::vector<Batch> local;
+  for (const Batch& batch : batches) local.push_back(localize(batch));
+  std::vector<std::unique_ptr<ForwardContext>> contexts;
+  std::vector<ForwardContext*> pointers;
+  for (const Batch& batch : local) {
+    contexts.push_back(std::make_unique<ForwardContext>(context(batch)));
+    pointers.push_back(contexts.back().get());
+  }
+  return walk(std::span<ForwardContext* const>(pointers));
+}
+
+std::vector<LossEntry> Engine::forward_backward(const Batch& batch, std::uint64_t step) { return forward_backward(std::span<const Batch>(&batch, 1), step); }
+
 std::vector<LossEntry> Engine::forward_backward(std::span<const Batch> batches, std::uint64_t step) {
+  finished_ = false;
+  walking_back_ = true;
+  struct Walking { bool& flag; ~Walking() { flag = false; } } walking{walking_back_};
+  if (executor_)
+    return on_stages(batches, [&](std::span<ForwardContext* const> contexts) {
+      for (ForwardContext* c : contexts) c->grad = c->training = true, c->step = step;
+      return executor_->run(contexts, hooks());
+    });
   std::vector<LossEntry> all;
-  for (const Batch& batch : batches)
-    for (LossEntry& entry : forward_backward(batch, step)) all.push_back(std::move(entry));
+  for (const Batch& batch : batches) {
+    const Batch local = localize(batch);
+    ForwardContext c = context(local);
+    c.grad = c.training = true;
+    c.step = step;
+    capstan::forward_backward(*model_, c, hooks(), options_.recompute);
+    for (const LossEntry& entry : c.losses()) all.push_back(entry);
+  }
   return all;
 }
 
-std::vector<LossEntry> Engine::evaluate(const Batch& batch) {
-  ForwardContext c = context(batch);
+std::vector<LossEntry> Engine::evaluate(const Batch& batch) { return evaluate(std::span<const Batch>(&batch, 1)); }
+
+std::vector<LossEntry> Engine::evaluate(std::span<const Batch> batches) {
   walking_back_ = false;
-  run_forward(*model_, c, true);  // tells us of its calls through the model's runtime
-  return c.losses();
+  if (executor_) return on_stages(batches, [&](std::span<ForwardContext* const> contexts) { return executor_->evaluate(contexts, hooks()); });
+  std::vector<LossEntry> all;
+  for (const Batch& batch : batches) {
+    const Batch local = localize(batch);
+    ForwardContext c = context(local);
+    run_forward(*model_, c, true);  // tells us of its calls through the model's runtime
+    for (const LossEntry& entry : c.losses()) all.push_back(entry);
+  }
+  return all;
 }
 
 void Engine::on_whole_model(const std::function<void()>& work) {
@@ -504,6 +582,17 @@ void Engine::on_whole_model(const std::function<void()>& work) {
   const std::vector<Parameter*> all = model_->parameters();
   for (Parameter* p : all) {
     Tensor value = whole_value(*p);
+    // The first pipeline rank that holds it hands it to rank 0.
+    std::int64_t holder = value.defined() ? pp_rank_ : pp_;
+    if (pp_ > 1) comm("pp", "exchange").all_reduce(&holder, 1, DType::i64, Reduction::min).wait();
+    const auto& layout = mesh_->layout();
+    const bool sends = pp_rank_ == holder && holder > 0 && layout.group(mesh_->rank(), "pp").front() == 0;
+    const DType type = master_type(options_.compute);
+    if (sends) comm("pp", "exchange").send(value.raw(), value.numel(), type, 0).wait();
+    if (first && holder > 0) {
+      value = Tensor::empty(p->shape(), type, *device_);
+      comm("pp", "exchange").receive(value.raw(), value.numel(), type, static_cast<int>(holder)).wait();
+    }
     if (first) whole.push_back(value.to(options_.compute));
   }
   if (first) {
@@ -562,6 +651,7 @@ std::vector<NamedTensor> Engine::tensors(bool with_optimizer, bool mine) const {
   };
   for (const auto& unit : units_)
     for (std::size_t p = 0; p < unit->parts.size(); ++p) {
+      if (mine && !unit->first_stage) continue;
       const Parameter& parameter = *unit->parameters[unit->parts[p].index].parameter;
       if (parameter.spec().persistent) add("model/" + parameter.name(), *unit, p, unit->part(unit->master, p));
     }
@@ -569,7 +659,7 @@ std::vector<NamedTensor> Engine::tensors(bool with_optimizer, bool mine) const {
     for (const auto& unit : units_)
       for (std::size_t p = 0; p < unit->parts.size(); ++p) {
         const Parameter& parameter = *unit->parameters[unit->parts[p].index].parameter;
-        if (!parameter.trainable()) continue;
+        if (!parameter.trainable() || (mine && !unit->first_stage)) continue;
         for (const StateDecl& decl : optimizer_->state_of(parameter))
           add("optimizer/" + decl.name + "/" + parameter.name(), *unit, p, unit->state(decl.name, p));
       }

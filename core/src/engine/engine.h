@@ -5,6 +5,7 @@
 #include "engine/sharding.h"
 #include "engine/unit.h"
 #include "mesh/mesh.h"
+#include "pipeline/executor.h"
 
 #include <capstan/checkpoint.h>
 #include <capstan/export.h>
@@ -31,6 +32,8 @@ struct EngineOptions {
   bool reshard_after_forward = true;  ///< parameters in pieces: dropped after a call's forward, gathered again for its backward
   bool prefetch = true;               ///< gather the next call's parameters while one computes
   DType reduce = DType::f32;          ///< gradients are sent in; bf16 halves what is sent, sums stay f32
+  pipeline::Plan pipeline{};          ///< with pp > 1
+  std::vector<int> stage_of_call{};   ///< with pp > 1: the stage of each of the model's calls
 };
 
 /// What a tensor of the run looks like to a checkpoint: a box of a named global tensor, in memory.
@@ -71,11 +74,12 @@ class CAPSTAN_API Engine {
   void attach(std::shared_ptr<Optimizer> optimizer);
 
   /// One microbatch, or all of a step's; gradients add up until update() or discard(). The losses are this rank's part:
-  /// those of ranks along pp, replicate, shard and context add up. All ranks.
+  /// those of all ranks add up. All ranks.
   std::vector<LossEntry> forward_backward(const Batch& batch, std::uint64_t step);
   std::vector<LossEntry> forward_backward(std::span<const Batch> batches, std::uint64_t step);
   /// The losses of a batch without gradients; sums are divided by the batch's step_weight. All ranks.
   std::vector<LossEntry> evaluate(const Batch& batch);
+  std::vector<LossEntry> evaluate(std::span<const Batch> batches);
 
   /// Norm of the whole gradient, in f64; not finite when any element is not. All ranks get the same bits.
   double gradient_norm();
@@ -102,6 +106,12 @@ class CAPSTAN_API Engine {
  private:
   struct Reducing;
   ForwardContext context(const Batch& batch) const;
+  Batch localize(const Batch& batch) const;
+  void make_units();
+  WalkHooks hooks();
+  template <class Walk>
+  std::vector<LossEntry> on_stages(std::span<const Batch> batches, Walk&& walk);
+  bool here(std::size_t call) const;
   Communicator& comm(std::string_view axes, std::string_view lane) const;
   bool in_pieces() const { return pieces_ > 1; }
   void place(Unit& unit, std::size_t parameter);
@@ -131,7 +141,7 @@ class CAPSTAN_API Engine {
   std::vector<std::unique_ptr<Unit>> units_;
   std::vector<std::vector<std::size_t>> call_units_;  // per call: the units whose parameters it uses
   std::int64_t parameter_count_ = 0;
-  int pieces_ = 1, piece_rank_ = 0, tensor_ = 1;
+  int pieces_ = 1, piece_rank_ = 0, tensor_ = 1, pp_ = 1, pp_rank_ = 0;
   bool finished_ = true;     // gradients are reduced
   bool walking_back_ = false;  // a forward whose backward follows
   std::optional<Pool> gather_pool_, gradient_pool_;
@@ -140,6 +150,7 @@ class CAPSTAN_API Engine {
   struct Gradient { std::optional<std::int64_t> at; bool filled = false; };
   std::vector<Gradient> gradient_;                   // per unit: where its whole gradient is; its piece holds something
   std::vector<std::unique_ptr<Reducing>> reducing_;  // oldest first
+  std::unique_ptr<pipeline::Executor> executor_;
 };
 
 }  // namespace capstan

@@ -1,5 +1,6 @@
 // defines: Unit: the parameters of a block in flat buffers, whole or in pieces.
 #pragma once
+#include "comm/communicator.h"
 #include "engine/sharding.h"
 #include "mesh/placement.h"
 
@@ -74,6 +75,11 @@ class Unit {
   Tensor piece_grad() const { return grad.numel() == piece ? grad : grad.narrow(0, piece_begin, piece); }
   /// Runs of the piece that this rank counts: it is the first that holds them.
   const std::vector<std::pair<std::int64_t, std::int64_t>>& counted() const { return counted_; }
+  /// Ranks along pp that hold the same unit (a parameter tied across stages), ascending; empty: this one alone. The first
+  /// of them counts and saves it.
+  std::vector<int> stages;
+  std::shared_ptr<Communicator> across_stages;
+  bool first_stage = true;
   /// True when another tensor rank holds some of the same elements.
   bool replicated() const { return replicated_; }
   /// Parts of parameters within elements [begin, end) of the unit.

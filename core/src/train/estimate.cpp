@@ -1,6 +1,8 @@
 #include "train/estimate.h"
 
 #include <algorithm>
+#include <filesystem>
+#include <string>
 
 namespace capstan::train {
 
@@ -26,6 +28,29 @@ Batch meta_batch(Device& device, std::int64_t samples, std::int64_t length) {
 
 }  // namespace
 
+bool saves_from_a_copy(const Options& options) {
+  const Options& c = options.group("checkpoint");
+  return c.flag("asynchronous") && (c.integer("every_steps") > 0 || c.number("every_minutes") > 0 || c.flag("at_end"));
+}
+
+std::int64_t sampled_tokens(const Session& session) {
+  if (session.options().group("train").integer("sample_every") == 0) return 0;
+  const PluginChoice& engine = session.options().plugin("inference");
+  const std::string folder = std::filesystem::path(session.recipe.path).parent_path().string();
+  if (session.host->schema("inference", engine.name, folder).find("max_tokens_held") == nullptr) return 0;  // it does not say
+  const std::int64_t held = engine.options.integer("max_tokens_held");
+  // Pages are made for all requests that could run at once, none longer than the model's context.
+  const bool batches = session.host->schema("inference", engine.name, folder).find("max_batch") != nullptr;
+  return session.model->longest() > 0 && batches ? std::min(held, engine.options.integer("max_batch") * session.model->longest()) : held;
+}
+
+std::int64_t state_bytes_per_token(const Model& model, DType compute) {
+  std::int64_t bytes = 0;
+  for (const StateSpec& s : model.state())
+    if (s.kind == StateSpec::Kind::paged) bytes += 2 * s.shape.product() * size_of(compute);
+  return bytes;
+}
+
 Estimate estimate_step(const Session& session) {
   const Options& data = session.options().group("data");
   const std::int64_t batch_size = data.integer("batch_size"), length = data.integer("sequence_length");
@@ -37,6 +62,9 @@ Estimate estimate_step(const Session& session) {
   Estimate e;
   e.parameters = engine.parameters();
   e.weights_bytes = meta->bytes_held();
+  if (saves_from_a_copy(session.options()))
+    for (const NamedTensor& t : engine.tensors(true)) e.staging_bytes += t.value.bytes();
+  e.sampling_bytes = sampled_tokens(session) * state_bytes_per_token(engine.model(), options.compute);
   const Batch batch = meta_batch(*meta, micro, length);
   meta->reset_peak();
   meta->record(true);

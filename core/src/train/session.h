@@ -31,6 +31,8 @@ struct CAPSTAN_API Session {
   const Options& options() const { return recipe.options; }
   int rank() const { return mesh ? mesh->rank() : 0; }
   EngineOptions engine_options(bool gradients) const;
+  /// Says in `e` which of the model's calls are on which pipeline stage: as even as their costs allow.
+  void cut_into_stages(EngineOptions& e) const;
   /// A second model of the same recipe, for the meta device.
   std::shared_ptr<Model> make_model() const;
   /// The run's folder: run.dir, or runs/<recipe's name> below the working directory.

@@ -4,13 +4,20 @@
 #include "engine/engine.h"
 #include "plugin/host.h"
 
+#include <cstddef>
 #include <span>
 #include <vector>
 
 namespace capstan::train {
 
-std::vector<checkpoint::Wanted> wanted_tensors(std::span<const NamedTensor> tensors);
-std::vector<SavedTensor> saved_tensors(std::span<const NamedTensor> tensors);
+/// Where checkpoints read and write what lies on a GPU; empty for tensors of the CPU, which are read and written in place.
+using HostMemory = std::vector<std::vector<std::byte>>;
+
+/// `host` must live until the load is done; then to_device() takes what was read to its place.
+std::vector<checkpoint::Wanted> wanted_tensors(std::span<const NamedTensor> tensors, HostMemory& host);
+void to_device(std::span<const NamedTensor> tensors, const HostMemory& host);
+/// `host` must live until Saver::save() has returned, which copies or writes before it does.
+std::vector<SavedTensor> saved_tensors(std::span<const NamedTensor> tensors, HostMemory& host);
 /// Makes formats by the name in a manifest, with their default options.
 checkpoint::FormatMaker format_maker(PluginHost& host);
 

@@ -54,7 +54,7 @@ StepResult Trainer::forward_backward(std::int64_t step) {
 }
 
 double Trainer::sum_of_losses(double mine) const {
-  if (session_->mesh) session_->mesh->comm("pp+replicate+shard+context", "control").all_reduce(&mine, 1, DType::f64).wait();
+  if (session_->mesh) session_->mesh->comm("pp+replicate+shard+context+tensor", "control").all_reduce(&mine, 1, DType::f64).wait();
   return mine;
 }
 

@@ -90,8 +90,8 @@ void Trainer::validate() {
   const data::DataOptions& cut = data_->options();
   const std::int64_t batches = (session_->options().group("train").integer("validate_batches") * cut.batch_size + cut.micro_batch - 1) / cut.micro_batch;
   double loss = 0;
-  for (const Batch& batch : data_->validation(batches))
-    for (const LossEntry& entry : session_->engine->evaluate(batch)) loss += entry.weight * entry.sum.item();
+  const std::vector<Batch> all = data_->validation(batches);
+  for (const LossEntry& entry : session_->engine->evaluate(std::span<const Batch>(all))) loss += entry.weight * entry.sum.item();
   loss = sum_of_losses(loss);
   validation_ = loss;
   const bool first = !bigram_.has_value();
@@ -152,7 +152,8 @@ void Trainer::save() {
   for (const LoadedPlugin& p : session_->host->loaded()) state.plugins.push_back({p.kind, p.name, p.version});
   state.more["spikes"] = fmt::format("{:.17g} {:.17g} {}", spike_mean_, spike_square_, spike_count_);
   checkpoint::Snapshot snapshot;
-  snapshot.tensors = saved_tensors(session_->engine->tensors(true, true));
+  HostMemory host;
+  snapshot.tensors = saved_tensors(session_->engine->tensors(true, true), host);
   snapshot.state_json = state.to_json();
   snapshot.step = step_;
   saver_->save(snapshot);

@@ -9,7 +9,6 @@
 #include <fmt/format.h>
 
 #include <numeric>
-#include <kernels/cpu/context.h>
 
 #include <cmath>
 #include <filesystem>
@@ -75,6 +74,8 @@ data::DataOptions data_options(const Session& session) {
   o.seed = static_cast<std::uint64_t>(options.group("run").integer("seed"));
   if (const std::shared_ptr<Mesh> mesh = session.mesh) {
     o.ranks = mesh->data_ranks(), o.rank = mesh->data_rank();
+    const std::int64_t microbatches = options.group("mesh").group("pipeline").integer("microbatches");
+    if (mesh->size("pp") > 1 && microbatches > 0) o.micro_batch = std::max<std::int64_t>(1, (o.batch_size + microbatches * o.ranks - 1) / (microbatches * o.ranks));
     o.sum_over_ranks = [mesh](double x) {
       mesh->comm("replicate+shard", "control").all_reduce(&x, 1, DType::f64).wait();
       return x;
@@ -127,7 +128,9 @@ void Trainer::resume() {
     const auto on_damage = session_->options().group("checkpoint").text("on_damage") == "stop" ? checkpoint::OnDamage::stop : checkpoint::OnDamage::fall_back;
     checkpoint::LoadOptions load;
     load.elsewhere = session_->engine->names(true);
-    loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors), format_maker(*session_->host), on_damage, report, load);
+    HostMemory host;
+    loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors, host), format_maker(*session_->host), on_damage, report, load);
+    if (loaded) to_device(tensors, host);
   }
   if (session_->mesh) {  // all ranks read the same files: they came to the same step, or one of them reads badly
     std::int64_t steps[2] = {loaded ? loaded->step : -1, loaded ? -loaded->step : 1};
@@ -162,10 +165,12 @@ void Trainer::roll_back(const std::string& why) {
   const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
   checkpoint::LoadOptions load;
   load.elsewhere = session_->engine->names(true);
-  const auto loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors), format_maker(*session_->host), checkpoint::OnDamage::fall_back,
+  HostMemory host;
+  const auto loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors, host), format_maker(*session_->host), checkpoint::OnDamage::fall_back,
                                               [&](const std::string& line) { display_.warn(line); }, load);
   if (!loaded) fail(Fault::runtime, "train", why + "; there is no checkpoint to roll back to: set checkpoint.every_steps, or lower optimizer.lr");
   const auto state = checkpoint::RunState::parse(loaded->state_json, loaded->folder.string());
+  to_device(tensors, host);
   session_->engine->publish();
   data_->seek(after);
   step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
@@ -176,7 +181,7 @@ void Trainer::roll_back(const std::string& why) {
 void Trainer::print_header() {
   const Options& options = session_->options();
   const Options& d = options.group("data");
-  peak_ = measure_gemm_rate(*session_->device);
+  peak_ = measure_gemm_rate(*session_->device, session_->device->kind() == DeviceKind::cuda ? session_->engine->options().compute : DType::f32);
   const double tokens = static_cast<double>(steps_) * static_cast<double>(d.integer("batch_size") * d.integer("sequence_length"));
   const double step_seconds = estimate_.step_flop / (0.8 * peak_);
   display_.header("capstan train " + session_->recipe.path,
@@ -187,7 +192,7 @@ void Trainer::print_header() {
                                             short_count(tokens), tokens / static_cast<double>(std::max<std::int64_t>(1, data_->train_tokens())))},
                    {"optimizer", fmt::format("{}, peak learning rate {:g}, {} decay after {} steps of warm-up", options.plugin("optimizer").name, optimizer_->peak_lr(),
                                              options.group("schedule").text("decay"), options.group("schedule").integer("warmup"))},
-                   {"machine", describe_machine(session_->device->cpu().threads()) + fmt::format(", {:.0f} GFLOP/s in matrix products", peak_ * 1e-9)},
+                   {"machine", describe_machine(*session_->device) + fmt::format(", {:.0f} GFLOP/s in matrix products", peak_ * 1e-9)},
                    {"memory", short_bytes(static_cast<double>(estimate_.weights_bytes)) + " weights, gradients and optimizer, " +
                                   short_bytes(static_cast<double>(estimate_.activations_bytes)) + " activations"},
                    {"estimate", fmt::format("{:.3g} GFLOP a step, about {}", estimate_.step_flop * 1e-9, short_time(step_seconds * static_cast<double>(steps_ - step_)))},

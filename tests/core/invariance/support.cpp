@@ -149,7 +149,7 @@ void train_rank(const std::shared_ptr<World>& world, const std::vector<std::stri
     const std::vector<Batch> batches = source.next();
     double loss = 0;
     for (const LossEntry& e : engine.forward_backward(std::span<const Batch>(batches), static_cast<std::uint64_t>(step))) loss += e.weight * e.sum.item();
-    if (mesh) mesh->comm("pp+replicate+shard+context", "control").all_reduce(&loss, 1, DType::f64).wait();
+    if (mesh) mesh->comm("pp+replicate+shard+context+tensor", "control").all_reduce(&loss, 1, DType::f64).wait();
     const double norm = engine.gradient_norm();
     if (step == 1 && gradients) keep(run.gradients, [&](const Parameter& p) { return engine.whole_gradient(p); });
     engine.update(step, 1, norm, 1.0);
