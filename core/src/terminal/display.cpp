@@ -55,6 +55,7 @@ void Display::note(const std::string& line) {
 }
 
 void Display::warn(const std::string& line) {
+  if (!shown_) return;
   clear();
   std::fflush(stdout);  // the live line is gone before this one comes
   const bool color = live_ && isatty(STDERR_FILENO) == 1;

@@ -12,7 +12,7 @@ namespace capstan::terminal {
 
 class CAPSTAN_API Display {
  public:
-  /// `shown` false: of a rank that is not the one which speaks; only warnings come out.
+  /// `shown` false: of a rank that is not the one which speaks: what it has to say is in its log.
   explicit Display(bool shown = true);
   ~Display();
   Display(const Display&) = delete;
