@@ -10,10 +10,15 @@ namespace capstan::pipeline {
 
 std::vector<CallCost> call_costs(Model& model, std::int64_t samples, std::int64_t length, DType dtype, bool recompute, double flop_per_byte) {
   const std::shared_ptr<Device> meta = make_meta_device();
-  for (Parameter* p : model.parameters()) p->place(Tensor::empty(p->shape(), dtype, *meta));
   const std::vector<std::int32_t> tokens(static_cast<std::size_t>(samples * length), 0);
   const std::vector<std::int32_t> lengths(static_cast<std::size_t>(samples), static_cast<std::int32_t>(length));
-  const Batch batch = make_batch(*meta, tokens, lengths, tokens);
+  return call_costs(model, make_batch(*meta, tokens, lengths, tokens), dtype, recompute, flop_per_byte);
+}
+
+std::vector<CallCost> call_costs(Model& model, const Batch& batch, DType dtype, bool recompute, double flop_per_byte) {
+  Device* meta = &batch.space().starts.device();
+  if (meta->kind() != DeviceKind::meta) fail(Fault::programming, "pipeline", "costs of calls are measured on the meta device, the batch is on " + std::string(meta->name()));
+  for (Parameter* p : model.parameters()) p->place(Tensor::empty(p->shape(), dtype, *meta));
   ForwardContext context(batch, *meta, dtype);
   context.grad = context.training = true;
 

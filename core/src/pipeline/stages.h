@@ -19,9 +19,11 @@ struct CallCost {
   double total() const { return forward + input + weight; }
 };
 
-/// Costs of the model's calls, in their order, for `samples` sequences of `length` tokens: one step on a meta device,
-/// without memory or arithmetic. It places the model's parameters there: give it a model of its own. `recompute`: calls but
-/// heads' run again in the backward. `flop_per_byte`: what the machine computes while it moves one byte.
+/// Costs of the model's calls, in their order: one step on a meta device, on which `batch` is, without memory or arithmetic.
+/// It places the model's parameters there: give it a model of its own. `recompute`: calls but heads' run again in the
+/// backward. `flop_per_byte`: what the machine computes while it moves one byte.
+CAPSTAN_API std::vector<CallCost> call_costs(Model& model, const Batch& batch, DType dtype, bool recompute = false, double flop_per_byte = 100);
+/// The same for `samples` sequences of `length` tokens.
 CAPSTAN_API std::vector<CallCost> call_costs(Model& model, std::int64_t samples, std::int64_t length, DType dtype, bool recompute = false,
                                              double flop_per_byte = 100);
 
