@@ -3,8 +3,6 @@
 #include <kernels/cpu/score.h>
 #include <kernels/cpu/softmax_rows.h>
 
-#include <cmath>
-
 namespace capstan::kernels::cpu {
 
 namespace {
@@ -33,6 +31,7 @@ void score(Context& ctx, const ScoreRows& s) {
 
 template <class A>
 void differentiate(Context& ctx, const ScoreRows& s) {
+  using V = Vec<A>;
   const A* g[3] = {static_cast<const A*>(s.g_logprob), static_cast<const A*>(s.g_logsumexp), static_cast<const A*>(s.g_entropy)};
   const A* lse = static_cast<const A*>(s.logsumexp);
   const A* h = static_cast<const A*>(s.entropy);
@@ -41,10 +40,14 @@ void differentiate(Context& ctx, const ScoreRows& s) {
     A* logit = static_cast<A*>(s.logits) + r * s.stride;
     const bool none = s.targets[r] < 0;
     const A lp = g[0] && !none ? g[0][r] : A(0), ls = g[1] ? g[1][r] : A(0), en = g[2] ? g[2][r] : A(0);
-    for (std::int64_t j = 0; j < s.cols; ++j) {
-      const A log_p = logit[j] - lse[r], prob = std::exp(log_p);
-      logit[j] = prob * (ls - lp) - (prob > A(0) ? en * prob * (log_p + h[r]) : A(0));
-    }
+    const V shift(lse[r]), factor(ls - lp), mix(en), level(h[r]), zero(A(0));
+    const bool mixed = en != A(0);
+    for_blocks<A>(s.cols, [&](std::int64_t j, auto m) {
+      const V log_p = V::load(logit + j, m) - shift, prob = exp_flushed(log_p);
+      V d = prob * factor;
+      if (mixed) d = d - select(prob > zero, mix * prob * (log_p + level), zero);
+      d.store(logit + j, m);
+    });
     if (!none) logit[s.targets[r]] += lp;
   }
 }

@@ -98,6 +98,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Space&
   const Dims kv{q.size(0), shape.kv_heads * shape.head_size};
   if (!(k.shape() == kv) || !(v.shape() == kv) || k.dtype() != q.dtype() || v.dtype() != q.dtype())
     fail(Fault::programming, "attention", "k and v: expected " + to_string(kv) + " of q's element type, got " + to_string(k.shape()) + " and " + to_string(v.shape()));
+  if (space.cut != nullptr)
+    fail(Fault::programming, "attention", "the batch has parts of sequences that context ranks share: use nn::attention, which gathers their keys");
   if (space.host_starts.empty() || space.used() > q.size(0))
     fail(Fault::programming, "attention", "the batch's sequences end at row " + std::to_string(space.used()) + ", q has " + std::to_string(q.size(0)));
   Saved saved{row_matrix(q), row_matrix(k), row_matrix(v), Tensor::empty(q.shape(), q.dtype(), q.device()), Tensor(), device_starts(space, q.device()),

@@ -1,7 +1,7 @@
 // linear_cross_entropy: scores of targets under softmax(x W^T), in chunks of rows, so that T x vocabulary
 // logits never exist at once. With the token weights known, the gradient is made in the same pass: logits
 // are computed once.
-#include "ops/num.h"
+#include "ops/head_pass.h"
 
 #include <capstan/autograd.h>
 #include <capstan/ops.h>
@@ -13,113 +13,6 @@ namespace capstan::ops {
 
 namespace {
 
-using kernels::Gemm;
-
-/// Of logits at a time: more mean fewer passes over the weight, and memory.
-std::int64_t chunk_bytes(Device& device) { return std::int64_t{device.kind() == DeviceKind::cuda ? 1024 : 128} << 20; }
-
-DType score_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
-
-/// What the passes share: shapes, the chunk of logits, and the gradients when there are any.
-struct Pass {
-  Tensor x, weight, targets;
-  std::int64_t t = 0, c = 0, v = 0, chunk = 0, ld = 0;
-  Tensor logits, narrow;  // [chunk, ld]; narrow: the gradient of the logits in bf16 models
-  DType compute = DType::f32;
-
-  Pass(const Tensor& x_in, const Tensor& w, const Tensor& targets_in) : x(x_in), weight(w), targets(targets_in) {
-    t = x.size(0), c = x.size(1), v = weight.size(0);
-    compute = score_type(x.dtype());
-    // On the CPU padded rows would send the library down a path whose bits depend on the row count; a GPU wants aligned rows.
-    const bool gpu = x.device().kind() == DeviceKind::cuda;
-    ld = gpu ? (v + 63) / 64 * 64 : v;
-    const std::int64_t most = std::clamp<std::int64_t>(chunk_bytes(x.device()) / (ld * size_of(compute)), 16, gpu ? 65536 : 4096);
-    const std::int64_t chunks = std::max<std::int64_t>(1, (t + most - 1) / most);
-    chunk = std::min(((t + chunks - 1) / chunks + 15) / 16 * 16, t);  // even ones: a short last chunk would be slow
-    logits = Tensor::empty(Dims{chunk, ld}, compute, x.device());
-    if (x.dtype() == DType::bf16) narrow = Tensor::empty(Dims{chunk, ld}, DType::bf16, x.device());
-  }
-
-  void forward_chunk(std::int64_t row, std::int64_t rows) const {
-    Gemm g;
-    g.a = g.b = num_of(x.dtype(), "linear_cross_entropy"), g.c = num_of(compute, "linear_cross_entropy");
-    g.trans_b = true, g.invariant = true;
-    g.m = rows, g.n = v, g.k = c, g.lda = c, g.ldb = c, g.ldc = ld;
-    x.device().backend().gemm(g, x.narrow(0, row, rows).raw(), weight.raw(), logits.raw());
-  }
-
-  /// What the kernels are told of rows [row, row + rows); `out` holds their scores.
-  kernels::ScoreRows chunk_rows(std::int64_t row, std::int64_t rows, const Tensor& logprob, const Tensor& logsumexp, const Tensor& entropy) const {
-    const auto at = [&](const Tensor& t) { return t.defined() ? t.narrow(0, row, rows).raw() : nullptr; };
-    kernels::ScoreRows s;
-    s.compute = num(compute), s.rows = rows, s.cols = v, s.stride = ld, s.logits = logits.raw();
-    s.targets = static_cast<const std::int32_t*>(at(targets));
-    s.logprob = at(logprob), s.logsumexp = at(logsumexp), s.entropy = at(entropy);
-    return s;
-  }
-
-  /// Where the logits' gradient goes: the model's element type where that is narrower.
-  void* gradient() const { return narrow.defined() ? narrow.raw() : logits.raw(); }
-
-  void dx_chunk(const void* dlogits, std::int64_t row, std::int64_t rows, const Tensor& dx) const {
-    Gemm g;
-    g.a = g.b = num_of(x.dtype(), "linear_cross_entropy"), g.c = num_of(dx.dtype(), "linear_cross_entropy");
-    g.m = rows, g.n = c, g.k = v, g.lda = ld, g.ldb = weight.strides()[0], g.ldc = c;
-    x.device().backend().gemm(g, dlogits, weight.raw(), dx.narrow(0, row, rows).raw());
-  }
-
-  void dw_chunk(const void* dlogits, std::int64_t row, std::int64_t rows, const Tensor& dw, bool accumulate) const {
-    Gemm g;
-    g.a = g.b = num_of(x.dtype(), "linear_cross_entropy"), g.c = num_of(dw.dtype(), "linear_cross_entropy");
-    g.trans_a = true, g.accumulate = accumulate;
-    g.m = v, g.n = c, g.k = rows, g.lda = ld, g.ldb = x.strides()[0], g.ldc = c;
-    x.device().backend().gemm(g, dlogits, x.narrow(0, row, rows).raw(), dw.raw());
-  }
-};
-
-/// Of one product over some rows.
-Cost gemm_cost(const Pass& p, std::int64_t rows) {
-  const double r = static_cast<double>(rows), c = static_cast<double>(p.c), v = static_cast<double>(p.v);
-  const double wide = static_cast<double>(size_of(p.compute));
-  return {2.0 * r * c * v, r * c * wide + static_cast<double>(p.weight.bytes()), r * v * wide};
-}
-
-/// The weight's gradient: the leaf's own buffer when there is one.
-struct WeightGradient {
-  Tensor value;
-  bool overwrite = true;
-  Leaf* leaf = nullptr;
-};
-
-WeightGradient weight_gradient(Leaf* leaf, const Tensor& weight) {
-  WeightGradient g;
-  g.leaf = leaf;
-  g.value = leaf != nullptr ? leaf->accumulate_into(weight, g.overwrite)
-                            : Tensor::empty(weight.shape(), score_type(weight.dtype()), weight.device());
-  return g;
-}
-
-/// With known weights: the gradient is there already.
-class ObjectiveNode final : public Node {
- public:
-  Tensor dx, dw;
-  Leaf* leaf_done = nullptr;
-  std::string_view name() const override { return "linear_cross_entropy"; }
-  void release() override { dx = dw = Tensor(); }
-  std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
-    if (!grads[0].is_meta() && !grads[0].device().backend().is_one("linear_cross_entropy: the gradient of its objective", num(grads[0]), grads[0].raw()))
-      fail(Fault::programming, "linear_cross_entropy", "the gradient of its objective must be 1, got " + std::to_string(grads[0].item()) +
-                                                           ": put every scaling into the token weights");
-    std::vector<Tensor> result(2);
-    if (wants(0, part)) result[0] = dx;
-    if (wants(1, part)) {
-      if (leaf_done != nullptr) leaf_done->done();
-      else result[1] = dw;
-    }
-    return result;
-  }
-};
-
 /// With gradients of the scores known only later: logits are computed again, chunk by chunk.
 class ScoreNode final : public Node {
  public:
@@ -130,13 +23,13 @@ class ScoreNode final : public Node {
   std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
     std::vector<Tensor> result(2);
     const bool want_x = wants(0, part), want_w = wants(1, part);
-    Pass p(x, weight, targets);
+    HeadPass p(x, weight, targets);
     if (want_x) result[0] = Tensor::empty(x.shape(), x.dtype(), x.device());
     WeightGradient dw;
-    if (want_w) dw = weight_gradient(leaf(1), weight);
-    Cost cost = gemm_cost(p, p.t);
+    if (want_w) dw = WeightGradient::of(leaf(1), weight);
+    Cost cost = p.gemm_cost(p.t);
     for (const bool wanted : {want_x, want_w})
-      if (wanted) cost += gemm_cost(p, p.t);
+      if (wanted) cost += p.gemm_cost(p.t);
     OpScope scope(x.device(), "linear_cross_entropy dx", cost);
     if (!scope.meta()) {
       Tensor kept[3];  // contiguous, in the compute type
@@ -175,7 +68,7 @@ HeadScore linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tens
   if (weights != nullptr && (!(weights->shape() == targets.shape()) || weights->dtype() != DType::f32))
     fail(Fault::programming, op, "weights: expected f32 " + to_string(targets.shape()) + ", got " + to_string(weights->shape()));
   Device& device = x.device();
-  Pass p(x.detach().contiguous(), weight.detach().contiguous(), targets.detach().contiguous());
+  HeadPass p(x.detach().contiguous(), weight.detach().contiguous(), targets.detach().contiguous());
   const Tensor known = weights != nullptr ? weights->detach().contiguous() : Tensor();
   const DType type = p.compute;
   HeadScore out{Tensor::empty(Dims{p.t}, type, device), Tensor::empty(Dims{p.t}, type, device), Tensor::empty(Dims{p.t}, type, device), Tensor()};
@@ -192,12 +85,12 @@ HeadScore linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tens
   if (now) {
     node = std::make_shared<ObjectiveNode>();
     if (x.requires_grad()) node->dx = Tensor::empty(x.shape(), x.dtype(), device);
-    if (weight.requires_grad()) dw = weight_gradient(dynamic_cast<Leaf*>(weight.node().get()), weight);
+    if (weight.requires_grad()) dw = WeightGradient::of(dynamic_cast<Leaf*>(weight.node().get()), weight);
   }
   for (std::int64_t row = 0; row < p.t; row += p.chunk) {
     const std::int64_t rows = std::min(p.chunk, p.t - row);
     {
-      OpScope scope(device, "head logits", gemm_cost(p, rows));
+      OpScope scope(device, "head logits", p.gemm_cost(rows));
       if (!scope.meta()) p.forward_chunk(row, rows);
     }
     {
@@ -215,11 +108,11 @@ HeadScore linear_cross_entropy(const Tensor& x, const Tensor& weight, const Tens
     if (!now) continue;
     const void* dlogits = p.gradient();
     if (node->dx.defined()) {
-      OpScope scope(device, "head dx", gemm_cost(p, rows));
+      OpScope scope(device, "head dx", p.gemm_cost(rows));
       if (!scope.meta()) p.dx_chunk(dlogits, row, rows, node->dx);
     }
     if (dw.value.defined()) {
-      OpScope scope(device, "head dw", gemm_cost(p, rows));
+      OpScope scope(device, "head dw", p.gemm_cost(rows));
       if (!scope.meta()) p.dw_chunk(dlogits, row, rows, dw.value, row > 0 || !dw.overwrite);
     }
   }

@@ -21,14 +21,18 @@ struct HeadPass {
   DType compute = DType::f32;
 
   static constexpr const char* op = "linear_cross_entropy";
-  static constexpr std::int64_t chunk_bytes = std::int64_t{128} << 20;  // of logits at a time: fewer passes over the weight
 
   /// `widest`: columns by which the chunk is chosen, when ranks with different v have to choose alike.
   HeadPass(const Tensor& x_in, const Tensor& w, const Tensor& targets_in, std::int64_t widest = 0) : x(x_in), weight(w), targets(targets_in) {
     t = x.size(0), c = x.size(1), v = weight.size(0);
     compute = score_type(x.dtype());
-    ld = v;  // padded rows would send the library down a path whose bits depend on the row count
-    const std::int64_t most = std::clamp<std::int64_t>(chunk_bytes / (std::max(ld, widest) * size_of(compute)), 16, 4096);
+    // On the CPU padded rows would send the library down a path whose bits depend on the row count; a GPU wants aligned rows.
+    const bool gpu = x.device().kind() == DeviceKind::cuda;
+    const auto stride = [&](std::int64_t columns) { return gpu ? (columns + 63) / 64 * 64 : columns; };
+    ld = stride(v);
+    // Of logits at a time: more mean fewer passes over the weight, and memory.
+    const std::int64_t bytes = std::int64_t{gpu ? 1024 : 128} << 20;
+    const std::int64_t most = std::clamp<std::int64_t>(bytes / (stride(std::max(v, widest)) * size_of(compute)), 16, gpu ? 65536 : 4096);
     const std::int64_t chunks = std::max<std::int64_t>(1, (t + most - 1) / most);
     chunk = std::min(((t + chunks - 1) / chunks + 15) / 16 * 16, t);  // even ones: a short last chunk would be slow
     logits = Tensor::empty(Dims{chunk, ld}, compute, x.device());
