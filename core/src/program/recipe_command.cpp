@@ -1,6 +1,8 @@
 // `capstan recipe show|check|keys`: what a recipe comes to, whether it is right, and what it may say.
 #include "program/commands.h"
 
+#include "plan/paper_world.h"
+#include "plan/report.h"
 #include "plugin/host.h"
 #include "recipe/recipe.h"
 #include "recipe/run_schema.h"
@@ -12,6 +14,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -22,7 +25,31 @@ struct Words {
   std::string recipe;
   std::vector<std::string> overrides;
   bool plain = false, markdown = false;
+  int ranks = 0;  // 0: check alone
+  std::string device, devices;
+  bool json = false;
 };
+
+/// What a step would take on each of many ranks.
+void plan_step(const Program& program, const Words& words) {
+  const auto session = train::open_session(words.recipe, words.overrides, program.executable, train::Placement::none,
+                                           plan::make_paper_world(0, words.ranks));
+  std::optional<plan::DeviceModel> device;
+  if (!words.device.empty()) device = plan::load_device(words.devices.empty() ? plan::devices_file(program.executable) : words.devices, words.device);
+  const plan::Setting setting = plan::setting_from(*session, words.ranks);
+  const plan::Sources sources = plan::sources_from(*session);
+  const plan::DeviceModel* known = device ? &*device : nullptr;
+  const plan::Prediction prediction = plan::predict(sources, setting, known);
+  std::vector<plan::Advice> advice;
+  if (known != nullptr && static_cast<double>(prediction.memory[prediction.worst].total()) > known->memory)
+    advice = plan::advise(sources, setting, known->memory);
+  if (words.json) {
+    fmt::print("{}", plan::to_json(prediction, setting, known, advice));
+    return;
+  }
+  fmt::print("{}: {} ({} parameters)\n", words.recipe, session->model->describe(), prediction.parameters);
+  fmt::print("{}", plan::to_text(prediction, setting, known, advice));
+}
 
 void show(const Program& program, const Words& words) {
   PluginHost host(program.executable);
@@ -33,6 +60,7 @@ void show(const Program& program, const Words& words) {
 }
 
 void check(const Program& program, const Words& words) {
+  if (words.ranks > 0) return plan_step(program, words);
   // Everything is made as for training, but no memory is taken: the estimate runs on the meta device.
   const auto session = train::open_session(words.recipe, words.overrides, program.executable, train::Placement::none);
   const Recipe& recipe = session->recipe;
@@ -87,6 +115,11 @@ void add_recipe(CLI::App& app, Program& program) {
   CLI::App* check_command =
       recipe->add_subcommand("check", "Say whether the recipe would be accepted, and what it amounts to");
   add_words(check_command);
+  CLI::Option* ranks = check_command->add_option("--ranks", words->ranks, "memory and traffic of a step on each of N ranks")
+                           ->type_name("N")->check(CLI::Range(1, 1 << 24));
+  check_command->add_option("--device", words->device, "and its time on devices of this kind: h200, h100, cpu, ...")->type_name("NAME")->needs(ranks);
+  check_command->add_option("--devices", words->devices, "another table of devices than share/capstan/devices.yaml")->type_name("FILE")->needs(ranks);
+  check_command->add_flag("--json", words->json, "the prediction as JSON")->needs(ranks);
   check_command->callback([&program, words] { check(program, *words); });
 
   CLI::App* keys_command =

@@ -1,0 +1,127 @@
+// Predictions in words and as JSON.
+#include "plan/report.h"
+
+#include <fmt/format.h>
+#include <nlohmann/json.hpp>
+
+#include <utility>
+
+namespace capstan::plan {
+
+namespace {
+
+std::string bytes_words(double bytes) {
+  const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
+  int u = 0;
+  for (; bytes >= 1024 && u < 5; ++u) bytes /= 1024;
+  return u == 0 ? fmt::format("{:.0f} B", bytes) : fmt::format("{:.{}f} {}", bytes, bytes < 9.995 ? 2 : bytes < 99.95 ? 1 : 0, units[u]);
+}
+
+std::string time_words(double seconds) {
+  if (seconds <= 0) return "0";
+  if (seconds < 1e-3) return fmt::format("{:.0f} us", seconds * 1e6);
+  if (seconds < 1) return fmt::format("{:.1f} ms", seconds * 1e3);
+  return fmt::format("{:.3g} s", seconds);
+}
+
+std::string place_words(const GroupShape& g) {
+  if (g.hosts == 1) return fmt::format("{} ranks of a host", g.size);
+  return fmt::format("{} ranks on {} hosts", g.size, g.hosts);
+}
+
+/// Class, bytes: what is there.
+std::vector<std::pair<std::string, std::int64_t>> classes(const Memory& m) {
+  const std::vector<std::pair<std::string, std::int64_t>> all{
+      {"parameters (masters)", m.engine.masters}, {"working copies", m.engine.working},         {"gradients", m.engine.gradients},
+      {"optimizer state", m.engine.optimizer},    {"gathered parameters", m.engine.gather_pool}, {"whole gradients", m.engine.gradient_pool},
+      {"activations", m.activations},             {"logits", m.logits},                          {"checkpoint staging", m.staging},
+      {"samples", m.sampling}};
+  std::vector<std::pair<std::string, std::int64_t>> present;
+  for (const auto& c : all)
+    if (c.second > 0) present.push_back(c);
+  return present;
+}
+
+std::string calls_words(const Memory& m, const Prediction& p, const Setting& s) {
+  if (p.memory.size() <= 1) return "";
+  return fmt::format(" (pipeline rank {} of {}: {} of the model's blocks, {} microbatches kept)", m.pipeline_rank, s.size("pp"), m.calls.size(), m.live);
+}
+
+}  // namespace
+
+std::string to_text(const Prediction& p, const Setting& s, const DeviceModel* device, const std::vector<Advice>& advice) {
+  std::string text;
+  const auto line = [&]<class... A>(fmt::format_string<A...> form, A&&... a) { text += fmt::format(form, std::forward<A>(a)...) + "\n"; };
+  const Memory& m = p.memory[p.worst];
+  line("mesh        {}", s.layout.describe());
+  line("step        {} sequences x {} tokens; each data rank: {} microbatch{} of {}", s.sequences, s.length, s.microbatches, s.microbatches == 1 ? "" : "es", s.micro);
+  line("");
+  line("memory of the fullest rank{}", calls_words(m, p, s));
+  for (const auto& [name, bytes] : classes(m))
+    line("  {:<22}{:>10}{}", name, bytes_words(double(bytes)), name == "checkpoint staging" ? "  of the host" : name == "samples" ? "  instead of activations" : "");
+  const double on_device = double(m.total() - (device != nullptr && device->name != "cpu" ? m.staging : 0));
+  line("  {:<22}{:>10}", device != nullptr && device->name != "cpu" ? "on the device" : "all", bytes_words(on_device));
+  if (device != nullptr) {
+    if (on_device <= device->memory) {
+      line("  fits: {} has {}, {:.0f} % of it used", device->help, bytes_words(device->memory), 100 * on_device / device->memory);
+    } else {
+      line("  does not fit: {} has {}", device->help, bytes_words(device->memory));
+      int shown = 0;
+      for (const Advice& a : advice) {
+        if (shown++ == 6) break;
+        line("    {:<44} {}{}", a.key, bytes_words(a.bytes), a.fits ? ", fits" : "");
+      }
+    }
+  }
+  line("");
+  if (p.traffic.empty()) {
+    line("sent        nothing: one rank");
+  } else {
+    line("{:<16}{:<17}{:<15}{:>9}{:>12}{}  {}", "sent in a step", "what", "how", "calls", "bytes", p.timed ? "      time   waited for" : "", "among");
+    for (const Traffic& t : p.traffic)
+      line("  {:<14}{:<17}{:<15}{:>9.0f}{:>12}{}  {}", t.axes, t.what, name_of(t.collective), t.calls, bytes_words(t.bytes),
+           p.timed ? fmt::format("{:>10}{:>13}", time_words(t.seconds), time_words(t.exposed)) : "", place_words(t.group));
+  }
+  if (!p.timed) return text;
+  line("");
+  line("predicted   {} a step on {} x {}", time_words(p.step), s.layout.world(), device->help);
+  if (s.size("pp") > 1) line("bubble      {:.1f} % of the pipeline's time ({})", 100 * p.bubble, pipeline::name_of(s.pipeline.kind));
+  line("waiting     {} for communication ({:.1f} %), {} for norm and update", time_words(p.exposed), 100 * p.exposed / p.step, time_words(p.optimizer));
+  line("speed       {:.0f} tokens/s a rank, {:.4g} in all", p.tokens_per_rank, p.tokens_per_rank * s.layout.world());
+  line("share       {:.1f} % of the peak ({:.4g} TFLOP/s of {:.4g}; {:.4g} GFLOP a token)", 100 * p.share_of_peak,
+       p.model_flop_per_token * p.tokens_per_rank * 1e-12, device->peak(s.engine.compute) * 1e-12, p.model_flop_per_token * 1e-9);
+  return text;
+}
+
+std::string to_json(const Prediction& p, const Setting& s, const DeviceModel* device, const std::vector<Advice>& advice) {
+  using Json = nlohmann::ordered_json;
+  Json mesh;
+  for (const MeshAxis& a : s.layout.axes()) mesh[a.name] = a.size;
+  Json j{{"ranks", s.layout.world()}, {"mesh", mesh}, {"parameters", p.parameters}, {"tokens", p.tokens}, {"microbatches", p.microbatches},
+         {"model_flop_per_token", p.model_flop_per_token}};
+  j["memory"] = Json::array();
+  for (std::size_t i = 0; i < p.memory.size(); ++i) {
+    const Memory& m = p.memory[i];
+    j["memory"].push_back({{"pipeline_rank", m.pipeline_rank}, {"fullest", i == p.worst}, {"masters", m.engine.masters}, {"working", m.engine.working},
+                           {"gradients", m.engine.gradients}, {"optimizer", m.engine.optimizer}, {"gather_pool", m.engine.gather_pool},
+                           {"gradient_pool", m.engine.gradient_pool}, {"activations", m.activations}, {"live_microbatches", m.live}, {"logits", m.logits},
+                           {"staging", m.staging}, {"sampling", m.sampling}, {"total", m.total()}});
+  }
+  j["traffic"] = Json::array();
+  for (const Traffic& t : p.traffic) {
+    Json row{{"axes", t.axes}, {"what", t.what}, {"collective", name_of(t.collective)}, {"ranks", t.group.size}, {"hosts", t.group.hosts}, {"calls", t.calls}, {"bytes", t.bytes}};
+    if (p.timed) row["seconds"] = t.seconds, row["exposed"] = t.exposed;
+    j["traffic"].push_back(std::move(row));
+  }
+  if (device != nullptr) {
+    const Memory& m = p.memory[p.worst];
+    j["device"] = {{"name", device->name}, {"memory", device->memory}, {"fits", double(m.total() - (device->name != "cpu" ? m.staging : 0)) <= device->memory}};
+    j["advice"] = Json::array();
+    for (const Advice& a : advice) j["advice"].push_back({{"keys", a.key}, {"bytes", a.bytes}, {"fits", a.fits}});
+  }
+  if (p.timed)
+    j["time"] = {{"step", p.step}, {"exposed", p.exposed}, {"optimizer", p.optimizer}, {"bubble", p.bubble}, {"tokens_per_rank", p.tokens_per_rank}, {"share_of_peak", p.share_of_peak}};
+  return j.dump(2) + "\n";
+}
+
+}  // namespace capstan::plan
