@@ -1,5 +1,6 @@
-// Collectives among the ranks of a host: `mpirun ... comm_bench capstan|mpi|overlap [rounds]`. Median times of the slowest
-// rank, beside memcpy by all ranks at once; `overlap`: the share of a collective that hides behind compute.
+// Collectives among the ranks of a host: `mpirun ... comm_bench capstan|shared|mpi|overlap [rounds]`. Median times of the slowest
+// rank, beside memcpy by all ranks at once; `overlap`: the share of a collective that hides behind compute. `shared`: buffers in
+// the host's shared memory.
 #include "comm/mpi_world.h"
 
 #include <capstan/dtype.h>
@@ -13,6 +14,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <string>
 #include <vector>
@@ -26,17 +28,19 @@ double median(std::vector<double> v) {
   return v[v.size() / 2];
 }
 
-/// Floats in large pages, written once.
+/// Floats, written once: in large pages of its own, or in the host's shared memory.
 struct Buffer {
-  explicit Buffer(std::size_t n) : count(n), bytes((n * sizeof(float) + (2u << 20)) & ~std::size_t{(2u << 20) - 1}) {
-    base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    madvise(base, bytes, MADV_HUGEPAGE);
+  explicit Buffer(std::size_t n, capstan::World* shared = nullptr) : count(n), bytes((n * sizeof(float) + (2u << 20)) & ~std::size_t{(2u << 20) - 1}) {
+    if (shared) memory = shared->shared_memory(bytes), base = memory.get();
+    else base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (!shared) madvise(base, bytes, MADV_HUGEPAGE);
     for (std::size_t i = 0; i < count; ++i) data()[i] = 1.0f;
   }
-  ~Buffer() { munmap(base, bytes); }
+  ~Buffer() { if (!memory) munmap(base, bytes); }
   float* data() { return static_cast<float*>(base); }
   std::size_t count, bytes;
   void* base;
+  std::shared_ptr<void> memory;
 };
 
 struct Ranks {
@@ -47,11 +51,11 @@ struct Ranks {
   std::function<void(const float*, float*, std::int64_t)> reduce_scatter, all_gather;
 };
 
-void bench(const char* name, Ranks& ranks, int rounds) {
+void bench(const char* name, Ranks& ranks, int rounds, capstan::World* shared = nullptr) {
   const std::int64_t sizes[] = {1024, 64 << 10, 1 << 20, 16 << 20, 128 << 20};
   for (const std::int64_t bytes : sizes) {
     const std::int64_t n = bytes / 4, part = n / ranks.size();
-    Buffer a(static_cast<std::size_t>(n)), b(static_cast<std::size_t>(n));
+    Buffer a(static_cast<std::size_t>(n), shared), b(static_cast<std::size_t>(n), shared);
     const auto time = [&](const std::function<void()>& body) {
       std::vector<double> times;
       const int count = bytes > (32 << 20) ? rounds : rounds * 4;
@@ -183,7 +187,7 @@ int main(int argc, char** argv) {
     overlap(*world, *c, rounds);
   } else {
     Ranks ranks = of_capstan(*world, *c);
-    bench("Capstan", ranks, rounds);
+    bench(what == "shared" ? "shared" : "Capstan", ranks, rounds, what == "shared" ? world.get() : nullptr);
   }
   return 0;
 }

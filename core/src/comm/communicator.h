@@ -3,6 +3,7 @@
 #include <capstan/dtype.h>
 #include <capstan/export.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -106,6 +107,10 @@ class CAPSTAN_API World {
   /// A communicator among `ranks` (world ranks, ascending; this one among them). Collective over `ranks` only: every
   /// member calls with the same name and list. Kept by the caller.
   virtual std::shared_ptr<Communicator> make(std::string name, std::vector<int> ranks) = 0;
+  /// Memory that the ranks of this host can read in place: collectives whose sources all lie in such memory copy once
+  /// instead of twice (all_reduce: data; reduce_scatter, all_gather: in; broadcast: the root's data). For buffers that live
+  /// long; not cleared. Ordinary memory where the host has no room left for more, and for a world of one.
+  virtual std::shared_ptr<void> shared_memory(std::size_t bytes);
   /// What the watchdog says about this rank when it is waited for: the training step and what it does.
   virtual void at(std::int64_t step, std::string_view doing) = 0;
   /// This rank leaves with an error: tells all other ranks, whose waits then throw Error(runtime) naming this rank, its

@@ -13,6 +13,8 @@ namespace {
 
 // All-reduces of at most this many bytes: every rank adds everything itself, which saves a wait.
 constexpr std::int64_t kSmall = 4096;
+// Data of at most this many bytes is staged wherever it lies: a copy costs less than another wait.
+constexpr std::int64_t kDirect = 32 << 10;
 // Bytes that are added and then copied to the staging buffer while they are in the first cache.
 constexpr std::int64_t kFused = 8192;
 
@@ -99,6 +101,19 @@ void HostGroup::barrier() {
   rounds(1, [](std::int64_t, std::byte*) {}, [](std::int64_t, std::uint32_t) {});
 }
 
+bool HostGroup::direct(const void* data, std::int64_t bytes) {
+  if (bytes <= kDirect) return false;
+  members_[me_].descriptors[call_.sequence % 2].source = segment_.source(data);
+  rounds(1, [](std::int64_t, std::byte*) {}, [](std::int64_t, std::uint32_t) {});
+  sources_.assign(z(size_), nullptr);
+  for (int r = 0; r < size_; ++r) {
+    const std::uint64_t at = members_[r].descriptors[call_.sequence % 2].source;
+    if (at == 0) return false;
+    sources_[z(r)] = segment_.at<std::byte>(at);
+  }
+  return true;
+}
+
 void HostGroup::all_reduce(std::byte* data, std::int64_t count, DType dtype, Reduction op) {
   if (size_ == 1) return;
   const std::int64_t element = size_of(dtype);
@@ -109,6 +124,20 @@ void HostGroup::all_reduce(std::byte* data, std::int64_t count, DType dtype, Red
                     for (int r = 0; r < size_; ++r) from[z(r)] = theirs(r, round);
                     reduce_ranks(from, data, count, dtype, op);
                   });
+  }
+  if (direct(data, count * element)) {
+    const std::int64_t line = std::max<std::int64_t>(1, 64 / element);
+    const auto begin = [&](int r) { return r == size_ ? count : count / line * r / size_ * line; };
+    // Each rank adds its slice and writes the sum to everybody: one pass over all data.
+    for (std::int64_t i = begin(me_), end = begin(me_ + 1); i < end;) {
+      const std::int64_t m = std::min(kFused / element, end - i);
+      for (int r = 0; r < size_; ++r) from[z(r)] = source(r) + i * element;
+      reduce_ranks(from, data + i * element, m, dtype, op);
+      for (int step = 1; step < size_; ++step)
+        move_bytes(const_cast<std::byte*>(source((me_ + step) % size_)) + i * element, data + i * element, m * element);
+      i += m;
+    }
+    return close();
   }
   // Each rank adds its slice of a round's elements and hands the sum on by its buffer, whose part for that slice is free:
   // its own elements need not be staged for itself.
@@ -154,6 +183,11 @@ void HostGroup::reduce_scatter(const std::byte* in, std::byte* out, std::int64_t
   const std::int64_t element = size_of(dtype), chunk = (stage_bytes() / size_ / 64 * 64) / element;
   std::vector<const void*> from(z(size_));
   if (size_ == 1) return move_bytes(out, in, count * element);
+  if (direct(in, size_ * count * element)) {
+    for (int r = 0; r < size_; ++r) from[z(r)] = source(r) + me_ * count * element;
+    reduce_ranks(from, out, count, dtype, op);
+    return close();
+  }
   rounds(rounds_of(count, chunk),
          [&](std::int64_t k, std::byte* to) {
            const std::int64_t m = std::min(chunk, count - k * chunk);
@@ -169,11 +203,21 @@ void HostGroup::reduce_scatter(const std::byte* in, std::byte* out, std::int64_t
 }
 
 void HostGroup::all_gather(const std::byte* in, std::byte* out, std::span<const std::int64_t> at, std::span<const std::int64_t> bytes) {
-  move_bytes(out + at[z(me_)], in, bytes[z(me_)]);
-  if (size_ == 1) return;
+  std::byte* own = out + at[z(me_)];
+  if (size_ == 1) return move_bytes(own, in, bytes[z(me_)]);
   const std::int64_t chunk = stage_bytes(), largest = *std::max_element(bytes.begin(), bytes.end());
+  if (direct(in, largest)) {
+    for (int step = 0; step < size_; ++step) {
+      const int r = (me_ + step) % size_;
+      move_bytes(out + at[z(r)], source(r), bytes[z(r)]);
+    }
+    return close();
+  }
   const auto piece = [&](int r, std::int64_t k) { return std::clamp<std::int64_t>(bytes[z(r)] - k * chunk, 0, chunk); };
-  rounds(rounds_of(largest, chunk), [&](std::int64_t k, std::byte* to) { move_bytes(to, in + k * chunk, piece(me_, k)); },
+  rounds(rounds_of(largest, chunk), [&](std::int64_t k, std::byte* to) {
+           move_bytes(to, in + k * chunk, piece(me_, k));
+           move_bytes(own + k * chunk, in + k * chunk, piece(me_, k));
+         },
          [&](std::int64_t k, std::uint32_t round) {
            for (int step = 1; step < size_; ++step) {
              const int r = (me_ + step) % size_;
@@ -224,6 +268,11 @@ void HostGroup::broadcast(std::byte* data, std::int64_t bytes, int root) {
   if (size_ == 1) return;
   const std::int64_t chunk = stage_bytes();
   const auto piece = [&](std::int64_t k) { return std::clamp<std::int64_t>(bytes - k * chunk, 0, chunk); };
+  // The root's data alone is read: others offer any address of the segment.
+  if (direct(me_ == root ? static_cast<const void*>(data) : slot_, bytes)) {
+    move_bytes(data, source(root), me_ == root ? 0 : bytes);
+    return close();
+  }
   rounds(rounds_of(bytes, chunk), [&](std::int64_t k, std::byte* to) { if (me_ == root) move_bytes(to, data + k * chunk, piece(k)); },
          [&](std::int64_t k, std::uint32_t round) { if (me_ != root) move_bytes(data + k * chunk, theirs(root, round), piece(k)); });
 }

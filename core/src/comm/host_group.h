@@ -17,7 +17,8 @@ namespace capstan::comm {
 
 /// Each rank copies what others need into its own buffer (three of them, used in turn), posts its tick, waits for the
 /// ticks of the others and reads or adds from their buffers in rank order. A buffer is written again two rounds later: a
-/// rank that posted round k has read everything of round k-2. All methods block and are called by one thread at a time, in
+/// rank that posted round k has read everything of round k-2. Where the data of all ranks lies in the host's shared memory
+/// (World::shared_memory), nothing is staged: everybody reads it where it is, in the same order. All methods block and are called by one thread at a time, in
 /// the same order on all members.
 class HostGroup final : public Group {
  public:
@@ -51,6 +52,12 @@ class HostGroup final : public Group {
   /// All members' ticks have come to `tick`.
   void wait_all(std::uint32_t tick);
   void compare_calls();
+  /// Whether all ranks' `data` lies in shared memory; sources_ then say where. Not asked for small payloads. A round of its own:
+  /// when it returns everybody's data is there.
+  bool direct(const void* data, std::int64_t bytes);
+  const std::byte* source(int r) const { return sources_[static_cast<std::size_t>(r)]; }
+  /// Everybody has read what it wanted of the others' data.
+  void close() { barrier(); }
   // stage(k, buffer) fills this rank's buffer of round k; consume(k, round) reads everybody's of that round.
   template <class Stage, class Consume>
   void rounds(std::int64_t count, Stage&& stage, Consume&& consume);
@@ -63,6 +70,7 @@ class HostGroup final : public Group {
   Member* members_ = nullptr;
   Site site_;
   Descriptor call_;
+  std::vector<const std::byte*> sources_;
   bool compared_ = true;
   std::uint32_t tick_ = 0, round_ = 0;
 };

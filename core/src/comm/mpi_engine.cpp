@@ -126,7 +126,7 @@ void MpiEngine::enter() {
   if (local_rank == 0) {
     struct statvfs shm {};
     const auto room = statvfs("/dev/shm", &shm) == 0 ? static_cast<long long>(shm.f_bavail) * static_cast<long long>(shm.f_frsize) : 0;
-    bytes = std::clamp(room / 2, 16LL << 20, (256LL << 20) * (1 + local_size));
+    bytes = std::max(room / 2, 16LL << 20);
   }
   MPI_Bcast(&bytes, 1, MPI_LONG_LONG, 0, host_comm_);
   void* base = nullptr;

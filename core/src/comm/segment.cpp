@@ -137,6 +137,44 @@ void Segment::leave(Slot* slot, double timeout) const {
   if (++slot->left == slot->size) slot->free = true, slot->key = 0;
 }
 
+namespace {
+constexpr std::size_t kPage = 4096;
+std::size_t pages(std::size_t bytes) { return std::max(kPage, (bytes + kPage - 1) / kPage * kPage); }
+}  // namespace
+
+std::byte* Segment::take(std::size_t wanted, double timeout) const {
+  const Locked locked(*this, timeout);
+  SegmentHeader& h = header();
+  const std::size_t bytes = pages(wanted);
+  for (std::uint64_t* link = &h.first_free; *link != 0; link = &at<FreeBlock>(*link)->next) {
+    const std::uint64_t here = *link;
+    FreeBlock* block = at<FreeBlock>(here);
+    if (block->bytes < bytes) continue;
+    if (block->bytes > bytes) *at<FreeBlock>(here + bytes) = {block->bytes - bytes, block->next}, *link = here + bytes;
+    else *link = block->next;
+    return at<std::byte>(here);
+  }
+  // An eighth stays for communicators.
+  const std::uint64_t start = (h.used + kPage - 1) / kPage * kPage;
+  if (start + bytes > h.bytes / 8 * 7) return nullptr;
+  h.used = start + bytes;
+  return at<std::byte>(start);
+}
+
+void Segment::give_back(std::byte* memory, std::size_t wanted, double timeout) const {
+  const Locked locked(*this, timeout);
+  SegmentHeader& h = header();
+  const std::uint64_t here = offset(memory);
+  std::uint64_t before = 0, after = h.first_free;
+  while (after != 0 && after < here) before = after, after = at<FreeBlock>(after)->next;
+  FreeBlock* block = at<FreeBlock>(here);
+  *block = {pages(wanted), after};
+  (before ? at<FreeBlock>(before)->next : h.first_free) = here;
+  if (after && here + block->bytes == after) *block = {block->bytes + at<FreeBlock>(after)->bytes, at<FreeBlock>(after)->next};
+  if (FreeBlock* low = before ? at<FreeBlock>(before) : nullptr; low && before + low->bytes == here)
+    *low = {low->bytes + block->bytes, block->next};
+}
+
 Channel* Segment::channel(Slot* slot, int from, int to, double timeout) const {
   const Locked locked(*this, timeout);
   std::uint64_t& at = this->at<std::uint64_t>(slot->channels_offset)[from * slot->size + to];

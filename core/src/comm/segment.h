@@ -105,6 +105,7 @@ struct Descriptor {
   std::int64_t count = 0, largest = 0;
   std::int32_t root = 0;
   std::uint8_t collective = 0, dtype = 0, op = 0;
+  std::uint64_t source = 0;                  ///< of this rank alone: where in the segment its data is; 0: elsewhere
 };
 
 struct Member {
@@ -141,11 +142,15 @@ struct Slot {
   char name[96] = {};
 };
 
+/// Free memory between buffers, in order of address.
+struct FreeBlock { std::uint64_t bytes = 0, next = 0; };
+
 struct SegmentHeader {
   std::uint64_t magic = 0;
   std::uint64_t bytes = 0, used = 0;
   std::uint64_t first_slot = 0, last_slot = 0;
   std::uint64_t pages_offset = 0, remote_offset = 0;
+  std::uint64_t first_free = 0;
   std::int32_t local_size = 0;
   Word lock{0};
   FailureRecord failure;
@@ -177,6 +182,14 @@ class Segment {
   Slot* join(std::uint64_t key, std::string_view name, std::span<const int> local_world_ranks, int me, double timeout) const;
   /// The last member's leaving frees the slot for others.
   void leave(Slot* slot, double timeout) const;
+  /// `bytes` on a page of its own; null when there is no room.
+  std::byte* take(std::size_t bytes, double timeout) const;
+  void give_back(std::byte* memory, std::size_t bytes, double timeout) const;
+  /// The offset of memory that lies in the segment; 0 for any other.
+  std::uint64_t source(const void* data) const {
+    const auto base = reinterpret_cast<std::uintptr_t>(memory_.get()), at = reinterpret_cast<std::uintptr_t>(data);
+    return at > base && at - base < header().bytes ? at - base : 0;
+  }
   Channel* channel(Slot* slot, int from, int to, double timeout) const;
 
  private:

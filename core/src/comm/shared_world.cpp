@@ -51,6 +51,19 @@ std::shared_ptr<Communicator> SharedWorld::make(std::string name, std::vector<in
   return make_group(core_, std::move(name), std::move(ranks));
 }
 
+std::shared_ptr<void> SharedWorld::shared_memory(std::size_t bytes) {
+  if (size() == 1) return World::shared_memory(bytes);
+  std::byte* memory = core_->watch.segment().take(bytes, timeout());
+  if (!memory) return World::shared_memory(bytes);
+  return {memory, [core = core_, bytes](void* p) {
+            try {
+              core->watch.segment().give_back(static_cast<std::byte*>(p), bytes, core->watch.timeout());
+            } catch (...) {
+              // The directory's lock died with a rank: the memory goes with the job.
+            }
+          }};
+}
+
 void SharedWorld::at(std::int64_t step, std::string_view doing) {
   StatusPage& page = core_->watch.own();
   page.step.store(step, std::memory_order_relaxed);

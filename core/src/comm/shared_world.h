@@ -43,6 +43,7 @@ class SharedWorld : public World {
   int local_size() const override { return static_cast<int>(core_->local.size()); }
   std::string_view backend() const override { return backend_; }
   std::shared_ptr<Communicator> make(std::string name, std::vector<int> ranks) override;
+  std::shared_ptr<void> shared_memory(std::size_t bytes) override;
   void at(std::int64_t step, std::string_view doing) override;
   bool fail_job(const std::string& message) noexcept override;
   [[noreturn]] void end_failed(int exit_code) override;

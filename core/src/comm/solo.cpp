@@ -4,6 +4,8 @@
 
 #include <capstan/error.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <utility>
 
@@ -11,6 +13,13 @@ namespace capstan {
 
 Communicator::~Communicator() = default;
 World::~World() = default;
+
+std::shared_ptr<void> World::shared_memory(std::size_t bytes) {
+  const std::size_t page = 4096;
+  void* p = std::aligned_alloc(page, std::max(page, (bytes + page - 1) / page * page));
+  if (!p) fail(Fault::runtime, "communicator", "no memory for a buffer of " + std::to_string(bytes) + " bytes");
+  return {p, std::free};
+}
 
 void Handle::drop() noexcept {
   try {

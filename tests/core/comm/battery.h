@@ -52,6 +52,23 @@ T reference(std::uint64_t op, const std::vector<int>& ranks, std::int64_t i, Red
 /// How sums over several hosts may differ from the order of ranks; 0 on one host: the same bits.
 struct Expect { double tolerance = 0; };
 
+/// An array of a collective: in ordinary memory or in the host's shared memory.
+template <class T>
+class Data {
+ public:
+  Data(World* shared, std::size_t n) : heap_(shared ? 0 : n + 1) {
+    if (shared) memory_ = shared->shared_memory((n + 1) * sizeof(T)), begin_ = static_cast<T*>(memory_.get());
+    else begin_ = heap_.data();
+  }
+  T* data() { return begin_; }
+  T& operator[](std::size_t i) { return begin_[i]; }
+
+ private:
+  std::shared_ptr<void> memory_;
+  std::vector<T> heap_;
+  T* begin_;
+};
+
 struct Running {
   Handle handle;
   std::function<void()> check;   // after wait
@@ -143,14 +160,16 @@ class Battery {
     const std::int64_t count = limit < 2 ? limit : static_cast<std::int64_t>(draw % static_cast<std::uint64_t>(limit)) + 1;
     const std::string what = fmt::format("collective kind {} op {} count {} of {} in {}", kind, static_cast<int>(reduction), count,
                                          name_of(dtype), c.name());
+    // A third of the collectives have all data in shared memory, a third on some ranks only.
+    World* where = op % 3 == 0 || (op % 3 == 1 && mix(op + static_cast<std::uint64_t>(world_.rank())) % 2) ? &world_ : nullptr;
     // One element past a cache line: nothing may count on alignment.
-    auto fill = [&](std::vector<T>& v, int rank, std::int64_t m, std::int64_t from, std::int64_t at) {
+    auto fill = [&](Data<T>& v, int rank, std::int64_t m, std::int64_t from, std::int64_t at) {
       for (std::int64_t i = 0; i < m; ++i) v[static_cast<std::size_t>(at + i)] = value<T>(op, rank, from + i);
     };
     const auto z = [](std::int64_t i) { return static_cast<std::size_t>(i); };
     switch (kind) {
       case 0: {
-        auto data = std::make_shared<std::vector<T>>(z(count + 1));
+        auto data = std::make_shared<Data<T>>(where, z(count + 1));
         fill(*data, ranks[z(me)], count, 0, 1);
         Handle h = c.all_reduce(data->data() + 1, count, dtype, reduction);
         running.push_back({std::move(h), [=, this] {
@@ -160,7 +179,7 @@ class Battery {
       }
       case 1: {
         const std::int64_t m = count / n + 1;
-        auto in = std::make_shared<std::vector<T>>(z(m * n)), out = std::make_shared<std::vector<T>>(z(m));
+        auto in = std::make_shared<Data<T>>(where, z(m * n)), out = std::make_shared<Data<T>>(where, z(m));
         fill(*in, ranks[z(me)], m * n, 0, 0);
         const bool in_place = (op & 1) != 0;
         Handle h = c.reduce_scatter(in->data(), in_place ? in->data() + m * me : out->data(), m, dtype, reduction);
@@ -171,7 +190,7 @@ class Battery {
         return;
       }
       case 2: {
-        auto out = std::make_shared<std::vector<T>>(z(count * n)), in = std::make_shared<std::vector<T>>(z(count));
+        auto out = std::make_shared<Data<T>>(where, z(count * n)), in = std::make_shared<Data<T>>(where, z(count));
         const bool in_place = (op & 1) != 0;
         if (in_place) fill(*out, ranks[z(me)], count, 0, count * me);
         else fill(*in, ranks[z(me)], count, 0, 0);
@@ -188,7 +207,7 @@ class Battery {
         std::vector<std::int64_t> counts(z(n));
         std::int64_t total = 0;
         for (int r = 0; r < n; ++r) total += counts[z(r)] = static_cast<std::int64_t>(mix(op + static_cast<std::uint64_t>(r)) % static_cast<std::uint64_t>(count + 1));
-        auto in = std::make_shared<std::vector<T>>(z(counts[z(me)])), out = std::make_shared<std::vector<T>>(z(total));
+        auto in = std::make_shared<Data<T>>(where, z(counts[z(me)])), out = std::make_shared<Data<T>>(where, z(total));
         fill(*in, ranks[z(me)], counts[z(me)], 0, 0);
         Handle h = c.all_gather_v(in->data(), out->data(), counts, dtype);
         running.push_back({std::move(h), [=, this] {
@@ -201,7 +220,7 @@ class Battery {
       }
       case 4: {
         const std::int64_t m = count / n + 1;
-        auto in = std::make_shared<std::vector<T>>(z(m * n)), out = std::make_shared<std::vector<T>>(z(m * n));
+        auto in = std::make_shared<Data<T>>(where, z(m * n)), out = std::make_shared<Data<T>>(where, z(m * n));
         fill(*in, ranks[z(me)], m * n, 0, 0);
         Handle h = c.all_to_all(in->data(), out->data(), m, dtype);
         running.push_back({std::move(h), [=, this] {
@@ -219,7 +238,7 @@ class Battery {
         std::vector<std::int64_t> send(z(n)), receive(z(n));
         std::int64_t sent = 0, received = 0;
         for (int r = 0; r < n; ++r) sent += send[z(r)] = pair(me, r), received += receive[z(r)] = pair(r, me);
-        auto in = std::make_shared<std::vector<T>>(z(sent)), out = std::make_shared<std::vector<T>>(z(received));
+        auto in = std::make_shared<Data<T>>(where, z(sent)), out = std::make_shared<Data<T>>(where, z(received));
         std::int64_t at = 0;
         for (int r = 0; r < n; ++r) fill(*in, ranks[z(me)], send[z(r)], 1000 * r, at), at += send[z(r)];
         Handle h = c.all_to_all_v(in->data(), send, out->data(), receive, dtype);
@@ -234,7 +253,7 @@ class Battery {
       }
       case 6: {
         const int root = static_cast<int>(op % static_cast<std::uint64_t>(n));
-        auto data = std::make_shared<std::vector<T>>(z(count));
+        auto data = std::make_shared<Data<T>>(where, z(count));
         if (me == root) fill(*data, ranks[z(me)], count, 0, 0);
         Handle h = c.broadcast(data->data(), count, dtype, root);
         running.push_back({std::move(h), [=, this] {
@@ -246,7 +265,7 @@ class Battery {
         // Everyone sends to the next and receives from the one before, sends first: they must not hold up each other.
         if (n == 1) return;
         const int next = (me + 1) % static_cast<int>(n), before = (me + static_cast<int>(n) - 1) % static_cast<int>(n);
-        auto out = std::make_shared<std::vector<T>>(z(count)), in = std::make_shared<std::vector<T>>(z(count));
+        auto out = std::make_shared<Data<T>>(where, z(count)), in = std::make_shared<Data<T>>(where, z(count));
         fill(*out, ranks[z(me)], count, 0, 0);
         Handle sent = c.send(out->data(), count, dtype, next);
         Handle got = c.receive(in->data(), count, dtype, before);
