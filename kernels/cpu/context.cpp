@@ -1,6 +1,8 @@
 #include <kernels/cpu/context.h>
 #include <kernels/cpu/gemm_cache.h>
 
+#include <sys/mman.h>
+
 #include <cstdlib>
 #include <new>
 
@@ -23,8 +25,12 @@ void* Context::scratch(int thread, std::size_t bytes) {
   Scratch& s = scratch_[static_cast<std::size_t>(thread)];
   if (s.bytes < bytes) {
     std::free(s.data);
-    const std::size_t rounded = (bytes + 4095) / 4096 * 4096;
-    s.data = std::aligned_alloc(64, rounded);
+    // What is swept as whole panels lies on huge pages: fewer translations.
+    constexpr std::size_t huge = std::size_t{2} << 20;
+    const bool large = bytes >= huge / 4;
+    const std::size_t unit = large ? huge : 4096, rounded = (bytes + unit - 1) / unit * unit;
+    s.data = std::aligned_alloc(large ? huge : 64, rounded);
+    if (large && s.data != nullptr) madvise(s.data, rounded, MADV_HUGEPAGE);
     if (s.data == nullptr) {
       s.bytes = 0;
       throw std::bad_alloc();

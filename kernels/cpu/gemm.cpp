@@ -1,7 +1,9 @@
-// Matrix products: oneDNN for f32 and bf16, a plain loop for the f64 reference. Why which path: see
+// Matrix products: own panels for f32 forward products with AVX-512, oneDNN for the others, a plain loop for the f64
+// reference. Why which path: see
 // docs/maintainers/numerics.md (row invariance) and performance.md (rates).
 #include <kernels/cpu/gemm.h>
 #include <kernels/cpu/gemm_cache.h>
+#include <kernels/cpu/panel_gemm.h>
 #include <kernels/cpu/tile_gemm.h>
 
 #include <capstan/kernels/bf16.h>
@@ -237,10 +239,13 @@ void gemm(Context& context, const Gemm& g, const void* a, const void* b, void* c
     if (g.invariant) {
       // Padded rows select another implementation, whose bits depend on the row count.
       if (g.trans_a || g.lda != g.k || g.ldc != g.n) throw std::invalid_argument("rows of A and C must lie close together in an invariant product");
+      if (has_panel_gemm(g)) return panel_gemm(context, g, static_cast<const float*>(a), static_cast<const float*>(b), static_cast<float*>(c), static_cast<const float*>(bias));
       if (rows_depend_on_count(cache)) return run_batch_in_tiles(context, g, a, b, c, bias);
       if (g.m == 1 && g.batch == 1) return run_single_row(cache, g, a, b, c, bias);
       return run_matmul(cache, g, a, b, c, bias);
     }
+    // The head's weight gradient: an output of hundreds of megabytes, which the library waits for.
+    if (g.trans_a && g.m * g.n >= (1 << 23) && has_panel_gemm(g)) return panel_gemm(context, g, static_cast<const float*>(a), static_cast<const float*>(b), static_cast<float*>(c), nullptr);
     // sgemm is the faster path where A is read along its rows (gradients of activations), and where rows of B a
     // multiple of 4 KiB apart would fall on the same cache sets (it packs B). The choice hangs on the shape
     // alone: the same run gives the same bits.

@@ -100,9 +100,11 @@ void load_tile_transposed(std::int64_t rows, std::int64_t cols, std::int64_t pad
 #if defined(CAPSTAN_AVX512)
   if constexpr (std::is_same_v<A, float>)
     for (; r + 16 <= rows; r += 16) {
-      if (r + 32 <= rows) for (int i = 16; i < 32; ++i) prefetch_row(from + (r + i) * stride, cols);
+      const bool wide = cols > 128;  // then within these rows, not the next ones whole
+      if (!wide && r + 32 <= rows) for (int i = 16; i < 32; ++i) prefetch_row(from + (r + i) * stride, cols);
       std::int64_t c = 0;
       for (; c + 16 <= cols; c += 16) {
+        if (wide) for (int i = 0; i < 16; ++i) __builtin_prefetch(from + (r + i) * stride + c + 128, 0, 2);
         __m512 block[16];
         for (int i = 0; i < 16; ++i) block[i] = reinterpret_cast<__m512>(Vec<float>::load(from + (r + i) * stride + c).v);
         transpose_in_registers(block);

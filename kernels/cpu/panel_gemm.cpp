@@ -1,0 +1,263 @@
+// Products in tiles of 6 x 64: 24 accumulators, B in packed panels of 64 columns that stay in the second-level cache.
+// While a tile is summed, what comes next is asked for: rows of A, lines of C that will be written, the source of the
+// next panels. Operands in a training step are cold, and waiting for them is what products otherwise lose.
+#include <kernels/cpu/panel_gemm.h>
+#include <kernels/cpu/tile_gemm.h>
+
+#include <omp.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace capstan::kernels::cpu {
+
+#if defined(CAPSTAN_AVX512)
+
+namespace {
+
+using V = Vec<float>;
+constexpr std::int64_t tile_m = 6, tile_n = 64, chunk = 16;
+
+/// What to ask for: one line per chunk of k and list, `step` floats apart; and the next tile of C.
+struct Next {
+  const float *first, *second;
+  std::int64_t first_step, second_step;
+  const float* c;
+  std::int64_t ldc;
+};
+
+/// How a block's sum enters C.
+struct Into {
+  float* c;
+  std::int64_t ldc;
+  bool add;           ///< to what is there
+  const float* bias;  ///< of these 64 columns, or null
+};
+
+/// R x 64 over k of one block; A as stored (rows lda apart) or packed (k runs of 6), B a panel [k][64].
+template <bool Packed, int R>
+__attribute__((noinline)) void tile(std::int64_t k, const float* a, std::int64_t lda, const float* b, const Into& into, const Next& next) {
+  const std::int64_t row = Packed ? 1 : lda, col = Packed ? tile_m : 1;
+  V sum[R][4];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 4; ++v) sum[r][v] = V(0.f);
+  const float *first = next.first, *second = next.second, *c_line = next.c;
+  int in_row = 0;
+  for (; k > 0; k -= chunk, a += chunk * col, b += chunk * tile_n) {
+    __builtin_prefetch(first, 0, 2), first += next.first_step;
+    __builtin_prefetch(second, 0, 2), second += next.second_step;
+    __builtin_prefetch(c_line, 1, 3), c_line += 16;
+    if (++in_row == 4) in_row = 0, c_line += next.ldc - tile_n;
+    const int n = k < chunk ? static_cast<int>(k) : static_cast<int>(chunk);
+    for (int p = 0; p < n; ++p) {
+      V y[4];
+      for (int v = 0; v < 4; ++v) y[v] = V::load(b + p * tile_n + v * 16);
+      for (int r = 0; r < R; ++r) {
+        const V x(a[r * row + p * col]);
+        for (int v = 0; v < 4; ++v) sum[r][v] = fma(x, y[v], sum[r][v]);
+      }
+    }
+  }
+  float* c = into.c;
+  if (into.add)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < 4; ++v) sum[r][v] = V::load(c + r * into.ldc + v * 16) + sum[r][v];
+  if (into.bias != nullptr)
+    for (int v = 0; v < 4; ++v) {
+      const V y = V::load(into.bias + v * 16);
+      for (int r = 0; r < R; ++r) sum[r][v] = sum[r][v] + y;
+    }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < 4; ++v) sum[r][v].store(c + r * into.ldc + v * 16);
+}
+
+template <bool Packed>
+void tile_of(std::int64_t m, std::int64_t k, const float* a, std::int64_t lda, const float* b, const Into& into, const Next& next) {
+  switch (m) {
+    case 1: return tile<Packed, 1>(k, a, lda, b, into, next);
+    case 2: return tile<Packed, 2>(k, a, lda, b, into, next);
+    case 3: return tile<Packed, 3>(k, a, lda, b, into, next);
+    case 4: return tile<Packed, 4>(k, a, lda, b, into, next);
+    case 5: return tile<Packed, 5>(k, a, lda, b, into, next);
+    default: return tile<Packed, 6>(k, a, lda, b, into, next);
+  }
+}
+
+/// m <= 6 rows and n <= 64 columns of C; fewer columns go by way of a tile of their own.
+template <bool Packed>
+void any_tile(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, std::int64_t lda, const float* b, const Into& into, const Next& next) {
+  if (n == tile_n) return tile_of<Packed>(m, k, a, lda, b, into, next);
+  alignas(64) float out[tile_m * tile_n] = {}, bias[tile_n] = {};
+  if (into.add)
+    for (std::int64_t r = 0; r < m; ++r) std::copy_n(into.c + r * into.ldc, n, out + r * tile_n);
+  if (into.bias != nullptr) std::copy_n(into.bias, n, bias);
+  tile_of<Packed>(m, k, a, lda, b, {out, tile_n, into.add, into.bias != nullptr ? bias : nullptr}, next);
+  for (std::int64_t r = 0; r < m; ++r) std::copy_n(out + r * tile_n, n, into.c + r * into.ldc);
+}
+
+/// k's blocks: even ones of at most `most`; they depend on k alone.
+std::int64_t block_of(std::int64_t k, std::int64_t most) {
+  const std::int64_t blocks = std::max<std::int64_t>(1, (k + most - 1) / most);
+  return ((k + blocks - 1) / blocks + chunk - 1) / chunk * chunk;
+}
+
+/// Columns [j, j + n) of B over k rows as a panel [k][64], zeros beyond n.
+void pack_panel(const Gemm& g, const float* b, std::int64_t k0, std::int64_t k, std::int64_t j, float* to) {
+  const std::int64_t n = std::min(tile_n, g.n - j);
+  if (g.trans_b) load_tile_transposed<float, float>(n, k, tile_n, b + j * g.ldb + k0, g.ldb, to);
+  else load_tile<float, float>(k, n, tile_n, b + k0 * g.ldb + j, g.ldb, to);
+}
+
+/// How threads share an m x n product: `rows` of them along m, the others along n.
+struct Grid { int rows, cols; };
+Grid grid_of(std::int64_t tiles, std::int64_t panels, int threads) {
+  Grid best{1, threads};
+  double least = 0;
+  for (int rows = 1; rows <= threads; ++rows) {
+    if (threads % rows != 0) continue;
+    const std::int64_t cols = threads / rows, own_panels = (panels + cols - 1) / cols, own_tiles = (tiles + rows - 1) / rows;
+    const double cost = static_cast<double>(own_panels) * (static_cast<double>(own_tiles) * 12 + 25);  // cycles for one k: tiles, packing
+    if (rows == 1 || cost < least) least = cost, best = {rows, static_cast<int>(cols)};
+  }
+  return best;
+}
+
+/// Waking a team costs more than a small product.
+int threads_for(const Context& context, const Gemm& g) { return g.m * g.n * g.k < 262144 ? 1 : context.threads(); }
+
+/// A as stored: 4 panels at a time against all rows.
+void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias) {
+  constexpr std::int64_t group = 4;
+  const std::int64_t kc = block_of(g.k, 768), tiles = (g.m + tile_m - 1) / tile_m, panels = (g.n + tile_n - 1) / tile_n;
+  const int threads = threads_for(context, g);
+  const Grid grid = grid_of(tiles, panels, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads(), wanted = grid.rows * grid.cols;
+    for (int me = omp_get_thread_num(); me < wanted; me += team) {  // a smaller team does all the shares
+      float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>(group * tile_n * kc) * sizeof(float)));
+      const std::int64_t row = me / grid.cols, col = me % grid.cols;
+      const std::int64_t i0 = tiles * row / grid.rows * tile_m, i1 = std::min(g.m, tiles * (row + 1) / grid.rows * tile_m);
+      const std::int64_t p0 = panels * col / grid.cols, p1 = panels * (col + 1) / grid.cols;
+      for (std::int64_t p = p0; p < p1; p += group)
+        for (std::int64_t k0 = 0; k0 < g.k; k0 += kc) {
+          const std::int64_t k = std::min(kc, g.k - k0), count = std::min(group, p1 - p);
+          for (std::int64_t q = 0; q < count; ++q) pack_panel(g, b, k0, k, (p + q) * tile_n, packed + q * k * tile_n);
+          // The next block of B that will be packed: its rows (of B as stored) are asked for two at a time.
+          const bool more_k = k0 + kc < g.k;
+          const std::int64_t next_j = (more_k ? p : p + group) * tile_n, next_rows = g.trans_b ? std::min(group * tile_n, std::min(g.n, p1 * tile_n) - next_j) : 0;
+          const float* next_b = next_rows > 0 ? b + next_j * g.ldb + (more_k ? k0 + kc : 0) : nullptr;
+          for (std::int64_t i = i0, asked = 0; i < i1; i += tile_m) {
+            const std::int64_t m = std::min(tile_m, i1 - i);
+            for (std::int64_t q = 0; q < count; ++q) {
+              const std::int64_t j = (p + q) * tile_n;
+              const float* rows = a + i * g.lda + k0;
+              float* to = c + i * g.ldc + j;
+              Next next{rows, rows, 0, 0, q + 1 < count ? to + tile_n : to + tile_m * g.ldc - (count - 1) * tile_n, g.ldc};
+              if (2 * q < tile_m && i + 2 * tile_m <= i1) {
+                next.first = rows + (tile_m + 2 * q) * g.lda, next.second = next.first + g.lda;
+                next.first_step = next.second_step = chunk;
+              } else if (asked + 1 < next_rows) {
+                next.first = next_b + asked * g.ldb, next.second = next.first + g.ldb;
+                next.first_step = next.second_step = chunk;
+                asked += 2;
+              }
+              const bool last = k0 + kc >= g.k;
+              any_tile<false>(m, std::min(tile_n, g.n - j), k, rows, g.lda, packed + q * k * tile_n,
+                              {to, g.ldc, g.accumulate || k0 > 0, last && bias != nullptr ? bias + j : nullptr}, next);
+            }
+          }
+        }
+    }
+  }
+}
+
+/// A transposed (gradients of weights): a few panels of one block of k at a time, against strips of 96 rows of C that are
+/// packed from the columns of A as stored, 6 by 6.
+void columns_of_a(Context& context, const Gemm& g, const float* a, const float* b, float* c) {
+  constexpr std::int64_t strip = 96, strip_tiles = strip / tile_m, group = 6, grain = 48;  // a grain: whole tiles, whole lines
+  const std::int64_t kc = block_of(g.k, 512), panels = (g.n + tile_n - 1) / tile_n, grains = (g.m + grain - 1) / grain;
+  // A tile's pad takes what its last store writes too much, and keeps tiles from falling on the same cache sets.
+  const std::int64_t tile_floats = tile_m * kc + 16, need = strip_tiles * tile_floats + group * tile_n * kc;
+  const std::int64_t lines = (strip * 4 + 63) / 64 + (g.lda % 16 != 0 || reinterpret_cast<std::uintptr_t>(a) % 64 != 0 ? 1 : 0);
+  const int threads = threads_for(context, g);
+  const Grid grid = grid_of(grains * (grain / tile_m), panels, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads(), wanted = grid.rows * grid.cols;
+    for (int me = omp_get_thread_num(); me < wanted; me += team) {
+      float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>(need) * sizeof(float)));
+      float* strip_of = packed + group * tile_n * kc;
+      const std::int64_t row = me / grid.cols, col = me % grid.cols;
+      const std::int64_t i0 = std::min(g.m, grains * row / grid.rows * grain), i1 = std::min(g.m, grains * (row + 1) / grid.rows * grain);
+      const std::int64_t p0 = panels * col / grid.cols, p1 = panels * (col + 1) / grid.cols;
+      for (std::int64_t p = p0; p < p1; p += group)
+        for (std::int64_t k0 = 0; k0 < g.k; k0 += kc) {
+          const std::int64_t k = std::min(kc, g.k - k0), chunks = (k + chunk - 1) / chunk, count = std::min(group, p1 - p);
+          for (std::int64_t q = 0; q < count; ++q) pack_panel(g, b, k0, k, (p + q) * tile_n, packed + q * k * tile_n);
+          // The next block: the columns of its first strip, its panels. One line of many rows at a time.
+          const bool more_k = k0 + kc < g.k, more_p = p + group < p1, whole = !more_k || k0 + 2 * kc <= g.k;
+          const float* next_rows_a = more_k ? a + (k0 + kc) * g.lda : a;
+          const float* next_b = !whole ? nullptr : more_k ? b + (k0 + kc) * g.ldb + p * tile_n : more_p ? b + (p + group) * tile_n : nullptr;
+          const std::int64_t b_lines = next_b == nullptr ? 0 : 4 * (more_k ? count : std::min(group, p1 - p - group));
+          std::int64_t asked_b = 0;
+          for (std::int64_t i = i0; i < i1; i += strip) {
+            const std::int64_t m = std::min(strip, i1 - i);
+            const float* from = a + k0 * g.lda + i;
+            if (m == strip) {
+              for (std::int64_t r = 0; r < k; ++r)
+                for (std::int64_t t = 0; t < strip_tiles; ++t)  // 8 are stored, of which the next k overwrites the last two
+                  _mm256_storeu_ps(strip_of + t * tile_floats + r * tile_m,
+                                   t + 1 < strip_tiles ? _mm256_loadu_ps(from + r * g.lda + t * tile_m)
+                                                       : _mm256_maskz_loadu_ps(0x3f, from + r * g.lda + t * tile_m));
+            } else {
+              for (std::int64_t t = 0; t * tile_m < m; ++t)
+                for (std::int64_t r = 0; r < k; ++r)
+                  for (std::int64_t x = 0; x < tile_m; ++x) strip_of[t * tile_floats + r * tile_m + x] = t * tile_m + x < m ? from[r * g.lda + t * tile_m + x] : 0.f;
+            }
+            const bool more = i + strip < i1;
+            const float* next_a = more ? from + strip : more_k && whole ? next_rows_a + i0 : !more_k && more_p ? next_rows_a + i0 : nullptr;
+            std::int64_t asked = 0;
+            for (std::int64_t q = 0; q < count; ++q)
+              for (std::int64_t t = 0; t * tile_m < m; ++t) {
+                const std::int64_t j = (p + q) * tile_n;
+                float* to = c + (i + t * tile_m) * g.ldc + j;
+                const float* own = strip_of + t * tile_floats;
+                const bool last = (t + 1) * tile_m >= m;
+                Next next{own, own, 0, 0, !last ? to + tile_m * g.ldc : q + 1 < count ? c + i * g.ldc + j + tile_n : c + (more ? i + strip : i0) * g.ldc + p * tile_n, g.ldc};
+                if (next_a != nullptr && asked < lines * chunk) {
+                  next.first = next_a + asked % lines * 16 + asked / lines * chunks * g.lda, next.first_step = g.lda;
+                  ++asked;
+                }
+                if (asked_b < b_lines * chunk) {
+                  next.second = next_b + asked_b / b_lines * chunks * g.ldb + asked_b % b_lines * 16, next.second_step = g.ldb;
+                  ++asked_b;
+                }
+                any_tile<true>(std::min(tile_m, m - t * tile_m), std::min(tile_n, g.n - j), k, own, tile_m, packed + q * k * tile_n,
+                               {to, g.ldc, g.accumulate || k0 > 0, nullptr}, next);
+              }
+          }
+        }
+    }
+  }
+}
+
+}  // namespace
+
+bool has_panel_gemm(const Gemm& g) {
+  return g.a == Num::f32 && g.b == Num::f32 && g.c == Num::f32 && g.batch == 1 && (!g.trans_a || (!g.trans_b && !g.bias));
+}
+
+void panel_gemm(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias) {
+  if (g.trans_a) columns_of_a(context, g, a, b, c);
+  else rows_of_a(context, g, a, b, c, bias);
+}
+
+#else
+
+bool has_panel_gemm(const Gemm&) { return false; }
+void panel_gemm(Context&, const Gemm&, const float*, const float*, float*, const float*) { throw std::logic_error("no panel_gemm in this build"); }
+
+#endif
+
+}  // namespace capstan::kernels::cpu
