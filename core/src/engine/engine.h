@@ -87,6 +87,9 @@ class CAPSTAN_API Engine {
   std::string first_nonfinite_gradient();
   /// One optimizer step; `clip` > 0 scales the gradient to at most that norm. All ranks.
   void update(std::int64_t step, double lr_scale, double norm, double clip);
+  /// Compares what ranks should hold alike by a fingerprint of each parameter: "" or which parameter differs on which ranks
+  /// (of two that differ both, else the few). All ranks get the same text.
+  std::string disagreement();
   /// Forgets the gradients.
   void discard();
   /// The whole reduced gradient of a parameter, global shape, for tests and tools. All ranks; after gradient_norm().

@@ -75,6 +75,14 @@ void Trainer::watch_spikes(const StepResult& r) {
 }
 
 void Trainer::after_step(const StepResult&) {
+  const std::int64_t check = session_->options().group("mesh").integer("check_every");
+  if (session_->mesh && check > 0 && step_ % check == 0) {
+    const std::string difference = session_->engine->disagreement();
+    if (!difference.empty())
+      fail(Fault::runtime, "train", fmt::format("step {}: {}: memory or a message was damaged since step {}; nothing of this step is saved. "
+                                                "Start again: the run goes on from its newest checkpoint. When it comes back, take that rank's host out",
+                                                step_, difference, step_ - check));
+  }
   const Options& train = session_->options().group("train");
   const Options& c = session_->options().group("checkpoint");
   const auto due = [&](std::int64_t every) { return every > 0 && step_ % every == 0; };

@@ -182,10 +182,11 @@ void Trainer::print_header() {
   const Options& options = session_->options();
   const Options& d = options.group("data");
   peak_ = measure_gemm_rate(*session_->device, session_->device->kind() == DeviceKind::cuda ? session_->engine->options().compute : DType::f32);
+  if (session_->mesh) session_->mesh->comm("pp+replicate+shard+context+tensor", "control").all_reduce(&peak_, 1, DType::f64).wait();
   const double tokens = static_cast<double>(steps_) * static_cast<double>(d.integer("batch_size") * d.integer("sequence_length"));
   const double step_seconds = estimate_.step_flop / (0.8 * peak_);
-  display_.header("capstan train " + session_->recipe.path,
-                  {{"model", session_->model->describe()},
+  std::vector<std::pair<std::string, std::string>> rows{
+                   {"model", session_->model->describe()},
                    {"parameters", short_count(static_cast<double>(estimate_.parameters)) + ", " + options.group("precision").text("compute")},
                    {"data", data_->describe()},
                    {"training", fmt::format("{} steps of {} x {} tokens, {} tokens in all ({:.1f} epochs)", steps_, d.integer("batch_size"), d.integer("sequence_length"),
@@ -196,7 +197,13 @@ void Trainer::print_header() {
                    {"memory", short_bytes(static_cast<double>(estimate_.weights_bytes)) + " weights, gradients and optimizer, " +
                                   short_bytes(static_cast<double>(estimate_.activations_bytes)) + " activations"},
                    {"estimate", fmt::format("{:.3g} GFLOP a step, about {}", estimate_.step_flop * 1e-9, short_time(step_seconds * static_cast<double>(steps_ - step_)))},
-                   {"run", folder_.path()}});
+                   {"run", folder_.path()}};
+  if (session_->mesh) {
+    const auto machine = std::find_if(rows.begin(), rows.end(), [](const auto& row) { return row.first == "machine"; });
+    machine->second += " over all ranks, " + std::to_string(session_->world->local_size()) + " on this host";
+    rows.insert(machine, {"mesh", session_->mesh->layout().describe() + ", " + options.group("mesh").text("strategy")});
+  }
+  display_.header("capstan train " + session_->recipe.path, rows);
 }
 
 }  // namespace capstan::train

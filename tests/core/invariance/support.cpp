@@ -116,16 +116,15 @@ std::vector<double> values(const Tensor& t) {
   return all;
 }
 
-/// What one rank does. Rank 0 keeps the numbers; gradients come from whoever has the parameter.
-void train_rank(const std::shared_ptr<World>& world, const std::vector<std::string>& overrides, int steps, bool gradients, Trained& run, std::mutex& mutex) {
-  auto session = train::open_session(corpus().recipe(), overrides, CAPSTAN_PROGRAM, train::Placement::gradients, world);
-  corpus().build(session->tokenizer);
-  Engine& engine = *session->engine;
-  engine.attach(session->host->make_as<Optimizer>(session->options().plugin("optimizer")));
+/// What one rank does. Gradients come from whoever has the parameter.
+void train_rank(train::Session& session, int steps, bool gradients, Trained& run, std::mutex& mutex) {
+  corpus().build(session.tokenizer);
+  Engine& engine = *session.engine;
+  engine.attach(session.host->make_as<Optimizer>(session.options().plugin("optimizer")));
   engine.initialize();
-  const std::shared_ptr<Mesh> mesh = session->mesh;
+  const std::shared_ptr<Mesh> mesh = session.mesh;
   const auto keep = [&](std::map<std::string, std::vector<double>>& to, auto&& tensor_of) {
-    for (const Parameter* p : session->model->parameters()) {
+    for (const Parameter* p : session.model->parameters()) {
       const Tensor t = tensor_of(*p);
       if (!t.defined()) continue;
       const std::lock_guard lock(mutex);
@@ -144,7 +143,7 @@ void train_rank(const std::shared_ptr<World>& world, const std::vector<std::stri
       return x;
     };
   }
-  data::DataSource source(d, {std::string(session->tokenizer->name()), session->tokenizer->vocabulary()}, session->device);
+  data::DataSource source(d, {std::string(session.tokenizer->name()), session.tokenizer->vocabulary()}, session.device);
   for (int step = 1; step <= steps; ++step) {
     const std::vector<Batch> batches = source.next();
     double loss = 0;
@@ -153,37 +152,44 @@ void train_rank(const std::shared_ptr<World>& world, const std::vector<std::stri
     const double norm = engine.gradient_norm();
     if (step == 1 && gradients) keep(run.gradients, [&](const Parameter& p) { return engine.whole_gradient(p); });
     engine.update(step, 1, norm, 1.0);
-    if (world->rank() == 0) run.losses.push_back(loss), run.norms.push_back(norm);
+    if (session.rank() == 0) run.losses.push_back(loss), run.norms.push_back(norm);
   }
   if (gradients) keep(run.last, [&](const Parameter& p) { return engine.whole_value(p); });
 }
 
 }  // namespace
 
-Trained train_on(const Layout& layout, const std::vector<std::string>& overrides, int steps, bool gradients) {
+std::string recipe() { return corpus().recipe(); }
+
+void on_ranks(const Layout& layout, const std::vector<std::string>& overrides, const std::function<void(train::Session&)>& work) {
   std::vector<std::string> words = overrides;
   for (const std::string& w : layout.overrides()) words.push_back(w);
+  std::mutex mutex;
+  std::vector<std::string> errors;
+  const auto rank = [&](const std::shared_ptr<World>& world) {
+    try {
+      const auto session = train::open_session(recipe(), words, CAPSTAN_PROGRAM, train::Placement::gradients, world);
+      work(*session);
+    } catch (const std::exception& e) {
+      if (!world->fail_job(e.what()) && world->size() > 1) return;
+      const std::lock_guard lock(mutex);
+      errors.push_back("rank " + std::to_string(world->rank()) + ": " + e.what());
+    }
+  };
+  if (layout.world() == 1) {
+    rank(make_single_world());
+  } else {
+    std::vector<std::thread> threads;
+    for (const auto& world : make_thread_worlds(layout.world(), 20)) threads.emplace_back([&, world] { rank(world); });
+    for (std::thread& t : threads) t.join();
+  }
+  for (const std::string& e : errors) ADD_FAILURE() << layout.name() << ": " << e;
+}
+
+Trained train_on(const Layout& layout, const std::vector<std::string>& overrides, int steps, bool gradients) {
   Trained run;
   std::mutex mutex;
-  if (layout.world() == 1) {
-    train_rank(make_single_world(), words, steps, gradients, run, mutex);
-    return run;
-  }
-  const std::vector<std::shared_ptr<World>> worlds = make_thread_worlds(layout.world(), 20);
-  std::vector<std::thread> threads;
-  std::vector<std::string> errors;
-  for (const auto& world : worlds)
-    threads.emplace_back([&, world] {
-      try {
-        train_rank(world, words, steps, gradients, run, mutex);
-      } catch (const std::exception& e) {
-        if (!world->fail_job(e.what())) return;
-        const std::lock_guard lock(mutex);
-        errors.push_back("rank " + std::to_string(world->rank()) + ": " + e.what());
-      }
-    });
-  for (std::thread& t : threads) t.join();
-  for (const std::string& e : errors) ADD_FAILURE() << layout.name() << ": " << e;
+  on_ranks(layout, overrides, [&](train::Session& session) { train_rank(session, steps, gradients, run, mutex); });
   return run;
 }
 

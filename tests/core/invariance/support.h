@@ -1,6 +1,9 @@
-// defines: Layout, layouts_of(), Trained, train_on(): one recipe trained a few steps on any mesh, its ranks threads of this process.
+// defines: Layout, layouts_of(), Trained, train_on(), on_ranks(): one recipe trained a few steps on any mesh, its ranks threads of this process.
 #pragma once
+#include "train/session.h"
+
 #include <cstdint>
+#include <functional>
 #include <iosfwd>
 #include <map>
 #include <string>
@@ -37,5 +40,12 @@ std::vector<std::string> overrides_of(const std::string& form);
 /// Trains `steps` steps of 5 samples in microbatches of 1 per data rank: packed documents of odd lengths, and a last
 /// microbatch that is not full. `gradients` off leaves those out.
 Trained train_on(const Layout& layout, const std::vector<std::string>& overrides, int steps, bool gradients = true);
+
+/// The recipe that all of this starts from.
+std::string recipe();
+
+/// Runs `work` on each rank of a mesh, in a thread of its own, with an engine that has no values yet. What a rank throws
+/// fails the test with its name.
+void on_ranks(const Layout& layout, const std::vector<std::string>& overrides, const std::function<void(train::Session&)>& work);
 
 }  // namespace capstan::invariance
