@@ -65,6 +65,7 @@ class CAPSTAN_API Trainer {
   void roll_back(const std::string& why);
   void print_header();
   void finish(int signal);
+  void report_communication();
   std::string metric_line(const StepResult& result) const;
 
   std::unique_ptr<Session> session_;

@@ -179,7 +179,32 @@ void Trainer::poll_saver() {
   }
 }
 
+/// What this rank sent and how long it stood still for it, by communicator and collective; rank 0's is printed.
+void Trainer::report_communication() {
+  if (!session_->mesh || timed_steps_ == 0) return;
+  const auto steps = static_cast<double>(timed_steps_);
+  double waited = 0;
+  std::vector<std::string> lines;
+  nlohmann::ordered_json rows = nlohmann::ordered_json::array();
+  for (const Communicator* c : session_->mesh->communicators())
+    for (const CommRecord& r : c->ledger()) {
+      waited += r.waited;
+      lines.push_back(fmt::format("  {:<34} {:<15} {:>8.1f} calls {:>10} {:>9.2f} ms {:>9.2f} ms waited", c->name(), r.collective, static_cast<double>(r.calls) / steps,
+                                  short_bytes(r.bytes / steps), 1e3 * r.seconds / steps, 1e3 * r.waited / steps));
+      rows.push_back({{"communicator", c->name()}, {"collective", r.collective}, {"calls", r.calls}, {"bytes", r.bytes}, {"seconds", r.seconds}, {"waited", r.waited}});
+    }
+  const std::string title = fmt::format("communication, a step: {:.1f} ms of {:.1f} ms waited for", 1e3 * waited / steps, 1e3 * run_seconds_ / steps);
+  folder_.log(title);
+  for (const std::string& line : lines) folder_.log(line);
+  display_.note(title);
+  for (const std::string& line : lines) display_.note(line);
+  nlohmann::ordered_json j;
+  j["step"] = step_, j["event"] = "communication", j["steps"] = timed_steps_, j["step_seconds"] = run_seconds_, j["collectives"] = std::move(rows);
+  folder_.metric(j.dump());
+}
+
 void Trainer::finish(int signal) {
+  report_communication();
   const bool at_end = session_->options().group("checkpoint").flag("at_end");
   if (signal != 0 || at_end) save();
   saver_->wait();
