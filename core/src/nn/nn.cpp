@@ -1,5 +1,6 @@
 // Linear, Norm, Embedding: what they compute and, where tensor ranks hold pieces of their weights, what they communicate.
 #include "nn/local.h"
+#include "ops/linear_shared.h"
 #include "parallel/vocabulary.h"
 
 #include <capstan/nn.h>
@@ -29,7 +30,11 @@ Tensor Linear::apply(ForwardContext& context, const Tensor& x, const Tensor& res
   Communicator* comm = cut_over(context, *weight_);
   if (comm == nullptr) return ops::linear(x, w, b, residual);
   const TensorPlacement& placed = *weight_->placement();
-  if (placed.dim == 0) return ops::linear(parallel::gather_rows(x, *comm), w, b, residual);
+  if (placed.dim == 0) {
+    const ops::SharedRows rows{[comm](const Tensor& mine) { return parallel::gather_rows(mine, *comm); },
+                               [comm](const Tensor& all) { return parallel::reduce_scatter_rows(all, *comm); }};
+    return ops::linear_of_shared_rows(x, rows, w, b, residual);
+  }
   const int ways = placed.runs[0].ways;
   if (std::any_of(placed.runs.begin(), placed.runs.end(), [&](const Run& r) { return r.ways != ways; }))
     fail(Fault::input, weight_->name(), "the segments of its in dimension are cut differently often over " + std::to_string(placed.size) +

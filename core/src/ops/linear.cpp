@@ -1,5 +1,7 @@
 // linear: y = x W^T (+ bias) (+ residual). Forward rows do not depend on their batch; gradients of the
 // weight and bias add straight into their leaves.
+#include "ops/linear_shared.h"
+
 #include "ops/num.h"
 
 #include <capstan/autograd.h>
@@ -17,6 +19,7 @@ double d(std::int64_t n) { return static_cast<double>(n); }
 class LinearNode final : public Node {
  public:
   Tensor x, weight;
+  SharedRows shared;  // empty: x are all rows
   std::string_view name() const override { return "linear"; }
   void release() override { x = weight = Tensor(); }
 
@@ -36,18 +39,20 @@ class LinearNode final : public Node {
         dy.device().backend().gemm(g, dy.raw(), weight.raw(), result[0].raw());
       }
     }
+    if (result[0].defined() && shared.scatter) result[0] = shared.scatter(result[0]);
     if (wants(1, part)) {  // dW (+)= dY^T X
+      const Tensor all = shared.gather ? shared.gather(x) : x;
       bool overwrite = true;
       Leaf* to = leaf(1);
       Tensor dw = to != nullptr ? to->accumulate_into(weight, overwrite)
                                 : Tensor::empty(weight.shape(), weight.dtype() == DType::f64 ? DType::f64 : DType::f32, dy.device());
-      OpScope scope(dy.device(), "linear dw", {2 * d(t) * d(out) * d(in), d(dy.bytes() + x.bytes()), d(dw.bytes())});
+      OpScope scope(dy.device(), "linear dw", {2 * d(t) * d(out) * d(in), d(dy.bytes() + all.bytes()), d(dw.bytes())});
       if (!scope.meta()) {
         Gemm g;
         g.a = g.b = num_of(dy.dtype(), "linear"), g.c = num_of(dw.dtype(), "linear");
         g.trans_a = true, g.accumulate = !overwrite;
-        g.m = out, g.n = in, g.k = t, g.lda = dy.strides()[0], g.ldb = x.strides()[0], g.ldc = in;
-        dy.device().backend().gemm(g, dy.raw(), x.raw(), dw.raw());
+        g.m = out, g.n = in, g.k = t, g.lda = dy.strides()[0], g.ldb = all.strides()[0], g.ldc = in;
+        dy.device().backend().gemm(g, dy.raw(), all.raw(), dw.raw());
       }
       if (to != nullptr) to->done();
       else result[1] = dw.to(weight.dtype());
@@ -71,20 +76,25 @@ class LinearNode final : public Node {
 }  // namespace
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual) {
+  return linear_of_shared_rows(x, {}, weight, bias, residual);
+}
+
+Tensor linear_of_shared_rows(const Tensor& x, const SharedRows& shared, const Tensor& weight, const Tensor& bias, const Tensor& residual) {
   if (x.rank() != 2 || weight.rank() != 2 || x.size(1) != weight.size(1))
     fail(Fault::programming, "linear", "shapes: expected x [T, in] and weight [out, in], got " + to_string(x.shape()) + " and " + to_string(weight.shape()));
-  const std::int64_t t = x.size(0), in = x.size(1), out = weight.size(0);
   if (x.dtype() != weight.dtype())
     fail(Fault::programming, "linear", "element types differ: x is " + std::string(name_of(x.dtype())) + ", weight is " + std::string(name_of(weight.dtype())));
+  const Tensor mine = x.detach().contiguous(), rows = shared.gather ? shared.gather(mine) : mine;
+  const std::int64_t t = rows.size(0), in = x.size(1), out = weight.size(0);
   if (bias.defined() && (!(bias.shape() == Dims{out}) || bias.dtype() != x.dtype()))
     fail(Fault::programming, "linear", "bias: expected " + to_string(Dims{out}) + " of the weight's element type, got " + to_string(bias.shape()));
   if (residual.defined() && (!(residual.shape() == Dims{t, out}) || residual.dtype() != x.dtype()))
     fail(Fault::programming, "linear", "residual: expected " + to_string(Dims{t, out}) + " of x's element type, got " + to_string(residual.shape()));
 
-  const Tensor rows = x.detach().contiguous(), w = weight.detach().contiguous();  // what keeps rows independent of their count
+  const Tensor w = weight.detach().contiguous();  // contiguous: what keeps rows independent of their count
   Tensor y = Tensor::empty(Dims{t, out}, x.dtype(), x.device());
   {
-    OpScope scope(x.device(), "linear", {2 * d(t) * d(out) * d(in), d(x.bytes() + weight.bytes() + (residual.defined() ? y.bytes() : 0)), d(y.bytes())});
+    OpScope scope(x.device(), "linear", {2 * d(t) * d(out) * d(in), d(rows.bytes() + weight.bytes() + (residual.defined() ? y.bytes() : 0)), d(y.bytes())});
     if (!scope.meta()) {
       Gemm g;
       g.a = g.b = g.c = num_of(x.dtype(), "linear");
@@ -96,7 +106,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, const T
   }
   if (any_requires_grad({&x, &weight, &bias, &residual})) {
     auto node = std::make_shared<LinearNode>();
-    node->x = rows, node->weight = w;
+    node->x = mine, node->weight = w, node->shared = shared;
     record(node, {&x, &weight, &bias, &residual}, {&y});
   }
   return y;
