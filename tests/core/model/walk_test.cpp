@@ -1,5 +1,7 @@
 // The walk over a model's calls: the same gradients as one graph over everything, values that several calls read, losses
 // in the middle, blocks that are called twice, hooks, recomputation and memory.
+#include "model/call_run.h"
+
 #include <capstan/ops.h>
 #include <capstan/walk.h>
 
@@ -9,6 +11,7 @@
 #include <cmath>
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -187,12 +190,82 @@ TEST_F(Walk, RecomputedCallsRunTwiceAndChangeNoBit) {
   EXPECT_EQ(model.middle.runs, 6 + 3);
 }
 
+TEST_F(Walk, ValuesThatACallDoesNotDeclareAreRefused) {
+  // Without its declaration the head would get skip, and first would never hear of its gradient.
+  model.calls_[3].reads = {"h"};
+  ForwardContext c = context();
+  EXPECT_THAT(error_of(Fault::programming, [&] { forward_backward(model, c); }), AllOf(HasSubstr("[head]"), HasSubstr("'skip'"), HasSubstr("reads: h)")));
+  model.calls_[3].reads = {"h", "skip"};
+  model.calls_[0].writes = {"h"};
+  ForwardContext d = context();
+  EXPECT_THAT(error_of(Fault::programming, [&] { forward_backward(model, d); }), AllOf(HasSubstr("[first]"), HasSubstr("'skip'"), HasSubstr("writes: h)")));
+  ForwardContext e = context();  // recomputed calls are watched as well
+  EXPECT_THAT(error_of(Fault::programming, [&] { forward_backward(model, e, {}, true); }), HasSubstr("'skip'"));
+  // Without a graph nothing can be lost, and the context is as it was.
+  ForwardContext plain(batch, *device, DType::f64);
+  run_forward(model, plain, true);
+  EXPECT_TRUE(plain.has("skip"));
+}
+
+TEST_F(Walk, WhatACallWritesItMayReadAgain) {
+  Does own("own", [](Does& b, ForwardContext& c) {
+    c.set("sum", ops::linear(c.get("h"), c.use(*b.w)));
+    c.set("h", ops::add(c.get("sum"), c.get("h")));
+  });
+  const Tensor w = Tensor::empty(own.w->shape(), DType::f64, *device);
+  own.w->initialize(3, w);
+  own.w->place(w);
+  model.calls_.insert(model.calls_.begin() + 1, Call{&own, {"h"}, {"h", "sum"}});
+  const auto expected = in_one_graph();
+  ForwardContext c = context();
+  forward_backward(model, c);
+  expect_near(gradients(), expected);
+}
+
+TEST_F(Walk, InputAndWeightPartsAreTheWholeBackward) {
+  ForwardContext plain = context();
+  forward_backward(model, plain);
+  const auto expected = gradients();
+  for (const bool recompute : {false, true}) {
+    ForwardContext c = context();
+    const WalkHooks none;
+    CallRun all(model.calls(), c, none, recompute);
+    all.forward();
+    ValueGradients grads;
+    all.backward(grads, Part::input);
+    EXPECT_FALSE(model.first.w->leaf()->has_grad());
+    EXPECT_FALSE(model.middle.w->leaf()->has_grad());
+    all.backward_weight();
+    EXPECT_EQ(gradients(), expected);
+  }
+}
+
+TEST_F(Walk, RunsOfCallsHandGradientsOn) {
+  ForwardContext plain = context();
+  forward_backward(model, plain);
+  const auto expected = gradients();
+  ForwardContext c = context();
+  const WalkHooks none;
+  const std::span<const Call> calls(model.calls());
+  CallRun a(calls.subspan(0, 2), c, none, false), b(calls.subspan(2), c, none, false);
+  a.forward();
+  b.forward();
+  ValueGradients grads;
+  b.backward(grads);
+  EXPECT_EQ(grads.size(), 2u);
+  EXPECT_TRUE(grads.at("h").defined() && grads.at("skip").defined());
+  EXPECT_FALSE(model.first.w->leaf()->has_grad());
+  a.backward(grads);
+  EXPECT_TRUE(grads.empty());
+  EXPECT_EQ(gradients(), expected);
+}
+
 TEST_F(Walk, HooksSurroundEachCallBothWays) {
   std::vector<std::string> told;
   const auto name = [&](const Call& call) { return call.block->name() + std::to_string(&call - model.calls_.data()); };
   WalkHooks hooks;
-  hooks.before = [&](const Call& call, bool backward) { told.push_back((backward ? "<" : ">") + name(call)); };
-  hooks.after = [&](const Call& call, bool) { told.push_back(name(call) + "."); };
+  hooks.before = [&](const Call& call, WalkStep::Kind step) { told.push_back((step == WalkStep::backward ? "<" : ">") + name(call)); };
+  hooks.after = [&](const Call& call, WalkStep::Kind) { told.push_back(name(call) + "."); };
   ForwardContext c = context();
   forward_backward(model, c, hooks);
   EXPECT_THAT(told, ElementsAre(">first0", "first0.", ">middle1", "middle1.", ">middle2", "middle2.", ">head3", "head3.",  //
