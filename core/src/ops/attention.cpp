@@ -68,8 +68,16 @@ class AttentionNode final : public Node {
     const Tensor dout = row_matrix(grads[0]);
     const AttentionShape& s = saved.shape;
     Device& device = dout.device();
-    Tensor dq = Tensor::empty(saved.q.shape(), dout.dtype(), device);
-    Tensor dk = Tensor::empty(saved.k.shape(), dout.dtype(), device), dv = Tensor::empty(saved.v.shape(), dout.dtype(), device);
+    Tensor dq, dk, dv;
+    const std::int64_t wide = s.heads * s.head_size, narrow = s.kv_heads * s.head_size;
+    if (saved.q.storage() == saved.k.storage() && saved.k.storage() == saved.v.storage() && saved.q.strides()[0] == wide + 2 * narrow) {
+      // Slices of one projection: so are their gradients, and split's backward has nothing to copy.
+      const Tensor whole = Tensor::empty(Dims{saved.q.size(0), wide + 2 * narrow}, dout.dtype(), device);
+      dq = whole.narrow(1, 0, wide), dk = whole.narrow(1, wide, narrow), dv = whole.narrow(1, wide + narrow, narrow);
+    } else {
+      dq = Tensor::empty(saved.q.shape(), dout.dtype(), device);
+      dk = Tensor::empty(saved.k.shape(), dout.dtype(), device), dv = Tensor::empty(saved.v.shape(), dout.dtype(), device);
+    }
     const double bytes = static_cast<double>(saved.q.bytes() + saved.k.bytes() * 2 + dout.bytes() * 2);
     // Four products of the model's; the scores that are rebuilt do not count.
     OpScope scope(device, "attention dx", {8 * pair_count * static_cast<double>(s.heads * s.head_size), bytes, bytes});

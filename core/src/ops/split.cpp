@@ -1,4 +1,5 @@
-// split: the pieces of a fused projection as views; the backward writes one gradient in one pass.
+// split: the pieces of a fused projection as views; the backward writes one gradient in one pass, or none
+// when the parts' gradients lie side by side already.
 #include <capstan/autograd.h>
 #include <capstan/ops.h>
 
@@ -16,6 +17,7 @@ class SplitNode final : public Node {
   std::string_view name() const override { return "split"; }
   void release() override {}
   std::vector<Tensor> backward(std::span<const Tensor> grads, Part) override {
+    if (are_slices_of_one(grads)) return {Tensor::wrap(grads[0].raw(), shape, dtype, *device, grads[0].storage())};
     Tensor whole = Tensor::empty(shape, dtype, *device);
     OpScope scope(*device, "split dx", {0, static_cast<double>(whole.bytes()), static_cast<double>(whole.bytes())});
     std::int64_t at = 0;
@@ -25,6 +27,19 @@ class SplitNode final : public Node {
       else part.fill(0);
     }
     return {whole};
+  }
+
+ private:
+  /// The gradients lie side by side in memory, as the parts did: together they are the whole.
+  bool are_slices_of_one(std::span<const Tensor> grads) const {
+    std::int64_t at = 0;
+    for (std::size_t i = 0; i < widths.size(); at += widths[i++]) {
+      const Tensor& g = grads[i];
+      if (!g.defined() || g.dtype() != dtype || &g.device() != device.get() || g.storage() != grads[0].storage()) return false;
+      if (!(g.shape() == Dims{shape[0], widths[i]}) || g.strides()[0] != shape[1] || g.strides()[1] != 1) return false;
+      if (!g.is_meta() && static_cast<char*>(g.raw()) != static_cast<char*>(grads[0].raw()) + at * size_of(dtype)) return false;
+    }
+    return !widths.empty();
   }
 };
 }  // namespace
