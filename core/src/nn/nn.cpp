@@ -6,6 +6,9 @@
 #include <capstan/nn.h>
 
 #include <algorithm>
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace capstan::nn {
 

@@ -5,6 +5,8 @@
 
 #include <capstan/nn.h>
 
+#include <string>
+
 namespace capstan::nn {
 
 Tensor stream_rows(const ForwardContext& context, const Tensor& all) {

@@ -4,6 +4,9 @@
 
 #include <capstan/nn.h>
 
+#include <cstdint>
+#include <vector>
+
 namespace capstan::nn {
 
 Score score(ForwardContext& context, const Tensor& x, const Parameter& weight, const Tensor& targets, const Tensor* weights, Tensor* objective) {

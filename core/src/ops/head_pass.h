@@ -8,6 +8,8 @@
 #include <kernels/backend.h>
 
 #include <algorithm>
+#include <string>
+#include <vector>
 
 namespace capstan::ops {
 

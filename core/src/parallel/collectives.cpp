@@ -7,7 +7,11 @@
 #include <capstan/ops.h>
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
+#include <string>
+#include <utility>
+#include <vector>
 
 namespace capstan::parallel {
 
