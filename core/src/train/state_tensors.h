@@ -4,6 +4,8 @@
 #include "engine/engine.h"
 #include "plugin/host.h"
 
+#include <capstan/export.h>
+
 #include <cstddef>
 #include <span>
 #include <vector>
@@ -14,11 +16,11 @@ namespace capstan::train {
 using HostMemory = std::vector<std::vector<std::byte>>;
 
 /// `host` must live until the load is done; then to_device() takes what was read to its place.
-std::vector<checkpoint::Wanted> wanted_tensors(std::span<const NamedTensor> tensors, HostMemory& host);
+CAPSTAN_API std::vector<checkpoint::Wanted> wanted_tensors(std::span<const NamedTensor> tensors, HostMemory& host);
 void to_device(std::span<const NamedTensor> tensors, const HostMemory& host);
 /// `host` must live until Saver::save() has returned, which copies or writes before it does.
-std::vector<SavedTensor> saved_tensors(std::span<const NamedTensor> tensors, HostMemory& host);
+CAPSTAN_API std::vector<SavedTensor> saved_tensors(std::span<const NamedTensor> tensors, HostMemory& host);
 /// Makes formats by the name in a manifest, with their default options.
-checkpoint::FormatMaker format_maker(PluginHost& host);
+CAPSTAN_API checkpoint::FormatMaker format_maker(PluginHost& host);
 
 }  // namespace capstan::train
