@@ -2,6 +2,7 @@
 #pragma once
 #include "mesh/placement.h"
 
+#include <capstan/export.h>
 #include <capstan/tensor.h>
 
 #include <cstdint>
@@ -18,6 +19,6 @@ struct LocalBox {
 
 /// Elements [begin, end) of the row-major local tensor of `shape` as boxes: at most 2 rank - 1 of them per run that they
 /// meet, more when a run cuts a later dimension. `placement` null: local is global.
-std::vector<LocalBox> boxes_of(const Dims& shape, const TensorPlacement* placement, std::int64_t begin, std::int64_t end);
+CAPSTAN_API std::vector<LocalBox> boxes_of(const Dims& shape, const TensorPlacement* placement, std::int64_t begin, std::int64_t end);
 
 }  // namespace capstan

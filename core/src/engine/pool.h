@@ -1,5 +1,6 @@
 // defines: Pool: a fixed piece of device memory that units take turns in.
 #pragma once
+#include <capstan/export.h>
 #include <capstan/tensor.h>
 
 #include <cstdint>
@@ -9,7 +10,7 @@
 namespace capstan {
 
 /// Memory of a size known before the run; what it hands out are ranges of it, first fit.
-class Pool {
+class CAPSTAN_API Pool {
  public:
   Pool(Device& device, std::int64_t bytes);
   std::int64_t bytes() const { return memory_.bytes(); }

@@ -79,6 +79,21 @@ bool built_data(const Project& project) {
   return false;
 }
 
+TEST(RunFolder, MinutesBetweenCheckpoints) {
+  Project project;
+  const std::vector<std::string> words{"train.steps=6", "checkpoint.every_steps=0", "checkpoint.at_end=false", "checkpoint.keep=0"};
+  auto with = [&](const char* minutes, const char* dir) {
+    auto all = words;
+    all.push_back(std::string("checkpoint.every_minutes=") + minutes);
+    all.push_back(project.dir(dir));
+    return train(project.recipe(), all);
+  };
+  ASSERT_EQ(with("0.0000001", "often").code, 0);
+  for (int step = 1; step <= 6; ++step) EXPECT_TRUE(has_checkpoint(project / "often", step)) << step;
+  ASSERT_EQ(with("100", "seldom").code, 0);
+  for (int step = 1; step <= 6; ++step) EXPECT_FALSE(has_checkpoint(project / "seldom", step)) << step;
+}
+
 TEST(RunFolder, ResumeNeverAndRequire) {
   Project project;
   Exit exit = train(project.recipe(), {"run.resume=require"});
