@@ -1,7 +1,11 @@
-// Attention: which kernels run.
+// Attention: which kernels run. cuDNN where it takes the shape, own kernels elsewhere and where the order of every sum is
+// to be the same.
 #include <kernels/cuda/attention.h>
 #include <kernels/cuda/attention_own.h>
 #include <kernels/cuda/attention_plan.h>
+#if defined(CAPSTAN_CUDNN)
+#include <kernels/cuda/cudnn_attention.h>
+#endif
 
 #include <stdexcept>
 #include <string>
@@ -26,21 +30,68 @@ void clear_dead(Context& ctx, const Attention& a, void* to, std::int64_t stride,
         "attention: dead rows");
 }
 
+#if defined(CAPSTAN_CUDNN)
+struct Cudnn {
+  std::unique_ptr<CudnnAttention> attention;
+  std::string why;
+};
+
+/// Null when cuDNN is not wanted, not there, or does not take the shape.
+CudnnAttention* cudnn_for(Context& ctx, const Attention& a, bool backward) {
+  if (!ctx.attention_choice.cudnn || !cudnn_refuses(a, backward, ctx.capability()).empty()) return nullptr;
+  if (!ctx.attention_state) {
+    auto state = std::make_shared<Cudnn>();
+    try {
+      state->attention = std::make_unique<CudnnAttention>(ctx);
+    } catch (const std::exception& e) {
+      state->why = e.what();
+    }
+    ctx.attention_state = std::move(state);
+  }
+  return static_cast<Cudnn*>(ctx.attention_state.get())->attention.get();
+}
+#endif
+
+bool forward_by_cudnn(Context& ctx, const Attention& a) {
+#if defined(CAPSTAN_CUDNN)
+  if (CudnnAttention* cudnn = cudnn_for(ctx, a, false)) return cudnn->forward(ctx, a);
+#endif
+  static_cast<void>(ctx), static_cast<void>(a);
+  return false;
+}
+
+bool backward_by_cudnn(Context& ctx, const Attention& a) {
+#if defined(CAPSTAN_CUDNN)
+  if (!ctx.attention_choice.deterministic)
+    if (CudnnAttention* cudnn = cudnn_for(ctx, a, true)) return cudnn->backward(ctx, a, false, 0);
+#endif
+  static_cast<void>(ctx), static_cast<void>(a);
+  return false;
+}
+
 }  // namespace
 
 void attention(Context& ctx, const Attention& a) {
   check_shape("attention", a.num, a.head_size, a.scale);
   if (a.rows == 0) return;
-  if (a.num == Num::bf16) attention_forward_tensor(ctx, a);
-  else attention_forward_plain(ctx, a);
+  if (forward_by_cudnn(ctx, a)) {
+  } else if (a.num == Num::bf16) {
+    attention_forward_tensor(ctx, a);
+  } else {
+    attention_forward_plain(ctx, a);
+  }
   clear_dead(ctx, a, a.out, a.out_stride, a.heads);
 }
 
 void attention_backward(Context& ctx, const Attention& a) {
   check_shape("attention_backward", a.num, a.head_size, a.scale);
   if (a.rows == 0) return;
-  if (a.num == Num::bf16) attention_backward_tensor(ctx, a);
-  else attention_backward_plain(ctx, a);
+  if (backward_by_cudnn(ctx, a)) {
+  } else if (a.num == Num::bf16) {
+    attention_backward_tensor(ctx, a);
+  } else {
+    attention_backward_plain(ctx, a);
+  }
   clear_dead(ctx, a, a.dq, a.dq_stride, a.heads);
   clear_dead(ctx, a, a.dk, a.dkv_stride, a.kv_heads);
   clear_dead(ctx, a, a.dv, a.dkv_stride, a.kv_heads);

@@ -25,7 +25,7 @@ template <int Width, int Parts>
 __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 2 : 1) attention_dkv_kernel(const __grid_constant__ BackwardArguments a) {
   constexpr int threads = 128 * Parts, keys = attention_keys, queries = 64, columns = Width / 8 / Parts;
   constexpr int tile_bytes = 64 * TileOf<Width>::row_bytes;
-  extern __shared__ __align__(128) unsigned char shared[];
+  unsigned char* shared = dynamic_shared();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int strip = warp % 4 * 16, part = warp / 4, group = a.heads / a.kv_heads, kv_head = static_cast<int>(blockIdx.x);
   const FoundTile found = find_tile(a.starts, a.sequences, static_cast<int>(blockIdx.y), keys);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 2 : 1) attention_dkv
 template <int Width>
 __global__ void __launch_bounds__(128, Width <= 128 ? 2 : 1) attention_dq_kernel(const __grid_constant__ BackwardArguments a) {
   constexpr int threads = 128, keys = attention_keys, queries = 64, columns = Width / 8, tile_bytes = 64 * TileOf<Width>::row_bytes;
-  extern __shared__ __align__(128) unsigned char shared[];
+  unsigned char* shared = dynamic_shared();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, strip = warp * 16;
   const int head = static_cast<int>(blockIdx.x), kv_head = head / (a.heads / a.kv_heads);
   const FoundTile found = find_tile(a.starts, a.sequences, a.tiles - 1 - static_cast<int>(blockIdx.y), queries);

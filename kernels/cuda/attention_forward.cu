@@ -26,7 +26,7 @@ struct ForwardArguments {
 template <int Width, int Strips, bool Paged>
 __device__ __forceinline__ void attention_forward_tile(const ForwardArguments& a) {
   constexpr int threads = 128, rows = 4 * Strips * 16, keys = attention_keys, tile_bytes = keys * TileOf<Width>::row_bytes;
-  extern __shared__ __align__(128) unsigned char shared[];
+  unsigned char* shared = dynamic_shared();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int group = a.heads / a.kv_heads, times = Paged ? group : 1;
   const FoundTile found = find_tile(a.starts, a.sequences, a.tiles - 1 - static_cast<int>(blockIdx.y), rows, times);

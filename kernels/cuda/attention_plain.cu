@@ -42,7 +42,7 @@ __device__ __forceinline__ A lanes_reduce(A x, Op op) {
 template <class T, int Tile, int Width, bool Paged>
 __global__ void __launch_bounds__(256) plain_forward_kernel(const __grid_constant__ PlainArguments<T> a) {
   constexpr int lanes = 256 / Tile, per = Tile / lanes, columns = Width / lanes, row_size = Width + 1;
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* shared = dynamic_shared();
   T* q = reinterpret_cast<T*>(shared);
   T *k = q + Tile * row_size, *v = k + Tile * row_size, *p = v + Tile * row_size;
   const int r = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
@@ -140,7 +140,7 @@ __device__ __forceinline__ void plain_scores(const PlainArguments<T>& a, const T
 template <class T, int Tile, int Width>
 __global__ void __launch_bounds__(256) plain_dkv_kernel(const __grid_constant__ PlainArguments<T> a) {
   constexpr int lanes = 256 / Tile, columns = Width / lanes, row_size = Width + 1;
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* shared = dynamic_shared();
   T* q = reinterpret_cast<T*>(shared);
   T *k = q + Tile * row_size, *v = k + Tile * row_size, *dout = v + Tile * row_size, *p = dout + Tile * row_size, *g = p + Tile * (Tile + 1);
   const int r = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(256) plain_dkv_kernel(const __grid_constant__ 
 template <class T, int Tile, int Width>
 __global__ void __launch_bounds__(256) plain_dq_kernel(const __grid_constant__ PlainArguments<T> a) {
   constexpr int lanes = 256 / Tile, columns = Width / lanes, row_size = Width + 1;
-  extern __shared__ __align__(16) unsigned char shared[];
+  unsigned char* shared = dynamic_shared();
   T* q = reinterpret_cast<T*>(shared);
   T *k = q + Tile * row_size, *v = k + Tile * row_size, *dout = v + Tile * row_size, *p = dout + Tile * row_size, *g = p + Tile * (Tile + 1);
   const int r = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;

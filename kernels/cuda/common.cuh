@@ -54,9 +54,19 @@ __device__ __forceinline__ Pack<T, N> load_pack_once(const T* from) {
   }
 }
 
+/// In stores of at most 16 bytes: more than that is not promised to be aligned.
 template <class T, int N>
 __device__ __forceinline__ void store_pack(T* to, const Compute<T> (&x)[N]) {
-  if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
+  if constexpr (sizeof(T) * N > 16) {
+    constexpr int step = 16 / static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < N; i += step) {
+      Compute<T> part[step];
+#pragma unroll
+      for (int j = 0; j < step; ++j) part[j] = x[i + j];
+      store_pack<T, step>(to + i, part);
+    }
+  } else if constexpr (std::is_same_v<T, bf16> && N % 2 == 0) {
     Pack<__nv_bfloat162, N / 2> p;
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) p.v[i] = __floats2bfloat162_rn(x[2 * i], x[2 * i + 1]);
@@ -98,26 +108,186 @@ __device__ __forceinline__ A warp_reduce(A x, Op op) {
   return x;
 }
 
-/// Over the threads of one row: blockDim.x of them, blockDim.y rows at once. `room` holds one number a warp. Every
-/// thread of the block must come here; all threads of a row get the same bits.
-template <class A, class Op>
-__device__ __forceinline__ A row_reduce(A x, Op op, A* room) {
-  x = warp_reduce(x, op);
-  const int warps = static_cast<int>(blockDim.x) / 32;
-  if (warps == 1) return x;
-  A* mine = room + threadIdx.y * warps;
-  __syncthreads();  // the room may still be read for the reduction before
-  if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = mine[0];
+/// Over the threads of one row: blockDim.x of them (8, 16 or a multiple of 32), blockDim.y rows at once. Every thread of
+/// the block must come here; all threads of a row get the same bits. V has join(other): what the lower threads hold
+/// comes first.
+template <class V>
+struct RowReducer {
+  V* room;  ///< shared, [2][32]: two, so that one barrier a reduction is enough
+  int turn = 0;
+
+  __device__ __forceinline__ V operator()(V x) {
+    const int width = static_cast<int>(blockDim.x);
+    for (int step = 1; step < 32 && step < width; step <<= 1) {
+      const V other = x.from_lane(static_cast<int>(threadIdx.x % 32u) ^ step, step);
+      if ((threadIdx.x & static_cast<unsigned>(step)) == 0) {
+        x.join(other);
+      } else {
+        V first = other;
+        first.join(x);
+        x = first;
+      }
+    }
+    if (width <= 32) return x;
+    const int warps = width / 32;
+    V* mine = room + turn * 32 + threadIdx.y * static_cast<unsigned>(warps);
+    turn ^= 1;
+    if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = x;
+    __syncthreads();
+    x = mine[0];
 #pragma unroll 1
-  for (int w = 1; w < warps; ++w) x = op(x, mine[w]);
+    for (int w = 1; w < warps; ++w) x.join(mine[w]);
+    return x;
+  }
+};
+
+/// N sums.
+template <class A, int N>
+struct Sums {
+  A v[N];
+  __device__ __forceinline__ void join(const Sums& o) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) v[i] += o.v[i];
+  }
+  __device__ __forceinline__ Sums from_lane(int, int step) const {
+    Sums o;
+#pragma unroll
+    for (int i = 0; i < N; ++i) o.v[i] = __shfl_xor_sync(0xffffffffu, v[i], step);
+    return o;
+  }
+};
+template <class A>
+struct Highest {
+  A v;
+  __device__ __forceinline__ void join(const Highest& o) { v = Max{}(v, o.v); }
+  __device__ __forceinline__ Highest from_lane(int, int step) const { return {__shfl_xor_sync(0xffffffffu, v, step)}; }
+};
+/// Count, mean and sum of squared distances from it (Chan, Golub & LeVeque 1979).
+template <class A>
+struct Moments {
+  A count, mean, squares;
+  __device__ __forceinline__ void join(const Moments& o) {
+    const A n = count + o.count, part = n > A(0) ? divide(o.count, n) : A(0), d = o.mean - mean;
+    squares += o.squares + d * d * count * part;
+    mean += d * part;
+    count = n;
+  }
+  __device__ __forceinline__ Moments from_lane(int, int step) const {
+    return {__shfl_xor_sync(0xffffffffu, count, step), __shfl_xor_sync(0xffffffffu, mean, step), __shfl_xor_sync(0xffffffffu, squares, step)};
+  }
+  static __device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
+  static __device__ __forceinline__ double divide(double a, double b) { return a / b; }
+};
+
+/// Over all threads of a block of one dimension, for kernels of few blocks. `room` holds 32 numbers.
+template <class A, class Op>
+__device__ __forceinline__ A block_reduce(A x, Op op, A* room) {
+  x = warp_reduce(x, op);
+  if (threadIdx.x % 32 == 0) room[threadIdx.x / 32] = x;
+  __syncthreads();
+  x = room[0];
+#pragma unroll 1
+  for (int w = 1; w < static_cast<int>(blockDim.x) / 32; ++w) x = op(x, room[w]);
   return x;
+}
+
+/// A row's packs: held in registers, or read again for each sweep when Packs is 0.
+template <class T, int Width, int Packs>
+struct Row {
+  static constexpr int held = Packs > 0 ? Packs : 1;
+  const T* from = nullptr;
+  bool live = false;
+  Pack<T, Width> raw[held];
+
+  __device__ __forceinline__ void load(const T* row, bool is_live, int cols) {
+    from = row, live = is_live;
+    if constexpr (Packs > 0) {
+#pragma unroll
+      for (int p = 0; p < Packs; ++p) {
+        const int c = static_cast<int>(threadIdx.x + p * blockDim.x) * Width;
+        if (live && c < cols) raw[p] = load_pack<T, Width>(from + c);
+      }
+    }
+  }
+  /// f(p, column, pack).
+  template <class F>
+  __device__ __forceinline__ void sweep(int cols, F&& f) const {
+    if constexpr (Packs > 0) {
+#pragma unroll
+      for (int p = 0; p < Packs; ++p) {
+        const int c = static_cast<int>(threadIdx.x + p * blockDim.x) * Width;
+        if (live && c < cols) f(p, c, raw[p]);
+      }
+    } else if (live) {
+      for (int c = static_cast<int>(threadIdx.x) * Width; c < cols; c += static_cast<int>(blockDim.x) * Width) f(0, c, load_pack<T, Width>(from + c));
+    }
+  }
+};
+
+/// f(width, packs) with integral constants of `plan`: rows in registers, or one element at a time.
+template <class T, class F>
+void by_plan(const RowPlan& plan, F&& f) {
+  constexpr std::integral_constant<int, 16 / static_cast<int>(sizeof(T))> wide{};
+  constexpr std::integral_constant<int, 1> one{};
+  if constexpr (sizeof(T) < 8) {
+    if (plan.width > 1) {
+      if (plan.packs == 1) return f(wide, std::integral_constant<int, 1>{});
+      if (plan.packs == 2) return f(wide, std::integral_constant<int, 2>{});
+      if (plan.packs == 3) return f(wide, std::integral_constant<int, 3>{});
+      if (plan.packs == 4) return f(wide, std::integral_constant<int, 4>{});
+      return f(wide, std::integral_constant<int, 0>{});
+    }
+  }
+  f(one, std::integral_constant<int, 0>{});
+}
+/// f64 has no kernels with rows in registers: it is the reference, not what trains.
+template <class T>
+RowPlan rows_for(std::int64_t cols, bool vector, int most_packs = 4) {
+  return plan_rows(cols, sizeof(T), vector && sizeof(T) < 8 && cols % (16 / static_cast<int>(sizeof(T))) == 0, most_packs);
+}
+#if defined(__CUDACC__)
+/// Starts `kernel` in the context's stream.
+template <class... Parameters, class... Arguments>
+void launch_block(Context& ctx, const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block, std::int64_t shared, Arguments... arguments) {
+  if (shared > 48 * 1024)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  kernel<<<grid, block, static_cast<unsigned>(shared), ctx.stream()>>>(arguments...);
+  check(cudaGetLastError(), name);
+}
+/// The same with clusters of `cluster` blocks.
+template <class... Parameters, class... Arguments>
+void launch_clusters(Context& ctx, const char* name, void (*kernel)(Parameters...), int cluster, dim3 grid, dim3 block, std::int64_t shared, Arguments... arguments) {
+  if (shared > 48 * 1024)
+    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)), name);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = static_cast<unsigned>(cluster), attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = block, config.dynamicSmemBytes = static_cast<std::size_t>(shared), config.stream = ctx.stream();
+  config.attrs = &attribute, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
+}
+/// The block's dynamic shared memory.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(128) unsigned char shared[];
+  return shared;
+}
+#endif
+
+/// Blocks that walk over the rows: as many as run at once (1024 threads a multiprocessor), or fewer.
+inline unsigned walking_blocks(Context& ctx, const RowPlan& plan, std::int64_t rows, int threads_at_once = 1024) {
+  const std::int64_t at_once = static_cast<std::int64_t>(ctx.multiprocessors()) * (threads_at_once / (plan.threads * plan.rows) > 0 ? threads_at_once / (plan.threads * plan.rows) : 1);
+  const std::int64_t groups = ceil_div(rows, plan.rows);
+  return static_cast<unsigned>(groups < at_once ? groups : at_once);
 }
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
+#if defined(__CUDACC__)
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+#else
+  y = exp2f(x);
+#endif
   return y;
 }
 /// e^x; f32 within 2 units in the last place plus the rounding of x / ln 2.

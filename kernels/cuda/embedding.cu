@@ -127,8 +127,8 @@ __global__ void store_pages_kernel(std::int64_t tokens, int heads, int size, int
 
 void check_ids(Context& ctx, const char* what, std::int64_t count, const std::int32_t* ids, std::int64_t low, std::int64_t high) {
   if (count == 0) return;
-  check_ids_kernel<<<static_cast<unsigned>(ceil_div(count, 256)), 256, 0, ctx.stream()>>>(count, ids, low, high, ctx.fault_number(what), ctx.faults());
-  check(cudaGetLastError(), "check_ids");
+  launch_block(ctx, "check_ids", check_ids_kernel, dim3(static_cast<unsigned>(ceil_div(count, 256))), dim3(256), 0, count, ids, low, high, ctx.fault_number(what),
+               ctx.faults());
 }
 
 void gather_rows(Context& ctx, std::int64_t count, std::int64_t row_bytes, const void* table, std::int64_t table_rows, const std::int32_t* ids, void* out) {
@@ -139,14 +139,13 @@ void gather_rows(Context& ctx, std::int64_t count, std::int64_t row_bytes, const
     unsigned threads = 32;
     while (threads < 256 && threads * 2 < words) threads *= 2;
     const unsigned rows = 256 / threads;
-    gather_kernel<Word><<<static_cast<unsigned>(ceil_div(count, rows)), dim3(threads, rows), 0, ctx.stream()>>>(
-        count, static_cast<int>(words), static_cast<const Word*>(table), table_rows, ids, static_cast<Word*>(out));
+    launch_block(ctx, "gather_rows", gather_kernel<Word>, dim3(static_cast<unsigned>(ceil_div(count, rows))), dim3(threads, rows), 0, count, static_cast<int>(words),
+                 static_cast<const Word*>(table), table_rows, ids, static_cast<Word*>(out));
   };
   if (row_bytes % 16 == 0 && all_on_16(table, out)) run(static_cast<uint4*>(nullptr));
   else if (row_bytes % 4 == 0) run(static_cast<std::uint32_t*>(nullptr));
   else if (row_bytes % 2 == 0) run(static_cast<std::uint16_t*>(nullptr));
   else run(static_cast<std::uint8_t*>(nullptr));
-  check(cudaGetLastError(), "gather_rows");
 }
 
 void scatter_add_rows(Context& ctx, Num num, std::int64_t count, std::int64_t cols, const std::int32_t* ids, const void* g,
@@ -170,20 +169,18 @@ void scatter_add_rows(Context& ctx, Num num, std::int64_t count, std::int64_t co
     auto* order_in = reinterpret_cast<std::uint32_t*>(base + plan.order);
     auto* order = order_in + count;
     auto* partial = reinterpret_cast<C*>(base + plan.partial);
-    scatter_keys_kernel<<<static_cast<unsigned>(ceil_div(count, 256)), 256, 0, ctx.stream()>>>(count, ids, table_rows, keys_in, order_in);
-    check(cudaGetLastError(), name);
+    launch_block(ctx, name, scatter_keys_kernel, dim3(static_cast<unsigned>(ceil_div(count, 256))), dim3(256), 0, count, ids, table_rows, keys_in, order_in);
     check(cub::DeviceRadixSort::SortPairs(base + plan.sort, sort_bytes, keys_in, keys, order_in, order, n, 0, bits, ctx.stream()), name);
     const auto run = [&]<class Out, int Width>() {
       const std::int64_t packs = ceil_div(cols, Width);
       const auto threads = static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(packs, 32) * 32, 32, 128));
       const dim3 grid(static_cast<unsigned>(plan.chunks), static_cast<unsigned>(ceil_div(packs, threads)));
-      scatter_chunk_kernel<T, Out, Width><<<grid, threads, 0, ctx.stream()>>>(count, static_cast<int>(cols), keys, order, static_cast<const T*>(g),
-                                                                             static_cast<Out*>(table), partial);
-      scatter_join_kernel<T, Out, Width><<<grid, threads, 0, ctx.stream()>>>(count, static_cast<int>(cols), keys, static_cast<Out*>(table), partial);
-      check(cudaGetLastError(), name);
+      launch_block(ctx, name, scatter_chunk_kernel<T, Out, Width>, grid, dim3(threads), 0, count, static_cast<int>(cols), keys, order, static_cast<const T*>(g),
+                   static_cast<Out*>(table), partial);
+      launch_block(ctx, name, scatter_join_kernel<T, Out, Width>, grid, dim3(threads), 0, count, static_cast<int>(cols), keys, static_cast<Out*>(table), partial);
     };
     const auto by_width = [&]<class Out>() {
-      constexpr int width = sizeof(T) == 8 ? 2 : 4;
+      constexpr int width = 16 / static_cast<int>(sizeof(T));
       if (cols % 8 == 0 && all_on_16(g, table)) run.template operator()<Out, width>();
       else run.template operator()<Out, 1>();
     };
@@ -197,10 +194,9 @@ void store_pages(Context& ctx, Num num, std::int64_t tokens, std::int64_t heads,
                  std::int64_t row_stride, std::int64_t head_stride, const std::int64_t* rows, void* pages) {
   if (tokens * heads * size == 0) return;
   visit(num, [&]<class T>() {
-    store_pages_kernel<T><<<static_cast<unsigned>(ceil_div(tokens * heads * size, 256)), 256, 0, ctx.stream()>>>(
-        tokens, static_cast<int>(heads), static_cast<int>(size), static_cast<int>(page), static_cast<const T*>(from), row_stride, head_stride, rows,
-        static_cast<T*>(pages));
-    check(cudaGetLastError(), "store_pages");
+    launch_block(ctx, "store_pages", store_pages_kernel<T>, dim3(static_cast<unsigned>(ceil_div(tokens * heads * size, 256))), dim3(256), 0, tokens,
+                 static_cast<int>(heads), static_cast<int>(size), static_cast<int>(page), static_cast<const T*>(from), row_stride, head_stride, rows,
+                 static_cast<T*>(pages));
   });
 }
 

@@ -2,44 +2,53 @@
 #include <kernels/cuda/rows_plan.h>
 
 #include <algorithm>
+#include <initializer_list>
 
 namespace capstan::kernels::cuda {
 
-RowPlan plan_rows(std::int64_t cols, int element_bytes, bool vector) { return plan_rows(cols, element_bytes, vector, 4); }
-
 RowPlan plan_rows(std::int64_t cols, int element_bytes, bool vector, int most_packs) {
   RowPlan p;
-  p.width = vector ? 16 / element_bytes : 1;
-  const std::int64_t packs = ceil_div(std::max<std::int64_t>(cols, 1), p.width);
-  // Few packs a thread keep many rows in flight; a row's threads grow before its packs do.
-  for (int threads = 32; threads <= row_threads; threads *= 2) {
-    const int enough = threads == row_threads ? most_packs : std::min(2, most_packs);
-    if (packs > static_cast<std::int64_t>(threads) * enough) continue;
-    p.threads = threads;
-    p.packs = 1;
-    while (static_cast<std::int64_t>(p.packs) * threads < packs) p.packs *= 2;
-    break;
+  if (vector) {
+    p.width = 16 / element_bytes;
+    const std::int64_t packs = ceil_div(std::max<std::int64_t>(cols, 1), p.width);
+    // Of all shapes the one with the fewest idle lanes; of equals the one with the fewest threads a row.
+    double best = 0;
+    for (const int count : {1, 2, 3, 4}) {
+      if (count > most_packs) break;
+      std::int64_t threads = ceil_div(packs, count);
+      if (threads > row_threads) continue;
+      if (threads > 32) {
+        threads = ceil_div(threads, 32) * 32;
+      } else {
+        std::int64_t power = 8;
+        while (power < threads) power *= 2;
+        threads = power;
+      }
+      const double busy = static_cast<double>(packs) / static_cast<double>(threads * count);
+      if (busy < best - 1e-9) continue;
+      best = busy, p.packs = count, p.threads = static_cast<int>(threads);
+    }
   }
-  if (p.packs == 0) p.threads = row_threads;
+  if (p.packs == 0) p.threads = cols <= 64 ? 32 : cols <= 1024 ? 128 : row_threads;
   p.rows = std::max(1, 128 / p.threads);
   return p;
 }
 
 std::int64_t norm_backward_blocks(std::int64_t rows, std::int64_t cols) {
-  // Enough to fill 132 multiprocessors some times over; every block costs one row of partial sums.
-  const std::int64_t most = cols <= 1024 ? 792 : cols <= 8192 ? 528 : 264;
-  const std::int64_t at_once = cols <= 1024 ? 4 : 1;
-  return std::clamp<std::int64_t>(ceil_div(rows, at_once * 4), 1, most);
+  // As many as 132 multiprocessors hold at once; every block costs one row of partial sums.
+  const std::int64_t most = cols <= 1024 ? 1056 : cols <= 2048 ? 528 : cols <= 4096 ? 264 : 132;
+  return std::clamp<std::int64_t>(ceil_div(rows, cols <= 1024 ? 16 : 4), 1, most);
 }
 
 ScorePlan plan_scores(std::int64_t cols, int compute_bytes, bool keep) {
   ScorePlan p;
-  const std::int64_t room = 104 * 1024 / compute_bytes;  // two blocks to a multiprocessor of 228 KiB
+  p.slice = cols;
+  if (!keep) return p;  // one pass: one block goes over the row
+  const std::int64_t room = 72 * 1024 / compute_bytes;  // three blocks to a multiprocessor of 228 KiB
   while (p.cluster < 8 && ceil_div(cols, p.cluster) > room) p.cluster *= 2;
-  const std::int64_t align = 16 / 2;  // slices begin on 16 bytes in 16-bit outputs too
+  const std::int64_t align = 8;  // slices begin on 16 bytes in 16-bit outputs too
   p.slice = ceil_div(ceil_div(cols, p.cluster), align) * align;
-  const std::int64_t most = 208 * 1024 / compute_bytes;
-  p.cached = keep ? std::min(p.slice, most) : 0;
+  p.cached = std::min<std::int64_t>(p.slice, 208 * 1024 / compute_bytes);
   p.shared_bytes = p.cached * compute_bytes;
   return p;
 }

@@ -11,14 +11,12 @@ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b 
 inline constexpr int row_threads = 512;
 
 /// Rows of `cols` elements held in registers: each of `threads` threads of a row holds `packs` packs of `width`
-/// elements; `rows` rows share a block. packs 0: the row is too long for that and is read again.
+/// elements; `rows` rows share a block. packs 0: the row is too long for that, or lies askew, and is read again.
 struct RowPlan {
   int width = 1, packs = 0, threads = 32, rows = 1;
 };
-/// `vector`: every row starts on 16 bytes and holds whole packs of 16 bytes.
-RowPlan plan_rows(std::int64_t cols, int element_bytes, bool vector);
-/// The same with at most `most_packs` packs a thread: for kernels that hold more than one number an element.
-RowPlan plan_rows(std::int64_t cols, int element_bytes, bool vector, int most_packs);
+/// `vector`: every row starts on 16 bytes and holds whole packs of 16 bytes. At most `most_packs` (1 to 4) packs a thread.
+RowPlan plan_rows(std::int64_t cols, int element_bytes, bool vector, int most_packs = 4);
 
 /// Blocks of a norm's backward, each of which leaves one row of partial sums.
 std::int64_t norm_backward_blocks(std::int64_t rows, std::int64_t cols);

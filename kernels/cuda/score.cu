@@ -33,6 +33,7 @@ __device__ __forceinline__ void take(Score<A>& s, const A (&x)[N]) {
   A m = s.max;
 #pragma unroll
   for (int i = 0; i < N; ++i) m = Max{}(m, x[i]);
+  if (m == lowest<A>()) return;  // nothing but minus infinity so far
   if (m > s.max) {
     if (s.sum > A(0)) {
       const A d = s.max - m, f = exp_of(d);
@@ -50,9 +51,8 @@ __device__ __forceinline__ void take(Score<A>& s, const A (&x)[N]) {
 }
 
 template <class A, int Width, int Threads>
-__global__ void __launch_bounds__(Threads, 2) score_kernel(ScoreRows s, int slice, int cached) {
-  extern __shared__ __align__(16) unsigned char shared[];
-  A* held = reinterpret_cast<A*>(shared);
+__global__ void __launch_bounds__(Threads, sizeof(A) == 8 ? 2 : 3) score_kernel(ScoreRows s, int slice, int cached) {
+  A* held = reinterpret_cast<A*>(dynamic_shared());
   __shared__ Score<A> warps[Threads / 32];
   __shared__ Score<A> mine;
   cg::cluster_group cluster = cg::this_cluster();
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(1024) weighted_sum_kernel(std::int64_t n, cons
   __shared__ double room[32];
   double sum = 0;
   for (std::int64_t i = threadIdx.x; i < n; i += blockDim.x) sum += static_cast<double>(weights[i]) * static_cast<double>(logprob[i]);
-  sum = row_reduce(sum, Sum{}, room);
+  sum = block_reduce(sum, Sum{}, room);
   if (threadIdx.x == 0) *out = static_cast<A>(-sum);
 }
 
@@ -193,19 +193,8 @@ void score_rows(Context& ctx, const ScoreRows& s) {
     const ScorePlan plan = plan_scores(s.cols, sizeof(A), s.weights != nullptr);
     const bool vector = s.stride % 8 == 0 && all_on_16(s.logits, s.narrow);
     auto* kernel = vector ? score_kernel<A, wide, threads> : score_kernel<A, 1, threads>;
-    if (plan.shared_bytes > 48 * 1024)
-      check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)),
-            "score_rows");
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim.x = static_cast<unsigned>(plan.cluster), attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(s.rows * plan.cluster));
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes);
-    config.stream = ctx.stream();
-    config.attrs = &attribute, config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, kernel, s, static_cast<int>(plan.slice), static_cast<int>(plan.cached)), "score_rows");
+    launch_clusters(ctx, "score_rows", kernel, plan.cluster, dim3(static_cast<unsigned>(s.rows * plan.cluster)), dim3(threads), plan.shared_bytes, s,
+                    static_cast<int>(plan.slice), static_cast<int>(plan.cached));
   };
   if (s.compute == Num::f64) run.template operator()<double>();
   else run.template operator()<float>();
@@ -218,18 +207,18 @@ void score_rows_backward(Context& ctx, const ScoreRows& s) {
     const bool vector = s.stride % 8 == 0 && s.cols % wide == 0 && all_on_16(s.logits, s.narrow);
     const std::int64_t packs = ceil_div(s.cols, vector ? wide : 1);
     const dim3 grid(static_cast<unsigned>(s.rows), static_cast<unsigned>(std::clamp<std::int64_t>(packs / 2048, 1, 16)));
-    if (vector) score_backward_kernel<A, wide><<<grid, 512, 0, ctx.stream()>>>(s);
-    else score_backward_kernel<A, 1><<<grid, 512, 0, ctx.stream()>>>(s);
-    check(cudaGetLastError(), "score_rows_backward");
+    if (vector) launch_block(ctx, "score_rows_backward", score_backward_kernel<A, wide>, grid, dim3(512), 0, s);
+    else launch_block(ctx, "score_rows_backward", score_backward_kernel<A, 1>, grid, dim3(512), 0, s);
   };
   if (s.compute == Num::f64) run.template operator()<double>();
   else run.template operator()<float>();
 }
 
 void weighted_sum(Context& ctx, Num compute, std::int64_t n, const float* weights, const void* logprob, void* out) {
-  if (compute == Num::f64) weighted_sum_kernel<double><<<1, 1024, 0, ctx.stream()>>>(n, weights, static_cast<const double*>(logprob), static_cast<double*>(out));
-  else weighted_sum_kernel<float><<<1, 1024, 0, ctx.stream()>>>(n, weights, static_cast<const float*>(logprob), static_cast<float*>(out));
-  check(cudaGetLastError(), "weighted_sum");
+  if (compute == Num::f64)
+    launch_block(ctx, "weighted_sum", weighted_sum_kernel<double>, dim3(1), dim3(1024), 0, n, weights, static_cast<const double*>(logprob), static_cast<double*>(out));
+  else
+    launch_block(ctx, "weighted_sum", weighted_sum_kernel<float>, dim3(1), dim3(1024), 0, n, weights, static_cast<const float*>(logprob), static_cast<float*>(out));
 }
 
 }  // namespace capstan::kernels::cuda

@@ -1,0 +1,4 @@
+// The kernels of norm.cu on an emulated GPU.
+#include <emulated.h>
+
+#include <kernels/cuda/norm.cu>

@@ -1,0 +1,4 @@
+// The kernels of softmax.cu on an emulated GPU.
+#include <emulated.h>
+
+#include <kernels/cuda/softmax.cu>
