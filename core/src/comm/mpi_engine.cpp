@@ -55,7 +55,7 @@ void check(int code, const char* call) {
 
 }  // namespace
 
-MpiEngine::MpiEngine(double timeout) : timeout_(timeout) {
+MpiEngine::MpiEngine(double timeout, int ranks_per_host) : timeout_(timeout), ranks_per_host_(ranks_per_host) {
   sigset_t all, before;  // signals are the main thread's
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -100,6 +100,12 @@ void MpiEngine::enter() {
 
   check(MPI_Comm_split_type(MPI_COMM_WORLD, MPI_COMM_TYPE_SHARED, rank_, MPI_INFO_NULL, &host_comm_), "MPI_Comm_split_type");
   int local_size = 0, local_rank = 0, first = rank_;
+  if (ranks_per_host_ > 0) {
+    MPI_Comm part = MPI_COMM_NULL;
+    MPI_Comm_rank(host_comm_, &local_rank);
+    check(MPI_Comm_split(host_comm_, local_rank / ranks_per_host_, rank_, &part), "MPI_Comm_split");
+    host_comm_ = part;
+  }
   MPI_Comm_size(host_comm_, &local_size);
   MPI_Comm_rank(host_comm_, &local_rank);
   local_.resize(static_cast<std::size_t>(local_size));
@@ -369,6 +375,18 @@ void MpiEngine::beat() {
   send_control(kBeat, std::move(data), beat_to_);
 }
 
+// A message to a rank never talked to opens a connection, and where that fails MPI ends this process: hosts that went silent
+// are left to find out by themselves.
+std::vector<int> MpiEngine::reachable() const {
+  std::vector<bool> heard(static_cast<std::size_t>(hosts_), hosts_ > kAllHosts);
+  for (const int r : other_hosts_ranks_)
+    if (const RankState s = remote(r); s.known && s.silent < 1e-9 * 4 * kBeatEvery) heard[static_cast<std::size_t>(host_of_[static_cast<std::size_t>(r)])] = true;
+  std::vector<int> ranks;
+  for (const int r : other_hosts_ranks_)
+    if (heard[static_cast<std::size_t>(host_of_[static_cast<std::size_t>(r)])]) ranks.push_back(r);
+  return ranks;
+}
+
 void MpiEngine::supervise() {
   std::function<void()> end;
   {
@@ -389,7 +407,7 @@ void MpiEngine::supervise() {
       std::memcpy(text.text, record.text, sizeof text.text);
       std::vector<std::byte> data(sizeof text);
       std::memcpy(data.data(), &text, sizeof text);
-      if (hosts_ > 1) send_control(kFailed, std::move(data), other_hosts_ranks_);
+      if (hosts_ > 1) send_control(kFailed, std::move(data), reachable());
     }
     if (now - last_beat_ >= kBeatEvery) {
       last_beat_ = now;

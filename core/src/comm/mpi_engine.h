@@ -22,8 +22,8 @@ struct WorldCore;
 
 class MpiEngine final : public Transport {
  public:
-  /// Enters MPI in a thread of its own and makes this host's shared memory.
-  explicit MpiEngine(double timeout);
+  /// Enters MPI in a thread of its own and makes this host's shared memory. `ranks_per_host` > 0 cuts hosts into smaller ones.
+  MpiEngine(double timeout, int ranks_per_host);
   /// Waits for all ranks to leave and finalizes MPI; a job that failed just ends the thread.
   ~MpiEngine() override;
 
@@ -67,10 +67,12 @@ class MpiEngine final : public Transport {
   void listen();           // to other hosts
   void beat();
   void supervise();
+  std::vector<int> reachable() const;
   void send_control(int kind, std::vector<std::byte> data, const std::vector<int>& to);
   bool failed() const { return watch_ && watch_->failed(); }
 
   double timeout_;
+  int ranks_per_host_;
   int rank_ = 0, size_ = 1, hosts_ = 1;
   std::vector<int> host_of_, local_, beat_to_, other_hosts_ranks_;
   std::shared_ptr<void> memory_;

@@ -12,6 +12,7 @@
 #include <chrono>
 #include <cstdio>
 #include <memory>
+#include <string>
 #include <thread>
 #include <utility>
 
@@ -74,15 +75,22 @@ class MpiWorld final : public SharedWorld {
 
 bool mpi_available() { return true; }
 
-std::shared_ptr<World> make_mpi_world(double timeout_seconds) {
+std::shared_ptr<World> make_mpi_world(double timeout_seconds, int ranks_per_host) {
   if (!(timeout_seconds > 0)) fail(Fault::programming, "MPI", "a rank must be waited for longer than 0 s");
-  return std::make_shared<comm::MpiWorld>(std::make_shared<comm::MpiCore>(std::make_shared<comm::MpiEngine>(timeout_seconds), timeout_seconds));
+  return std::make_shared<comm::MpiWorld>(std::make_shared<comm::MpiCore>(std::make_shared<comm::MpiEngine>(timeout_seconds, ranks_per_host),
+                                                                         timeout_seconds));
 }
 
-std::vector<std::string> mpi_launch_arguments() {
+std::vector<std::string> mpi_launch_arguments(double timeout_seconds) {
   // mpirun ends all ranks when one ends badly; it lets the others live for two seconds first, in which they say who it was.
   std::vector<std::string> arguments{"--oversubscribe", "--bind-to", "none", "--quiet", "--mca", "odls_base_sigkill_timeout", "2",
                                      "--mca", "mpi_yield_when_idle", "1"};
+  // Half of the time without a word, then five questions.
+  const auto whole = [](double seconds) { return std::to_string(std::max(1, static_cast<int>(seconds))); };
+  for (const std::string& a : {std::string("--mca"), std::string("oob_tcp_keepalive_time"), whole(timeout_seconds / 2), std::string("--mca"),
+                               std::string("oob_tcp_keepalive_intvl"), whole(timeout_seconds / 10), std::string("--mca"),
+                               std::string("oob_tcp_keepalive_probes"), std::string("5")})
+    arguments.push_back(a);
   if (geteuid() == 0) arguments.insert(arguments.begin(), "--allow-run-as-root");
   return arguments;
 }

@@ -1,6 +1,8 @@
 // A rank of a job whose ranks share memory on each host; ranks as threads.
 #include "comm/shared_world.h"
 
+#include "comm/failure.h"
+
 #include <capstan/error.h>
 #include <fmt/format.h>
 #include <sys/mman.h>
@@ -8,9 +10,11 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <numeric>
+#include <thread>
 
 namespace capstan {
 namespace comm {
@@ -70,6 +74,22 @@ void SharedWorld::at(std::int64_t step, std::string_view doing) {
   page.doing.set(doing);
 }
 
+std::string SharedWorld::awaited_in() const {
+  // Long enough for the others to come where this rank will not.
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::min(0.5, timeout() / 4));
+  do {
+    for (std::size_t local = 0; local < core_->local.size(); ++local) {
+      for (const WaitEntry& entry : core_->watch.segment().page(static_cast<int>(local)).waits) {
+        if (entry.state.load(std::memory_order_acquire) != 2 || entry.missing != rank()) continue;
+        const Site site{core_->watch.segment().at<Slot>(entry.slot), static_cast<Collective>(entry.collective.load()), entry.sequence};
+        return fmt::format("; it was expected in {} by rank {}", core_->watch.describe(site), core_->local[local]);
+      }
+    }
+    std::this_thread::sleep_for(std::chrono::milliseconds(2));
+  } while (std::chrono::steady_clock::now() < deadline);
+  return "";
+}
+
 bool SharedWorld::fail_job(const std::string& message) noexcept {
   try {
     Watch& watch = core_->watch;
@@ -77,7 +97,8 @@ bool SharedWorld::fail_job(const std::string& message) noexcept {
     const std::int64_t step = page.step;
     const std::string doing = page.doing.get();
     const std::string at = step >= 0 ? fmt::format("step {}{}{}", step, doing.empty() ? "" : ", ", doing) : std::string("before the first step");
-    watch.set_failure(fmt::format("rank {}", rank()), fmt::format("rank {} ({}) failed: {}", rank(), at, message), false);
+    const std::string awaited = step >= 0 && !watch.failed() ? awaited_in() : std::string();
+    watch.set_failure(fmt::format("rank {}", rank()), fmt::format("rank {} ({}) failed: {}{}", rank(), at, message, awaited), !awaited.empty());
     page.phase.store(Phase::failed, std::memory_order_release);
     return watch.failure_finder() == rank() && !core_->printed.exchange(true);
   } catch (...) {
@@ -110,6 +131,12 @@ class SingleWorld final : public World {
 
 }  // namespace
 }  // namespace comm
+
+std::string failure_of(const World& world) {
+  const auto* shared = dynamic_cast<const comm::SharedWorld*>(&world);
+  if (shared == nullptr || !shared->watch().failed()) return "";
+  return fmt::format("[{}] {}", shared->watch().failure_where(), shared->watch().failure_text());
+}
 
 std::shared_ptr<World> make_single_world() { return std::make_shared<comm::SingleWorld>(); }
 

@@ -48,8 +48,12 @@ class SharedWorld : public World {
   bool fail_job(const std::string& message) noexcept override;
   [[noreturn]] void end_failed(int exit_code) override;
   double timeout() const override { return core_->watch.timeout(); }
+  const Watch& watch() const { return core_->watch; }
 
  protected:
+  /// "; it was expected in ... by rank 0", from the ranks of this host that wait for this one, or are about to.
+  std::string awaited_in() const;
+
   std::shared_ptr<WorldCore> core_;
   std::string backend_;
 };

@@ -105,6 +105,8 @@ std::string Watch::say(int world_rank, const RankState& s) const {
   else if (s.gone) why = fmt::format("its process {} is gone (killed or crashed)", s.pid);
   else if (s.stopped) why = fmt::format("its process {} is stopped (SIGSTOP or a debugger)", s.pid);
   else if (s.phase == Phase::left) why = "it has left the job";
+  else if (s.silent > kSilent && local_of(world_rank) < 0)
+    why = fmt::format("its host was not heard from for {:.1f} s: the host or the link to it is down", s.silent);
   else if (s.silent > kSilent) why = fmt::format("nothing was heard from it for {:.1f} s", s.silent);
   else why = s.blocked ? "it waits for others itself" : "it is running but did not come";
   return fmt::format("rank {} ({}): {}", world_rank, quoted_step(s), why);
@@ -189,8 +191,12 @@ void Watch::give_up(int missing, const Site& site) {
     }
     if (!waits) leaves.push_back(edge);
   }
-  // Who waits on another host knows better whom it waits for: its host is about to say so.
-  const auto waits_elsewhere = [&](const Edge& e) { return local_of(e.rank) < 0 && state(e.rank).blocked; };
+  // Another host that is heard from knows better what its ranks do and whom they wait for: it is about to say so.
+  const auto waits_elsewhere = [&](const Edge& e) {
+    if (local_of(e.rank) >= 0) return false;
+    const RankState s = state(e.rank);
+    return s.known && s.silent < kSilent;
+  };
   if (std::any_of(leaves.begin(), leaves.end(), waits_elsewhere)) {
     await_failure(std::min(1.0, timeout_ / 2));
     throw_if_failed(site);

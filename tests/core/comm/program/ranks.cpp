@@ -22,18 +22,20 @@ std::vector<int> all(World& w) {
   return ranks;
 }
 
-void battery(World& w, int steps, std::int64_t largest, double tolerance) {
-  for (std::uint64_t seed = 11; seed < 13; ++seed) testing::Battery(w, seed, {tolerance}).run(steps, largest);
+void battery(World& w, int steps, std::int64_t largest, bool order_of_ranks) {
+  for (std::uint64_t seed = 11; seed < 13; ++seed) testing::Battery(w, seed, {order_of_ranks}).run(steps, largest);
 }
 
-/// Steps of a training loop that talks; rank `bad` does `what` at step 5.
+/// Steps of a training loop that talks; rank `bad` does `what` at step 5. "silent": it and all ranks after it stop later.
 void misbehave(World& w, int bad, const std::string& what) {
   auto c = w.make("shard/reduce", all(w));
   auto pairs = w.make("pair", {w.rank() / 2 * 2, w.rank() / 2 * 2 + 1});
   std::vector<float> x(300'000, 1.0f);
-  for (int step = 0; step < 1000; ++step) {
+  for (int step = 0; step < 100'000; ++step) {
     w.at(step, "backward of block 3");
-    if (w.rank() == bad && step == 5) {
+    if (what == "silent" && w.rank() >= bad && step == 150) raise(SIGSTOP);
+    if (step == 100 && w.rank() == 0) std::fprintf(stderr, "running\n");
+    if (w.rank() == bad && step == 5 && what != "silent") {
       std::fprintf(stderr, "rank %d acts at %.3f\n", bad,
                    std::chrono::duration<double>(std::chrono::system_clock::now().time_since_epoch()).count());
       if (what == "kill") raise(SIGKILL);
@@ -61,10 +63,11 @@ void compute(World& w, int bad) {
 }
 
 int run(const std::vector<std::string>& a) {
-  auto world = make_mpi_world(std::stod(a[1]));
+  const char* cut = std::getenv("RANKS_PER_HOST");
+  auto world = make_mpi_world(std::stod(a[1]), cut ? std::atoi(cut) : 0);
   const auto number = [&](std::size_t i) { return std::stoi(a[i]); };
   try {
-    if (a[0] == "battery") battery(*world, number(2), number(3), std::stod(a[4]));
+    if (a[0] == "battery") battery(*world, number(2), number(3), a[4] == "bits");
     else if (a[0] == "misbehave") misbehave(*world, number(2), a[3]);
     else if (a[0] == "compute") compute(*world, number(2));
     else fail(Fault::input, "ranks", "unknown scenario " + a[0]);
