@@ -65,6 +65,11 @@ void check_possible(const LaunchSource& s) {
     fail(Fault::input, where, fmt::format("{}: rank {} of {} on this host; expected 0 to {}", s.variables, s.local_rank, s.local_size, s.local_size - 1));
 }
 
+/// A job script has the variables of a rank 0 of all tasks, and is none of them: only what srun starts is in a step.
+bool is_job_script(const Environment& environment) {
+  return environment("SLURM_JOB_ID") && !environment("SLURM_STEP_ID") && !environment("SLURM_STEPID");
+}
+
 /// Every launcher that speaks, the one that is to be followed first.
 std::vector<LaunchSource> sources(const Environment& environment) {
   std::vector<LaunchSource> all;
@@ -80,7 +85,7 @@ std::vector<LaunchSource> sources(const Environment& environment) {
   const auto task = environment("SLURM_TASK_PID");
   const bool around = mpirun.has("OMPI_COMM_WORLD_RANK") && task && *task != std::to_string(getpid());
   Reader slurm(environment, "srun");
-  if (slurm.has("SLURM_PROCID") && !around) {
+  if (slurm.has("SLURM_PROCID") && !around && !is_job_script(environment)) {
     const bool step = slurm.has("SLURM_STEP_NUM_TASKS");
     if (slurm.rank_and_size("SLURM_PROCID", step ? "SLURM_STEP_NUM_TASKS" : "SLURM_NTASKS")) {
       slurm.source().local_rank = slurm.number("SLURM_LOCALID", 0);
@@ -145,9 +150,9 @@ Launch Launch::detect(std::optional<int> ranks, const Environment& environment) 
   if (ranks && (*ranks < 1 || *ranks > most_ranks)) fail(Fault::input, where, fmt::format("--ranks {}: expected a number from 1", *ranks));
   std::vector<LaunchSource> all = sources(environment);
   if (all.empty()) {
-    // A job script of several tasks is one process: to go on alone would not be what was asked for.
+    // To go on alone in an allocation of several tasks would not be what was asked for.
     const auto tasks = environment("SLURM_NTASKS");
-    if (!ranks && tasks && environment("SLURM_JOB_ID") && environment("SLURM_PROCID") && *tasks != "1")
+    if (!ranks && tasks && environment("SLURM_PROCID") && *tasks != "1")
       fail(Fault::input, where, fmt::format("SLURM_NTASKS={}, but this is the job script and not one of its tasks: start it with srun, mpirun or --ranks N", *tasks));
     Launch l;
     if (!ranks) {

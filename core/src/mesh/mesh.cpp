@@ -8,10 +8,15 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <exception>
 #include <iterator>
 #include <map>
+#include <memory>
 #include <numeric>
+#include <thread>
 
 namespace capstan {
 namespace {
@@ -108,6 +113,43 @@ Communicator& Mesh::tensor_replicas(int ways, std::string_view lane) {
   const std::vector<int> tensor = layout_.group(rank(), "tensor");
   const int length = size / ways, first = coordinate("tensor") / length * length;
   return made(fmt::format("tensor/{}", ways), lane, {tensor.begin() + first, tensor.begin() + first + length});
+}
+
+void Mesh::on_first_rank(const std::function<void()>& work) {
+  if (world_->size() == 1) return work();
+  struct Shared {
+    std::function<void()> work;
+    std::exception_ptr thrown;
+    std::atomic<bool> over{false};
+  };
+  const auto shared = std::make_shared<Shared>();
+  Communicator& all = comm("world", "patience");
+  std::thread worker;
+  if (rank() == 0) {
+    shared->work = work;
+    worker = std::thread([shared] {
+      try {
+        shared->work();
+      } catch (...) {
+        shared->thrown = std::current_exception();
+      }
+      shared->over = true;
+    });
+  }
+  try {
+    for (std::int64_t over = 0;;) {
+      over = shared->over;
+      if (over != 0 && shared->thrown) break;  // the others hear of it as of any rank that failed
+      all.all_reduce(&over, 1, DType::i64, Reduction::max).wait();
+      if (over != 0) break;
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
+  } catch (...) {
+    if (worker.joinable()) worker.join();
+    throw;
+  }
+  if (worker.joinable()) worker.join();
+  if (shared->thrown) std::rethrow_exception(shared->thrown);
 }
 
 std::vector<Communicator*> Mesh::communicators() const {

@@ -5,6 +5,7 @@
 
 #include <capstan/export.h>
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -40,6 +41,10 @@ class CAPSTAN_API Mesh {
   /// Data-parallel ranks (replicate x shard) and which one this is: whose samples it takes.
   int data_ranks() const { return size("replicate") * size("shard"); }
   int data_rank() const { return coordinate("replicate") * size("shard") + coordinate("shard"); }
+
+  /// Rank 0 does `work`, however long it takes, while the others wait for it and no timeout runs: it works on a thread of
+  /// its own, and all ranks stay in touch. Called by all. What `work` throws is thrown on rank 0, and ends the job.
+  void on_first_rank(const std::function<void()>& work);
 
   /// Every communicator made so far.
   std::vector<Communicator*> communicators() const;

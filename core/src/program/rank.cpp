@@ -1,6 +1,7 @@
 // One rank: its world, its trainer, and one message when the job fails.
 #include "program/rank.h"
 
+#include "comm/failure.h"
 #include "launch/record.h"
 #include "launch/supervise.h"
 #include "program/ending.h"
@@ -110,13 +111,17 @@ int run_rank(const launch::Launch& launch, const RankWork& work) {
     return code;
   } catch (...) {
     const Ending ending = ending_of(std::current_exception());
-    if (trainer) trainer->log(ending.message);
+    if (trainer) trainer->log("ended: " + ending.message);
     if (!world) {
       say(work, launch.rank, {ending.code, launch.rank == 0 ? ending.message : fmt::format("[rank {}] {}", launch.rank, ending.message)});
       std::fflush(nullptr);
       _exit(ending.code);
     }
-    if (world->fail_job(ending.message)) say(work, launch.rank, ending);
+    if (world->fail_job(ending.message)) {
+      // Bad input is no rank's fault; all else says which rank, at which step, and where the others expected it.
+      const std::string failure = ending.code == 2 ? "" : failure_of(*world);
+      say(work, launch.rank, {ending.code, failure.empty() ? ending.message : failure});
+    }
     world->end_failed(ending.code);
     return ending.code;
   }

@@ -103,7 +103,9 @@ void Trainer::validate() {
   loss = sum_of_losses(loss);
   validation_ = loss;
   const bool first = !bigram_.has_value();
-  if (first && session_->rank() == 0) bigram_ = data::bigram_cross_entropy(*data_, batches);
+  const auto count_pairs = [&] { bigram_ = data::bigram_cross_entropy(*data_, batches); };
+  if (first && session_->mesh) session_->mesh->on_first_rank(count_pairs);
+  else if (first) count_pairs();
   nlohmann::ordered_json j;
   j["step"] = step_, j["event"] = "validation", j["validation_loss"] = number(loss);
   if (bigram_) j["bigram_loss"] = *bigram_;

@@ -92,8 +92,9 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
   const Options& options = session_->options();
   steps_ = options.group("train").integer("steps");
   clip_ = options.group("train").number("clip");
-  if (session_->rank() == 0) build_missing_sets(*session_, display_);
-  if (session_->mesh) session_->mesh->comm("pp+replicate+shard+context+tensor", "control").barrier();  // the others read what it built
+  const auto build = [&] { build_missing_sets(*session_, display_); };
+  if (session_->mesh) session_->mesh->on_first_rank(build);  // the others read what it built
+  else build();
   data_ = std::make_unique<data::DataSource>(data_options(*session_), data::TokenizerIdentity{std::string(session_->tokenizer->name()), session_->tokenizer->vocabulary()},
                                              session_->device);
   estimate_ = estimate_step(*session_);
