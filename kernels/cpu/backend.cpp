@@ -12,6 +12,7 @@
 #include <kernels/cpu/gemm.h>
 #include <kernels/cpu/norm.h>
 #include <kernels/cpu/optimizer.h>
+#include <kernels/cpu/panel_gemm.h>
 #include <kernels/cpu/random.h>
 #include <kernels/cpu/reduce.h>
 #include <kernels/cpu/rope.h>
@@ -239,6 +240,8 @@ void CpuBackend::store_pages(Num num, std::int64_t tokens, std::int64_t heads, s
 void CpuBackend::gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) {
   Gemm product = g;
   product.bias = bias != nullptr;
+  if (residual != nullptr && g.invariant && g.m > 0 && g.n > 0 && g.k > 0 && has_panel_gemm(product))  // it adds as it stores
+    return panel_gemm(ctx_, product, to<float>(a), to<float>(b), to<float>(c), to<float>(bias), to<float>(residual));
   if (residual != nullptr) {
     product.accumulate = true;
     Strided rows;

@@ -30,7 +30,7 @@ struct Next {
 struct Into {
   float* c;
   std::int64_t ldc;
-  bool add;           ///< to what is there
+  const float* add;  ///< rows ldc apart: what is there, a residual, or null
   const float* bias;  ///< of these 64 columns, or null
 };
 
@@ -41,13 +41,14 @@ __attribute__((noinline)) void tile(std::int64_t k, const float* a, std::int64_t
   V sum[R][4];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < 4; ++v) sum[r][v] = V(0.f);
-  const float *first = next.first, *second = next.second, *c_line = next.c;
+  const float *first = next.first, *second = next.second, *c_line = next.c, *add_line = into.add != nullptr ? into.add : into.c;
   int in_row = 0;
   for (; k > 0; k -= chunk, a += chunk * col, b += chunk * tile_n) {
     __builtin_prefetch(first, 0, 2), first += next.first_step;
     __builtin_prefetch(second, 0, 2), second += next.second_step;
     __builtin_prefetch(c_line, 1, 3), c_line += 16;
-    if (++in_row == 4) in_row = 0, c_line += next.ldc - tile_n;
+    __builtin_prefetch(add_line, 0, 2), add_line += 16;
+    if (++in_row == 4) in_row = 0, c_line += next.ldc - tile_n, add_line += into.ldc - tile_n;
     const int n = k < chunk ? static_cast<int>(k) : static_cast<int>(chunk);
     for (int p = 0; p < n; ++p) {
       V y[4];
@@ -59,9 +60,9 @@ __attribute__((noinline)) void tile(std::int64_t k, const float* a, std::int64_t
     }
   }
   float* c = into.c;
-  if (into.add)
+  if (into.add != nullptr)
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < 4; ++v) sum[r][v] = V::load(c + r * into.ldc + v * 16) + sum[r][v];
+      for (int v = 0; v < 4; ++v) sum[r][v] = V::load(into.add + r * into.ldc + v * 16) + sum[r][v];
   if (into.bias != nullptr)
     for (int v = 0; v < 4; ++v) {
       const V y = V::load(into.bias + v * 16);
@@ -88,10 +89,10 @@ template <bool Packed>
 void any_tile(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, std::int64_t lda, const float* b, const Into& into, const Next& next) {
   if (n == tile_n) return tile_of<Packed>(m, k, a, lda, b, into, next);
   alignas(64) float out[tile_m * tile_n] = {}, bias[tile_n] = {};
-  if (into.add)
-    for (std::int64_t r = 0; r < m; ++r) std::copy_n(into.c + r * into.ldc, n, out + r * tile_n);
+  if (into.add != nullptr)
+    for (std::int64_t r = 0; r < m; ++r) std::copy_n(into.add + r * into.ldc, n, out + r * tile_n);
   if (into.bias != nullptr) std::copy_n(into.bias, n, bias);
-  tile_of<Packed>(m, k, a, lda, b, {out, tile_n, into.add, into.bias != nullptr ? bias : nullptr}, next);
+  tile_of<Packed>(m, k, a, lda, b, {out, tile_n, into.add != nullptr ? out : nullptr, into.bias != nullptr ? bias : nullptr}, next);
   for (std::int64_t r = 0; r < m; ++r) std::copy_n(out + r * tile_n, n, into.c + r * into.ldc);
 }
 
@@ -126,7 +127,7 @@ Grid grid_of(std::int64_t tiles, std::int64_t panels, int threads) {
 int threads_for(const Context& context, const Gemm& g) { return g.m * g.n * g.k < 262144 ? 1 : context.threads(); }
 
 /// A as stored: 4 panels at a time against all rows.
-void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias) {
+void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias, const float* residual) {
   constexpr std::int64_t group = 4;
   const std::int64_t kc = block_of(g.k, 768), tiles = (g.m + tile_m - 1) / tile_m, panels = (g.n + tile_n - 1) / tile_n;
   const int threads = threads_for(context, g);
@@ -164,7 +165,8 @@ void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, 
               }
               const bool last = k0 + kc >= g.k;
               any_tile<false>(m, std::min(tile_n, g.n - j), k, rows, g.lda, packed + q * k * tile_n,
-                              {to, g.ldc, g.accumulate || k0 > 0, last && bias != nullptr ? bias + j : nullptr}, next);
+                              {to, g.ldc, k0 > 0 || g.accumulate ? to : residual != nullptr ? residual + i * g.ldc + j : nullptr,
+                               last && bias != nullptr ? bias + j : nullptr}, next);
             }
           }
         }
@@ -234,7 +236,7 @@ void columns_of_a(Context& context, const Gemm& g, const float* a, const float* 
                   ++asked_b;
                 }
                 any_tile<true>(std::min(tile_m, m - t * tile_m), std::min(tile_n, g.n - j), k, own, tile_m, packed + q * k * tile_n,
-                               {to, g.ldc, g.accumulate || k0 > 0, nullptr}, next);
+                               {to, g.ldc, g.accumulate || k0 > 0 ? to : nullptr, nullptr}, next);
               }
           }
         }
@@ -248,15 +250,15 @@ bool has_panel_gemm(const Gemm& g) {
   return g.a == Num::f32 && g.b == Num::f32 && g.c == Num::f32 && g.batch == 1 && (!g.trans_a || (!g.trans_b && !g.bias));
 }
 
-void panel_gemm(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias) {
+void panel_gemm(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias, const float* residual) {
   if (g.trans_a) columns_of_a(context, g, a, b, c);
-  else rows_of_a(context, g, a, b, c, bias);
+  else rows_of_a(context, g, a, b, c, bias, residual);
 }
 
 #else
 
 bool has_panel_gemm(const Gemm&) { return false; }
-void panel_gemm(Context&, const Gemm&, const float*, const float*, float*, const float*) { throw std::logic_error("no panel_gemm in this build"); }
+void panel_gemm(Context&, const Gemm&, const float*, const float*, float*, const float*, const float*) { throw std::logic_error("no panel_gemm in this build"); }
 
 #endif
 

@@ -7,8 +7,9 @@ namespace capstan::kernels::cpu {
 /// Whether this build has it and it serves `g`: f32, one product, A as stored or (without bias) A transposed.
 bool has_panel_gemm(const Gemm& g);
 
-/// C = op(A) op(B) (+ C) (+ bias). Every element is summed over k by fma in blocks whose bounds depend on k alone; the
+/// C = op(A) op(B) (+ C, or without `accumulate` and with A as stored + residual, its rows ldc apart) (+ bias). Every element is summed over k by fma in blocks whose bounds depend on k alone; the
 /// blocks' sums are added in order: its bits depend on its row of A and its column of B only, not on m, n or the threads.
-void panel_gemm(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias);
+void panel_gemm(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias,
+                const float* residual = nullptr);
 
 }  // namespace capstan::kernels::cpu
