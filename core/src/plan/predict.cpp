@@ -148,18 +148,19 @@ class Stage {
         if (!held.contains(u)) bytes += units_.elements[static_cast<std::size_t>(u)] * wide;
       return bytes;
     };
-    const auto drop_but = [&](int i, int next) {
-      if (!setting_.engine.reshard_after_forward) return;
-      std::set<int> stay;
-      for (const int k : {i, next})
-        if (k >= 0 && k < n) stay.insert(units_.of_call[static_cast<std::size_t>(k)].begin(), units_.of_call[static_cast<std::size_t>(k)].end());
-      std::erase_if(held, [&](int u) { return !stay.contains(u); });
+    /// After call i: its units go, but for those that call `next` needs.
+    const auto drop = [&](int i, int next) {
+      for (const int u : units_.of_call[static_cast<std::size_t>(i)]) {
+        const bool stays = next >= 0 && next < n && std::count(units_.of_call[static_cast<std::size_t>(next)].begin(), units_.of_call[static_cast<std::size_t>(next)].end(), u) > 0;
+        if (!stays) held.erase(u);
+      }
     };
     const auto hold = [&](int i) {
       if (i >= 0 && i < n) held.insert(units_.of_call[static_cast<std::size_t>(i)].begin(), units_.of_call[static_cast<std::size_t>(i)].end());
     };
     const auto seconds_of = [&](Collective c, double bytes) { return device_ != nullptr && bytes > 0 ? device_->collective(c, bytes, group_) : 0.0; };
     // Compute with communication beside it: slower while both run, and never shorter than what it waits for.
+    const auto copied = [&](double bytes) { return device_ != nullptr && assumptions_.unit_copies ? device_->streaming(0, bytes, 1) : 0.0; };
     const auto beside = [&](double compute, double comm) {
       if (device_ == nullptr) return 0.0;
       return std::max(compute + (device_->slowdown() - 1) * std::min(compute, comm), comm);
@@ -184,15 +185,16 @@ class Stage {
       hold(0);
     }
     for (int i = 0; i < n; ++i) {
-      const CallTimes t = times_of(i);
+      CallTimes t = times_of(i);
       double comm = 0;
       if (gathers) {
         const double bytes = missing(i + 1);
+        t.forward += copied(2 * bytes);
         comm = seconds_of(Collective::all_gather, bytes);
         const double total = ahead ? beside(t.forward, comm) : t.forward + comm;
         note_gather(bytes, comm, std::max(0.0, total - t.forward));
         hold(i + 1);
-        drop_but(i + 1, -1);
+        if (setting_.engine.reshard_after_forward && i + 1 < n) drop(i, i + 1);  // the last stays for its backward
         result.forward += total;
       } else {
         result.forward += t.forward;
@@ -201,13 +203,13 @@ class Stage {
     }
     double pending = 0;  // seconds of a scatter that waits for compute to hide it
     for (int i = n - 1; i >= 0; --i) {
-      const CallTimes t = times_of(i);
+      CallTimes t = times_of(i);
       double comm = pending;
       double bytes = 0, gather_time = 0;
       if (gathers) {
         bytes = missing(i - 1), gather_time = seconds_of(Collective::all_gather, bytes);
+        t.backward += copied(2 * bytes + (scatter ? bytes / wide * (wide + grad_wide) : 0));
         hold(i - 1);
-        drop_but(i, i - 1);
       }
       double total = ahead ? beside(t.backward, comm + gather_time) : beside(t.backward, comm) + gather_time;
       const double exposed = std::max(0.0, total - t.backward), both = comm + gather_time;
@@ -224,7 +226,7 @@ class Stage {
           scattered += elements * grad_wide, scatter_seconds += pending, scatter_calls += 1;
         }
       }
-      if (gathers) drop_but(i - 1, -1);
+      if (gathers) drop(i, i - 1);
     }
     result.last_scatter = pending;
     if (gather_calls > 0)

@@ -21,6 +21,8 @@ struct Assumptions {
   bool overlap_tensor = false;      ///< row gathers and scatters run beside the products that they feed
   bool overlap_gradients = false;   ///< ddp, zero1: gradients are reduced beside the last backward
   bool overlap_parameters = false;  ///< zero1, zero2: updated parameters are gathered beside the next forward
+  bool unit_copies = false;         ///< gathered parameters are copied out of the gather's buffer, gradients into the scatter's
+  double attention_rate = 1;        ///< of its attention kernels, relative to the device's table
   bool f8_products = false;         ///< linear layers multiply 8-bit numbers, cast on the way
   DType gradients = DType::f32;     ///< type that zero1's and ddp's are sent in when the setting says f32
   /// Share of the forward that the backward repeats, by kind; unset: as the setting says, none or all of a block.

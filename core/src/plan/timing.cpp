@@ -82,7 +82,7 @@ CallTimes call_times(const CallProfile& call, const Profile& profile, const Sett
         if (ends(r.name, "dw")) times.weight += seconds;
         break;
       case Kind::attention:
-        seconds = device.attention(r.cost.flop, profile.length, profile.head_size, ends(r.name, "dx"), dtype);
+        seconds = device.attention(r.cost.flop, profile.length, profile.head_size, ends(r.name, "dx"), dtype) / assumptions.attention_rate;
         break;
       case Kind::other:
         seconds = device.streaming(r.cost.flop, r.cost.read + r.cost.write, calls);
