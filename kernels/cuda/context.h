@@ -106,16 +106,21 @@ struct Launch {
   unsigned grid_x = 1, grid_y = 1, grid_z = 1, block = 1, shared = 0;
 };
 
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) || defined(CAPSTAN_EMULATED_KERNELS)
 /// Launches `kernel` in the context's stream; nothing when the grid is empty. Dynamic shared memory above 48 KiB is
 /// asked for.
 template <class... Parameters, class... Arguments>
 void launch(Context& context, const Launch& l, const char* name, void (*kernel)(Parameters...), Arguments&&... arguments) {
   if (l.grid_x == 0 || l.grid_y == 0 || l.grid_z == 0) return;
+#if defined(CAPSTAN_EMULATED_KERNELS)
+  static_cast<void>(context), static_cast<void>(name);
+  emulated::launch(reinterpret_cast<const void*>(kernel), dim3(l.grid_x, l.grid_y, l.grid_z), dim3(l.block), [&] { kernel(arguments...); });
+#else
   if (l.shared > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared)), name);
   kernel<<<dim3(l.grid_x, l.grid_y, l.grid_z), dim3(l.block), l.shared, context.stream()>>>(std::forward<Arguments>(arguments)...);
   check(cudaGetLastError(), name);
+#endif
 }
 #endif
 

@@ -1,9 +1,9 @@
 // PagedState: pages, block tables, copy on write. Keys and values are written by rows: a page holds, for each head, 64
 // consecutive rows of head_size elements, which is what attention reads as one tile.
 #include <capstan/paged_state.h>
+#include <kernels/backend.h>
 
 #include <algorithm>
-#include <cstring>
 #include <functional>
 #include <set>
 
@@ -221,23 +221,17 @@ PagedKV PagedState::append(std::string_view name, const Tensor& k, const Tensor&
                std::string(name_of(t->dtype())) + " " + to_string(t->shape()));
     }
   }
-  const std::int64_t heads = store.shape[0], bytes = size_of(store.k.dtype()), row = store.shape[1] * bytes;
   if (!k.is_meta()) {
+    std::vector<std::int64_t> rows;  // of the pages, for each token
+    for (const Part& part : forward_) {
+      const Sequence& s = find(part.id, "append");
+      for (std::int64_t i = s.length; i < s.length + part.tokens; ++i)
+        rows.push_back(s.blocks[static_cast<std::size_t>(i / page_tokens)] * page_tokens + i % page_tokens);
+    }
     for (const auto& [source, target] : {std::pair<Tensor, Tensor>{k, store.k}, std::pair<Tensor, Tensor>{v, store.v}}) {
       const Tensor from = source.strides()[2] == 1 ? source : source.contiguous();
-      const char* rows = static_cast<const char*>(from.raw());
-      char* pages = static_cast<char*>(target.raw());
-      std::int64_t t = 0;
-      for (const Part& part : forward_) {
-        const Sequence& s = find(part.id, "append");
-        for (std::int64_t i = s.length; i < s.length + part.tokens; ++i, ++t) {
-          const std::int64_t page = s.blocks[static_cast<std::size_t>(i / page_tokens)], slot = i % page_tokens;
-          for (std::int64_t h = 0; h < heads; ++h) {
-            std::memcpy(pages + ((page * heads + h) * page_tokens + slot) * row,
-                        rows + (t * from.strides()[0] + h * from.strides()[1]) * bytes, static_cast<std::size_t>(row));
-          }
-        }
-      }
+      from.device().backend().store_pages(static_cast<kernels::Num>(from.dtype()), static_cast<std::int64_t>(rows.size()), store.shape[0], store.shape[1],
+                                          page_tokens, from.raw(), from.strides()[0], from.strides()[1], rows.data(), target.raw());
     }
   }
   return {store.k, store.v, blocks_, lengths_, page_tokens};

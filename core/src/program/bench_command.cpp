@@ -65,14 +65,18 @@ void bench(const Program& program, const Words& words) {
   double tokens = 0;
   for (const Batch& b : batches) tokens += static_cast<double>(b.space().capacity);
   const double clip = session->options().group("train").number("clip");
+  // The limit is that of the products the step is made of; on the CPU that of f32 throughout.
+  const DType rate_type = device.kind() == DeviceKind::cuda ? engine.options().compute : DType::f32;
   std::vector<double> whole, gradients, updates, rates;
   for (int step = 1; step <= words.warmup + words.steps; ++step) {
     if (step == words.warmup + 1 && words.profile) device.record(true, true);
-    rates.push_back(train::measure_gemm_rate(device));
+    rates.push_back(train::measure_gemm_rate(device, rate_type));
     const double t0 = now();
     for (const Batch& b : batches) engine.forward_backward(b, static_cast<std::uint64_t>(step));
+    device.synchronize();
     const double t1 = now();
     engine.update(step, 1.0, clip > 0 ? engine.gradient_norm() : 0, clip);
+    device.synchronize();
     const double t2 = now();
     if (step > words.warmup) whole.push_back(t2 - t0), gradients.push_back(t1 - t0), updates.push_back(t2 - t1);
   }
@@ -95,7 +99,7 @@ void bench(const Program& program, const Words& words) {
     fmt::print("{}\n", j.dump());
   } else {
     fmt::print("{}\n", session->model->describe());
-    fmt::print("{}\n", train::describe_machine(train::thread_count(device)));
+    fmt::print("{}\n", train::describe_machine(device));
     fmt::print("  step          {:.1f} ms (best {:.1f}): {:.0f} tokens/s\n", 1e3 * seconds, 1e3 * *std::min_element(whole.begin(), whole.end()), tokens / seconds);
     fmt::print("  gradients     {:.1f} ms, optimizer {:.1f} ms\n", 1e3 * median(gradients), 1e3 * median(updates));
     fmt::print("  matrix rate   {:.0f} GFLOP/s, measured between the steps: the limit\n", peak * 1e-9);

@@ -78,8 +78,8 @@ std::vector<unsigned char> bits(const Tensor& t) {
 }
 
 void poison(Device& device, unsigned char byte) {
-  const Tensor block = Tensor::empty(Dims{8 << 20}, DType::u8, device);
-  std::memset(block.raw(), byte, static_cast<std::size_t>(block.bytes()));
+  const std::vector<std::uint8_t> block(8 << 20, byte);
+  Tensor::of(std::span<const std::uint8_t>(block), Dims{static_cast<std::int64_t>(block.size())}, device);
 }
 
 Result evaluate(const Case& c, const Function& f, Device& device, DType dtype, const Values& values, Options options) {
@@ -303,6 +303,85 @@ void nothing_stays_allocated(const Case& c) {
     SCOPED_TRACE(#name); \
     name(GetParam());   \
   }
+#if defined(CAPSTAN_TEST_CUDA)
+/// One GPU for the whole program: its start takes longer than most tests.
+Device& gpu() {
+  static const std::shared_ptr<Device> device = make_cuda_device();
+  return *device;
+}
+
+/// Against the op in f64 on the CPU, from the same inputs rounded to the type: within the CPU's own tolerance, or (sums
+/// in another order) at most twice as far from it as the CPU's result in that type is.
+::testing::AssertionResult near_enough(const Tensor& got, const Tensor& want, const Tensor& peer, DType dtype) {
+  const ::testing::AssertionResult result = near(got, want, dtype);
+  if (result || dtype == DType::f64) return result;
+  const std::vector<double> g = doubles(got), w = doubles(want), p = doubles(peer);
+  double mine = 0, other = 0, top = 0;
+  for (std::size_t i = 0; i < w.size(); ++i) {
+    if (std::isnan(g[i]) != std::isnan(w[i])) return result;
+    mine = std::max(mine, std::abs(g[i] - w[i])), other = std::max(other, std::abs(p[i] - w[i])), top = std::max(top, std::abs(w[i]));
+  }
+  if (mine <= 2 * other) return ::testing::AssertionSuccess();
+  return ::testing::AssertionFailure() << result.message() << "; largest error " << mine << " against " << other << " on the CPU";
+}
+
+void the_gpu_agrees_with_f64(const Case& c) {
+  auto cpu = make_cpu_device(2);
+  for (DType dtype : all_types) {
+    SCOPED_TRACE(name_of(dtype));
+    Values values = values_of(c);
+    for (auto& v : values) v = rounded(v, dtype);
+    poison(gpu(), 0xff);  // NaN in every type
+    const Result got = evaluate(c, c.op, gpu(), dtype, values), peer = evaluate(c, c.op, *cpu, dtype, values);
+    std::vector<Tensor> leaves;
+    for (std::size_t i = 0; i < c.inputs.size(); ++i)
+      leaves.push_back(make_leaf(make(*cpu, values[i], c.inputs[i].shape, DType::f64), c.inputs[i].parameter));
+    const Tensor out = c.op(Place{*cpu, DType::f64}, leaves);
+    ASSERT_EQ(to_string(got.out.shape()), to_string(out.shape()));
+    EXPECT_EQ(got.out.dtype(), peer.out.dtype());
+    EXPECT_TRUE(near_enough(got.out, out.detach(), peer.out, got.out.dtype()));
+    const Tensor roots[] = {out};
+    const Tensor gradients[] = {make(*cpu, rounded(random_values(out.numel(), 99), got.out.dtype()), out.shape(), out.dtype())};
+    backward(roots, gradients);
+    for (std::size_t i = 0; i < leaves.size(); ++i) {
+      EXPECT_EQ(got.grads[i].dtype(), peer.grads[i].dtype());
+      EXPECT_TRUE(near_enough(got.grads[i], static_cast<Leaf*>(leaves[i].node().get())->grad(), peer.grads[i], dtype)) << "gradient of input " << i;
+    }
+  }
+}
+
+void runs_on_the_gpu_give_the_same_bits(const Case& c) {
+  for (DType dtype : all_types) {
+    SCOPED_TRACE(name_of(dtype));
+    poison(gpu(), 0x11);
+    const Result a = evaluate(c, c.op, gpu(), dtype, values_of(c));
+    const std::vector<unsigned char> out = bits(a.out);
+    poison(gpu(), 0xff);
+    const Result b = evaluate(c, c.op, gpu(), dtype, values_of(c));
+    EXPECT_EQ(out, bits(b.out));
+    for (std::size_t i = 0; i < c.inputs.size(); ++i) EXPECT_TRUE(same_bits(a.grads[i], b.grads[i])) << "input " << i;
+  }
+}
+
+void parts_make_the_whole_on_the_gpu(const Case& c) {
+  const Result whole = evaluate(c, c.op, gpu(), DType::f32, values_of(c));
+  const Result parts = evaluate(c, c.op, gpu(), DType::f32, values_of(c), {.in_two_parts = true});
+  for (std::size_t i = 0; i < c.inputs.size(); ++i) EXPECT_TRUE(same_bits(whole.grads[i], parts.grads[i])) << "input " << i;
+}
+
+void nothing_stays_allocated_on_the_gpu(const Case& c) {
+  const std::int64_t before = gpu().bytes_held();
+  { evaluate(c, c.op, gpu(), DType::f32, values_of(c)); }
+  EXPECT_EQ(gpu().bytes_held(), before);
+}
+
+TEST_P(OpTest, HoldsTheContract) {
+  CHECK(the_gpu_agrees_with_f64)
+  CHECK(runs_on_the_gpu_give_the_same_bits)
+  CHECK(parts_make_the_whole_on_the_gpu)
+  CHECK(nothing_stays_allocated_on_the_gpu)
+}
+#else
 // One test a case: the programs that run tests start a process for each.
 TEST_P(OpTest, HoldsTheContract) {
   CHECK(gradient_is_the_derivative)
@@ -315,6 +394,7 @@ TEST_P(OpTest, HoldsTheContract) {
   CHECK(input_and_weight_parts_make_the_whole)
   CHECK(nothing_stays_allocated)
 }
+#endif
 #undef CHECK
 
 }  // namespace

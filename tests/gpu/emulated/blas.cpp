@@ -1,0 +1,137 @@
+// cuBLASLt's meaning, plainly: column-major D = op(A) op(B) + beta C (+ bias along the rows), batched. Shapes that the library
+// would refuse are refused.
+#include <cublasLt.h>
+
+#include <capstan/kernels/bf16.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+namespace capstan::emulated {
+void touch_device_memory(const std::function<void()>& work);
+}
+
+namespace {
+
+using capstan::kernels::bf16;
+
+struct Operation {
+  cublasComputeType_t compute;
+  cudaDataType_t scale;
+  cublasOperation_t a = CUBLAS_OP_N, b = CUBLAS_OP_N;
+  cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
+  const void* bias = nullptr;
+  cudaDataType_t bias_type = CUDA_R_32F;
+};
+struct Layout {
+  cudaDataType_t type;
+  std::int64_t rows, cols, ld;
+  std::int32_t batch = 1;
+  std::int64_t stride = 0;
+};
+
+Operation& of(cublasLtMatmulDesc_t d) { return *reinterpret_cast<Operation*>(d); }
+Layout& of(cublasLtMatrixLayout_t l) { return *reinterpret_cast<Layout*>(l); }
+const Layout& layout_of(cublasLtMatrixLayout_t l) { return *reinterpret_cast<const Layout*>(l); }
+
+double read(const void* p, cudaDataType_t type, std::int64_t i) {
+  switch (type) {
+    case CUDA_R_64F: return static_cast<const double*>(p)[i];
+    case CUDA_R_32F: return static_cast<double>(static_cast<const float*>(p)[i]);
+    default: return static_cast<double>(static_cast<float>(static_cast<const bf16*>(p)[i]));
+  }
+}
+void write(void* p, cudaDataType_t type, std::int64_t i, double v) {
+  switch (type) {
+    case CUDA_R_64F: static_cast<double*>(p)[i] = v; break;
+    case CUDA_R_32F: static_cast<float*>(p)[i] = static_cast<float>(v); break;
+    default: static_cast<bf16*>(p)[i] = bf16(static_cast<float>(v));
+  }
+}
+
+bool fits(const Operation& op, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
+  const std::int64_t m = op.a == CUBLAS_OP_N ? a.rows : a.cols, k = op.a == CUBLAS_OP_N ? a.cols : a.rows;
+  const std::int64_t k2 = op.b == CUBLAS_OP_N ? b.rows : b.cols, n = op.b == CUBLAS_OP_N ? b.cols : b.rows;
+  for (const Layout* l : {&a, &b, &c, &d})
+    if (l->ld < l->rows || l->batch != d.batch) return false;
+  return k == k2 && c.rows == m && c.cols == n && d.rows == m && d.cols == n;
+}
+
+}  // namespace
+
+extern "C" {
+
+cublasStatus_t cublasLtCreate(cublasLtHandle_t* h) { return *h = reinterpret_cast<cublasLtHandle_t>(new int(0)), CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtDestroy(cublasLtHandle_t h) { return delete reinterpret_cast<int*>(h), CUBLAS_STATUS_SUCCESS; }
+const char* cublasLtGetStatusName(cublasStatus_t) { return "emulated"; }
+cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* d, cublasComputeType_t compute, cudaDataType_t scale) {
+  return *d = reinterpret_cast<cublasLtMatmulDesc_t>(new Operation{compute, scale}), CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) { return delete &of(d), CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t what, const void* value, size_t) {
+  Operation& o = of(d);
+  switch (what) {
+    case CUBLASLT_MATMUL_DESC_TRANSA: std::memcpy(&o.a, value, sizeof o.a); break;
+    case CUBLASLT_MATMUL_DESC_TRANSB: std::memcpy(&o.b, value, sizeof o.b); break;
+    case CUBLASLT_MATMUL_DESC_EPILOGUE: std::memcpy(&o.epilogue, value, sizeof o.epilogue); break;
+    case CUBLASLT_MATMUL_DESC_BIAS_POINTER: std::memcpy(&o.bias, value, sizeof o.bias); break;
+    case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: std::memcpy(&o.bias_type, value, sizeof o.bias_type); break;
+    default: return CUBLAS_STATUS_NOT_SUPPORTED;
+  }
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* l, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
+  return *l = reinterpret_cast<cublasLtMatrixLayout_t>(new Layout{type, static_cast<std::int64_t>(rows), static_cast<std::int64_t>(cols), ld}), CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { return delete &of(l), CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t what, const void* value, size_t) {
+  if (what == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT) std::memcpy(&of(l).batch, value, sizeof(std::int32_t));
+  else if (what == CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET) std::memcpy(&of(l).stride, value, sizeof(std::int64_t));
+  else return CUBLAS_STATUS_NOT_SUPPORTED;
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* p) { return *p = nullptr, CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t) { return CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t, const void*, size_t) {
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
+                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t e, cublasLtMatmulPreference_t, int asked,
+                                              cublasLtMatmulHeuristicResult_t results[], int* count) {
+  *count = 0;
+  if (asked < 1 || !fits(of(d), layout_of(a), layout_of(b), layout_of(c), layout_of(e))) return CUBLAS_STATUS_NOT_SUPPORTED;
+  results[0] = {};
+  *count = 1;
+  return CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void* alpha, const void* a, cublasLtMatrixLayout_t a_layout, const void* b,
+                              cublasLtMatrixLayout_t b_layout, const void* beta, const void* c, cublasLtMatrixLayout_t c_layout, void* out,
+                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t*, void*, size_t, cudaStream_t) {
+  const Operation& op = of(d);
+  const Layout &A = layout_of(a_layout), &B = layout_of(b_layout), &C = layout_of(c_layout), &D = layout_of(d_layout);
+  if (!fits(op, A, B, C, D)) return CUBLAS_STATUS_INVALID_VALUE;
+  const double one = read(alpha, op.scale, 0), add = read(beta, op.scale, 0);
+  const bool wide = op.compute == CUBLAS_COMPUTE_64F;
+  const std::int64_t k = op.a == CUBLAS_OP_N ? A.cols : A.rows;
+  capstan::emulated::touch_device_memory([&] {
+    for (std::int64_t batch = 0; batch < D.batch; ++batch)
+      for (std::int64_t j = 0; j < D.cols; ++j)
+        for (std::int64_t i = 0; i < D.rows; ++i) {
+          double sum = 0;
+          float narrow = 0;
+          for (std::int64_t p = 0; p < k; ++p) {
+            const double x = read(a, A.type, batch * A.stride + (op.a == CUBLAS_OP_N ? p * A.ld + i : i * A.ld + p));
+            const double y = read(b, B.type, batch * B.stride + (op.b == CUBLAS_OP_N ? j * B.ld + p : p * B.ld + j));
+            if (wide) sum += x * y;
+            else narrow += static_cast<float>(x) * static_cast<float>(y);
+          }
+          double value = one * (wide ? sum : static_cast<double>(narrow));
+          if (add != 0) value += add * read(c, C.type, batch * C.stride + j * C.ld + i);
+          if (op.epilogue == CUBLASLT_EPILOGUE_BIAS) value += read(op.bias, op.bias_type, i);
+          write(out, D.type, batch * D.stride + j * D.ld + i, value);
+        }
+  });
+  return CUBLAS_STATUS_SUCCESS;
+}
+}

@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, in one command: the ops' own tests with the GPU as the device, the kernels' tests, training
+# against the CPU, the same bits twice, a checkpoint across devices, and the first measurements. Ends with one table.
+#   tests/gpu/run.sh [--carried FOLDER] [PART...]      parts: ops kernels train speed; all by default, each under 10 minutes
+# Without --carried it builds into build-gpu. CUDA's libraries are looked for where pip and the toolkit put them.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+root=$PWD
+carried=
+[ "${1:-}" = --carried ] && { carried=$(realpath "$2"); shift 2; }
+parts=${*:-ops kernels train speed}
+if [ -n "$carried" ]; then
+  home=$carried
+else
+  cmake -S . -B build-gpu -DCAPSTAN_CUDA=ON >/dev/null && cmake --build build-gpu -j "$(nproc)" || exit 1
+  home=$root/build-gpu
+fi
+folders=$home/lib
+for name in libcublasLt.so.13 libcudnn.so.9; do
+  for place in $(python3 -c 'import site; print(*site.getsitepackages())' 2>/dev/null) /usr/local/cuda/lib64 /usr/lib/x86_64-linux-gnu; do
+    found=$(find -L "$place" -maxdepth 4 -name "$name" -printf '%h\n' 2>/dev/null | head -1)
+    [ -n "$found" ] && { folders=$folders:$found; break; }
+  done
+done
+export LD_LIBRARY_PATH=$folders OMP_WAIT_POLICY=passive
+out=${OUT:-$root/build-gpu/out}
+mkdir -p "$out" build-gpu/data
+table=$out/table.txt
+: >"$table"
+work=$(mktemp -d)
+failed=0
+
+line() { printf '%-46s %s\n' "$1" "$2" | tee -a "$table"; }
+
+# check NAME COMMAND...: one line of the table; the log is kept.
+check() {
+  local name=$1 log begin=$SECONDS
+  shift
+  log=$out/$(echo "$name" | tr -c 'a-zA-Z0-9\n' _).log
+  if "$@" >"$log" 2>&1; then
+    line "$name" "pass  $((SECONDS - begin)) s  $(tail -1 "$log" | cut -c1-150)"
+  else
+    line "$name" "FAIL  $((SECONDS - begin)) s"
+    grep -aE 'FAILED|Error|error|\[[a-z_ ]+\]|element|over' "$log" | head -30
+    tail -3 "$log"
+    failed=1
+  fi
+}
+
+capstan=$home/bin/capstan
+train() { # RECIPE FOLDER DEVICE overrides...
+  local recipe=$1 folder=$2 device=$3
+  shift 3
+  "$capstan" train "tests/gpu/$recipe.yaml" "run.device=$device" "run.dir=$work/$folder" run.threads=8 "$@"
+}
+compared() { # MODE A B
+  python3 tests/gpu/compare.py "$1" "$work/$2" "$work/$3"
+}
+
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee -a "$table"
+
+for part in $parts; do
+  case $part in
+    ops)
+      check "every op against f64, twice the same bits" timeout 420 "$home/bin/gpu_ops" '--gtest_filter=*OpTest*' --gtest_brief=1
+      ;;
+    kernels)
+      check "kernels over odd shapes" timeout 300 "$home/bin/capstan_gpu_kernels" test
+      if command -v compute-sanitizer >/dev/null; then
+        check "kernels under memcheck" timeout 240 compute-sanitizer --tool memcheck --error-exitcode 9 "$home/bin/capstan_gpu_kernels" test rows
+      fi
+      ;;
+    train)
+      for recipe in gpt llama; do
+        for type in f32 bf16; do
+          check "train $recipe $type on the CPU" train $recipe "$recipe-$type-cpu" cpu precision.compute=$type
+          check "train $recipe $type on the GPU" train $recipe "$recipe-$type-gpu" cuda precision.compute=$type
+          check "  50 losses beside the CPU's" compared near "$recipe-$type-cpu" "$recipe-$type-gpu"
+          check "  again on the GPU" train $recipe "$recipe-$type-again" cuda precision.compute=$type
+          check "  the same bits" compared same "$recipe-$type-gpu" "$recipe-$type-again"
+        done
+      done
+      check "checkpoint of the GPU, 30 steps" train gpt across cuda train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
+      rm -rf "$work/across/checkpoints/step_000050"* "$work/across/checkpoints/LATEST"
+      check "  continued on the CPU" train gpt across cpu train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
+      check "checkpoint of the CPU, 30 steps" train gpt back cpu train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
+      rm -rf "$work/back/checkpoints/step_000050"* "$work/back/checkpoints/LATEST"
+      check "  continued on the GPU" train gpt back cuda train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
+      check "  both beside each other" compared near across back
+      ;;
+    speed)
+      timeout 120 "$home/bin/gpu_bench" 2>&1 | tee -a "$table"
+      timeout 120 "$home/bin/capstan_gpu_kernels" bench 2>&1 | tee -a "$table"
+      for recipe in gpt2_124m llama_1b gpt2_1558m; do
+        echo "== $recipe" | tee -a "$table"
+        timeout 150 "$capstan" bench "tests/gpu/$recipe.yaml" 2>&1 | tee -a "$table"
+      done
+      echo "== gpt2_124m by op" | tee -a "$table"
+      timeout 100 "$capstan" bench tests/gpu/gpt2_124m.yaml --profile 2>&1 | tee -a "$table"
+      ;;
+    *) echo "there is no part '$part': ops kernels train speed"; exit 2 ;;
+  esac
+done
+rm -rf "$work"
+echo "---- table"
+cat "$table"
+exit $failed
