@@ -97,6 +97,33 @@ INSTANTIATE_TEST_SUITE_P(Layouts, Invariance, ::testing::ValuesIn(cases()), [](c
   return info.param.layout.name() + "_" + info.param.form + "_" + info.param.type;
 });
 
+class Schedules : public ::testing::TestWithParam<std::tuple<std::string, Layout, std::string>> {};
+
+TEST_P(Schedules, EveryPipelineScheduleGivesTheGradientsOfOneRank) {
+  const auto& [schedule, layout, form] = GetParam();
+  auto words = overrides_of(form);
+  words.push_back("precision.compute=f64");
+  const Trained& one = reference(form, "f64", 2);
+  words.push_back("mesh.pipeline.schedule=" + schedule);
+  if (schedule == "interleaved") words.push_back("mesh.pipeline.stages_per_rank=2");
+  const Trained run = train_on(layout, words, 2);
+  ASSERT_EQ(run.losses.size(), 2u);
+  for (std::size_t i = 0; i < 2; ++i) EXPECT_NEAR(run.losses[i], one.losses[i], 1e-10);
+  ASSERT_EQ(run.gradients.size(), one.gradients.size());
+  for (const auto& [name, g0] : one.gradients) {
+    std::vector<double> difference = run.gradients.at(name);
+    for (std::size_t i = 0; i < g0.size(); ++i) difference[i] -= g0[i];
+    EXPECT_LE(norm(difference), 1e-10 * std::max(norm(g0), 1e-3 * one.norms[0])) << name;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Pipelines, Schedules,
+                         ::testing::Combine(::testing::Values("gpipe", "1f1b", "interleaved", "zero_bubble"),
+                                            ::testing::Values(Layout{2, 1, 1, 1, 1}, Layout{4, 1, 1, 1, 1}, Layout{2, 1, 2, 1, 1}, Layout{2, 1, 2, 1, 1, "zero1"},
+                                                              Layout{2, 1, 2, 1, 2}),
+                                            ::testing::ValuesIn(forms())),
+                         [](const auto& info) { return std::get<0>(info.param) + "_" + std::get<1>(info.param).name() + "_" + std::get<2>(info.param); });
+
 class Curve : public ::testing::TestWithParam<Layout> {};
 
 TEST_P(Curve, ThirtyStepsFollowThoseOfOneRank) {
