@@ -12,6 +12,7 @@
 #include <fmt/ranges.h>
 #include <CLI/CLI.hpp>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -62,7 +63,16 @@ void show(const Program& program, const Words& words) {
 void check(const Program& program, const Words& words) {
   if (words.ranks > 0) return plan_step(program, words);
   // Everything is made as for training, but no memory is taken: the estimate runs on the meta device.
-  const auto session = train::open_session(words.recipe, words.overrides, program.executable, train::Placement::none);
+  // A mesh is checked over the fewest ranks that make it.
+  int ranks = 1;
+  {
+    PluginHost host(program.executable);
+    const Recipe recipe = load_recipe(words.recipe, words.overrides, run_schema(), host);
+    const Options& mesh = recipe.options.group("mesh");
+    for (const char* axis : {"pp", "replicate", "shard", "context", "tensor"})
+      ranks = static_cast<int>(std::min<std::int64_t>(1 << 24, ranks * std::max<std::int64_t>(1, mesh.integer(axis))));
+  }
+  const auto session = train::open_session(words.recipe, words.overrides, program.executable, train::Placement::none, plan::make_paper_world(0, ranks));
   const Recipe& recipe = session->recipe;
   const Options& options = session->options();
   const PluginHost& host = *session->host;
@@ -84,7 +94,9 @@ void check(const Program& program, const Words& words) {
   const auto gib = [](std::int64_t bytes) { return fmt::format("{:.3g} GiB", static_cast<double>(bytes) / (1 << 30)); };
   row("parameters", fmt::format("{} ({})", estimate.parameters, session->model->describe()));
   row("memory", fmt::format("{} a rank: {} weights, gradients and optimizer, {} activations", gib(estimate.weights_bytes + estimate.activations_bytes),
-                            gib(estimate.weights_bytes), gib(estimate.activations_bytes)));
+                            gib(estimate.weights_bytes), gib(estimate.activations_bytes)) +
+                    (estimate.staging_bytes > 0 ? ", " + gib(estimate.staging_bytes) + " to write checkpoints from" : "") +
+                    (estimate.sampling_bytes > 0 ? ", " + gib(estimate.sampling_bytes) + " between steps for samples" : ""));
   row("compute", fmt::format("{:.4g} GFLOP a step, {:.4g} MFLOP a token", estimate.step_flop * 1e-9, estimate.model_flop_per_token * 1e-6));
   row("xxh3", recipe_digest(options));
   for (const auto& plugin : host.loaded())
