@@ -25,8 +25,9 @@ int ways_of(const Parameter& parameter, const std::vector<Segment>& dim, const S
       if (other.axis == "kv_heads") groups = other.count;
   if (groups == 0) return static_cast<int>(std::gcd(segment.count, static_cast<std::int64_t>(size)));
   if (groups < 0 || segment.count % groups != 0)
-    fail(Fault::programming, parameter.name(), "segment on axis '" + segment.axis + "': expected a count that is a multiple of its groups, got " +
-                                                   std::to_string(segment.count) + " and " + std::to_string(groups));
+    fail(Fault::programming, parameter.name(),
+         "segment on axis '" + segment.axis + "': expected a count that is a multiple of its groups, got " +
+             std::to_string(segment.count) + " and " + std::to_string(groups));
   // Either whole groups to a rank, or every group over equally many ranks: a rank then needs one group's keys alone.
   return static_cast<int>(std::gcd(size % groups == 0 ? segment.count : groups, static_cast<std::int64_t>(size)));
 }
@@ -45,7 +46,8 @@ std::int64_t TensorPlacement::extent(const Parameter& parameter, std::string_vie
 
 TensorPlacement place_tensor(const Parameter& parameter, int size, int rank) {
   if (size < 1 || rank < 0 || rank >= size)
-    fail(Fault::programming, parameter.name(), "tensor rank: expected one of [0, " + std::to_string(size) + "), got " + std::to_string(rank));
+    fail(Fault::programming, parameter.name(),
+         "tensor rank: expected one of [0, " + std::to_string(size) + "), got " + std::to_string(rank));
   TensorPlacement p;
   p.size = size, p.rank = rank, p.local = parameter.shape();
   const auto& dims = parameter.spec().dims;
@@ -53,9 +55,10 @@ TensorPlacement place_tensor(const Parameter& parameter, int size, int rank) {
     for (std::size_t d = 0; d < dims.size(); ++d) {
       if (std::none_of(dims[d].begin(), dims[d].end(), on_tensor_axis)) continue;
       if (p.cut())
-        fail(Fault::input, parameter.name(), "dimensions " + std::to_string(p.dim) + " and " + std::to_string(d) +
-                                                 " both lie on axes that tensor ranks cut (heads, kv_heads, mlp, vocab), expected one: "
-                                                 "name the other axis otherwise, or train without a tensor axis");
+        fail(Fault::input, parameter.name(),
+             "dimensions " + std::to_string(p.dim) + " and " + std::to_string(d) +
+                 " both lie on axes that tensor ranks cut (heads, kv_heads, mlp, vocab), expected one: "
+                 "name the other axis otherwise, or train without a tensor axis");
       p.dim = static_cast<int>(d);
     }
   if (!p.cut()) {

@@ -20,8 +20,9 @@ inline Communicator* cut_over(const ForwardContext& context, const Parameter& pa
   Communicator* comm = parallel::tensor_ranks(context);
   const int size = comm == nullptr ? 1 : comm->size();
   if (size != parameter.placement()->size)
-    fail(Fault::programming, parameter.name(), "it was cut for " + std::to_string(parameter.placement()->size) + " tensor ranks, the forward has " +
-                                                   std::to_string(size) + ": run it with the mesh that its engine placed it for");
+    fail(Fault::programming, parameter.name(),
+         "it was cut for " + std::to_string(parameter.placement()->size) + " tensor ranks, the forward has " +
+             std::to_string(size) + ": run it with the mesh that its engine placed it for");
   return comm;
 }
 

@@ -12,7 +12,8 @@
 
 namespace capstan::nn {
 
-Linear::Linear(std::string name, std::vector<Segment> out, std::vector<Segment> in, bool bias, double init_std) : Module(std::move(name)) {
+Linear::Linear(std::string name, std::vector<Segment> out, std::vector<Segment> in, bool bias, double init_std)
+    : Module(std::move(name)) {
   std::vector<Segment> bias_segments = out;
   ParameterSpec w;
   w.dims = {std::move(out), std::move(in)};
@@ -40,8 +41,9 @@ Tensor Linear::apply(ForwardContext& context, const Tensor& x, const Tensor& res
   }
   const int ways = placed.runs[0].ways;
   if (std::any_of(placed.runs.begin(), placed.runs.end(), [&](const Run& r) { return r.ways != ways; }))
-    fail(Fault::input, weight_->name(), "the segments of its in dimension are cut differently often over " + std::to_string(placed.size) +
-                                            " tensor ranks: expected counts with the same common divisors; train with another tensor size");
+    fail(Fault::input, weight_->name(),
+         "the segments of its in dimension are cut differently often over " + std::to_string(placed.size) +
+             " tensor ranks: expected counts with the same common divisors; train with another tensor size");
   Tensor y = parallel::reduce_scatter_rows(ops::linear(x, w), *comm);
   // Where nothing divides the axis, several ranks computed the same part: each counts for its share of it.
   if (ways != placed.size) y = ops::scale(y, static_cast<double>(ways) / placed.size);
@@ -51,19 +53,23 @@ Tensor Linear::apply(ForwardContext& context, const Tensor& x, const Tensor& res
 
 Tensor Linear::operator()(ForwardContext& context, const Tensor& x) const { return apply(context, x, Tensor()); }
 
-Tensor Linear::add_to(ForwardContext& context, const Tensor& x, const Tensor& residual) const { return apply(context, x, residual); }
+Tensor Linear::add_to(ForwardContext& context, const Tensor& x, const Tensor& residual) const {
+  return apply(context, x, residual);
+}
 
 std::vector<Tensor> Linear::parts(ForwardContext& context, const Tensor& x) const {
   const std::vector<Segment>& segments = weight_->spec().dims[0];
   std::vector<std::int64_t> widths;
   for (std::size_t i = 0; i < segments.size(); ++i)
-    widths.push_back(weight_->cut() && weight_->placement()->dim == 0 ? weight_->placement()->runs[i].length : segments[i].extent());
+    widths.push_back(weight_->cut() && weight_->placement()->dim == 0 ? weight_->placement()->runs[i].length
+                                                                      : segments[i].extent());
   return ops::split((*this)(context, x), widths);
 }
 
 Norm::Norm(std::string name, const std::string& kind, std::int64_t width, std::string axis, double epsilon, bool bias)
     : Module(std::move(name)), epsilon_(epsilon), rms_(kind == "rms") {
-  if (kind != "rms" && kind != "layer") fail(Fault::programming, this->name(), "norm: expected rms or layer, got '" + kind + "'");
+  if (kind != "rms" && kind != "layer")
+    fail(Fault::programming, this->name(), "norm: expected rms or layer, got '" + kind + "'");
   ParameterSpec w;
   w.dims = {{Segment{axis, width}}};
   w.role = Role::vector;
@@ -82,7 +88,8 @@ Tensor Norm::operator()(ForwardContext& context, const Tensor& x) const {
   return ops::layer_norm(x, context.use(*weight_), bias_ != nullptr ? context.use(*bias_) : Tensor(), epsilon_);
 }
 
-Embedding::Embedding(std::string name, std::int64_t rows, std::string axis, std::int64_t width, double init_std) : Module(std::move(name)) {
+Embedding::Embedding(std::string name, std::int64_t rows, std::string axis, std::int64_t width, double init_std)
+    : Module(std::move(name)) {
   ParameterSpec w;
   w.dims = {{Segment{std::move(axis), rows}}, {Segment{"hidden", width}}};
   w.role = Role::embedding;

@@ -1,6 +1,6 @@
 // Scores and logits over a vocabulary that tensor ranks may share.
-#include "nn/local.h"
 #include "parallel/vocabulary.h"
+#include "nn/local.h"
 
 #include <capstan/nn.h>
 
@@ -9,12 +9,14 @@
 
 namespace capstan::nn {
 
-Score score(ForwardContext& context, const Tensor& x, const Parameter& weight, const Tensor& targets, const Tensor* weights, Tensor* objective) {
+Score score(ForwardContext& context, const Tensor& x, const Parameter& weight, const Tensor& targets, const Tensor* weights,
+            Tensor* objective) {
   const Tensor w = local_values(context, weight);
   Communicator* comm = cut_over(context, weight);
   ops::HeadScore s;
   if (comm != nullptr) {
-    s = parallel::vocab_cross_entropy(x, w, targets, weights, context.grad, weight.placement()->runs[0].begin, weight.shape()[0], *comm);
+    s = parallel::vocab_cross_entropy(x, w, targets, weights, context.grad, weight.placement()->runs[0].begin,
+                                      weight.shape()[0], *comm);
   } else {
     const Tensor mine = weights == nullptr ? Tensor() : stream_rows(context, *weights);
     s = ops::linear_cross_entropy(x, w, stream_rows(context, targets), weights == nullptr ? nullptr : &mine, context.grad);

@@ -25,16 +25,19 @@ struct HeadPass {
   static constexpr const char* op = "linear_cross_entropy";
 
   /// `widest`: columns by which the chunk is chosen, when ranks with different v have to choose alike.
-  HeadPass(const Tensor& x_in, const Tensor& w, const Tensor& targets_in, std::int64_t widest = 0) : x(x_in), weight(w), targets(targets_in) {
+  HeadPass(const Tensor& x_in, const Tensor& w, const Tensor& targets_in, std::int64_t widest = 0)
+      : x(x_in), weight(w), targets(targets_in) {
     t = x.size(0), c = x.size(1), v = weight.size(0);
     compute = score_type(x.dtype());
-    // On the CPU padded rows would send the library down a path whose bits depend on the row count; a GPU wants aligned rows.
+    // On the CPU padded rows would send the library down a path whose bits depend on the row count; a GPU wants aligned
+    // rows.
     const bool gpu = x.device().kind() == DeviceKind::cuda;
     const auto stride = [&](std::int64_t columns) { return gpu ? (columns + 63) / 64 * 64 : columns; };
     ld = stride(v);
     // Of logits at a time: more mean fewer passes over the weight, and memory.
     const std::int64_t bytes = std::int64_t{gpu ? 1024 : 128} << 20;
-    const std::int64_t most = std::clamp<std::int64_t>(bytes / (stride(std::max(v, widest)) * size_of(compute)), 16, gpu ? 65536 : 4096);
+    const std::int64_t most =
+        std::clamp<std::int64_t>(bytes / (stride(std::max(v, widest)) * size_of(compute)), 16, gpu ? 65536 : 4096);
     const std::int64_t chunks = std::max<std::int64_t>(1, (t + most - 1) / most);
     chunk = std::min(((t + chunks - 1) / chunks + 15) / 16 * 16, t);  // even ones: a short last chunk would be slow
     logits = Tensor::empty(Dims{chunk, ld}, compute, x.device());
@@ -50,7 +53,8 @@ struct HeadPass {
   }
 
   /// What the kernels are told of rows [row, row + rows); `out` holds their scores.
-  kernels::ScoreRows chunk_rows(std::int64_t row, std::int64_t rows, const Tensor& logprob, const Tensor& logsumexp, const Tensor& entropy) const {
+  kernels::ScoreRows chunk_rows(std::int64_t row, std::int64_t rows, const Tensor& logprob, const Tensor& logsumexp,
+                                const Tensor& entropy) const {
     const auto at = [&](const Tensor& t) { return t.defined() ? t.narrow(0, row, rows).raw() : nullptr; };
     kernels::ScoreRows s;
     s.compute = num(compute), s.rows = rows, s.cols = v, s.stride = ld, s.logits = logits.raw();
@@ -108,14 +112,18 @@ class ObjectiveNode final : public Node {
   std::string_view name() const override { return HeadPass::op; }
   void release() override { dx = dw = Tensor(); }
   std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
-    if (!grads[0].is_meta() && !grads[0].device().backend().is_one("linear_cross_entropy: the gradient of its objective", num(grads[0]), grads[0].raw()))
-      fail(Fault::programming, HeadPass::op, "the gradient of its objective must be 1, got " + std::to_string(grads[0].item()) +
-                                                 ": put every scaling into the token weights");
+    if (!grads[0].is_meta() && !grads[0].device().backend().is_one("linear_cross_entropy: the gradient of its objective",
+                                                                   num(grads[0]), grads[0].raw()))
+      fail(Fault::programming, HeadPass::op,
+           "the gradient of its objective must be 1, got " + std::to_string(grads[0].item()) +
+               ": put every scaling into the token weights");
     std::vector<Tensor> result(2);
     if (wants(0, part)) result[0] = dx;
     if (wants(1, part)) {
-      if (leaf_done != nullptr) leaf_done->done();
-      else result[1] = dw;
+      if (leaf_done != nullptr)
+        leaf_done->done();
+      else
+        result[1] = dw;
     }
     return result;
   }

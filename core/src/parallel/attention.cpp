@@ -18,13 +18,16 @@ namespace {
 using ops::real;
 using Chunk = ContextCut::Chunk;
 
-/// Between [ranks * capacity, width] as the collectives lay it and the sequences' order: copies `f(gathered row, whole row, count)`.
+/// Between [ranks * capacity, width] as the collectives lay it and the sequences' order: copies `f(gathered row, whole row,
+/// count)`.
 template <class F>
 void for_chunks(const ContextCut& cut, F&& f) {
   for (const Chunk& c : cut.chunks) f(c.rank * cut.capacity + c.local, c.whole, c.length);
 }
 
-double bytes_sent(const Tensor& gathered, const Communicator& comm) { return real(gathered.bytes()) * (comm.size() - 1) / comm.size(); }
+double bytes_sent(const Tensor& gathered, const Communicator& comm) {
+  return real(gathered.bytes()) * (comm.size() - 1) / comm.size();
+}
 
 /// k and v of this rank's rows side by side -> those of all sequences, in their order.
 Tensor gather_sequences(const Tensor& k, const Tensor& v, const ContextCut& cut, Communicator& comm) {
@@ -35,23 +38,30 @@ Tensor gather_sequences(const Tensor& k, const Tensor& v, const ContextCut& cut,
   mine.narrow(1, width, width).copy_from(v.detach());
   const Tensor gathered = Tensor::empty(Dims{comm.size() * cut.capacity, 2 * width}, k.dtype(), device);
   Tensor whole = Tensor::empty(Dims{used, 2 * width}, k.dtype(), device);
-  OpScope scope(device, "gather_sequences", {0, real(3 * gathered.bytes()), real(2 * gathered.bytes()), bytes_sent(gathered, comm)});
+  OpScope scope(device, "gather_sequences",
+                {0, real(3 * gathered.bytes()), real(2 * gathered.bytes()), bytes_sent(gathered, comm)});
   if (scope.meta()) return whole;
   comm.all_gather(mine.raw(), gathered.raw(), mine.numel(), k.dtype()).wait();
-  for_chunks(cut, [&](std::int64_t from, std::int64_t to, std::int64_t n) { whole.narrow(0, to, n).copy_from(gathered.narrow(0, from, n)); });
+  for_chunks(cut, [&](std::int64_t from, std::int64_t to, std::int64_t n) {
+    whole.narrow(0, to, n).copy_from(gathered.narrow(0, from, n));
+  });
   return whole;
 }
 
-/// The transpose: gradients of all sequences' rows by this rank's queries -> the sum for this rank's rows, [capacity, width].
+/// The transpose: gradients of all sequences' rows by this rank's queries -> the sum for this rank's rows, [capacity,
+/// width].
 Tensor scatter_sequences(const Tensor& whole, const ContextCut& cut, Communicator& comm) {
   Device& device = whole.device();
   const std::int64_t width = whole.size(1);
   const Tensor laid = Tensor::empty(Dims{comm.size() * cut.capacity, width}, whole.dtype(), device);
   Tensor mine = Tensor::empty(Dims{cut.capacity, width}, whole.dtype(), device);
-  OpScope scope(device, "gather_sequences dx", {real(laid.numel()), real(2 * laid.bytes()), real(2 * laid.bytes()), bytes_sent(laid, comm)});
+  OpScope scope(device, "gather_sequences dx",
+                {real(laid.numel()), real(2 * laid.bytes()), real(2 * laid.bytes()), bytes_sent(laid, comm)});
   if (scope.meta()) return mine;
   laid.fill(0);  // rows of the dead sequence
-  for_chunks(cut, [&](std::int64_t to, std::int64_t from, std::int64_t n) { laid.narrow(0, to, n).copy_from(whole.narrow(0, from, n)); });
+  for_chunks(cut, [&](std::int64_t to, std::int64_t from, std::int64_t n) {
+    laid.narrow(0, to, n).copy_from(whole.narrow(0, from, n));
+  });
   comm.reduce_scatter(laid.raw(), mine.raw(), mine.numel(), whole.dtype()).wait();
   return mine;
 }
@@ -63,11 +73,13 @@ struct Runs {
   double pairs = 0;  ///< (query, key) that they look at
 
   explicit Runs(const ContextCut& cut) {
-    key_begins.reserve(1), key_counts.reserve(1);  // of no sequence at all: still a pointer, which says that keys lie elsewhere
+    key_begins.reserve(1),
+        key_counts.reserve(1);  // of no sequence at all: still a pointer, which says that keys lie elsewhere
     for (const Chunk& c : cut.chunks) {
       if (c.rank != cut.rank) continue;
       const std::int32_t begin = cut.starts[static_cast<std::size_t>(c.sequence)], count = c.offset + c.length;
-      if (!key_begins.empty() && key_begins.back() == begin && key_counts.back() == c.offset) {  // it goes on where the last one ended
+      if (!key_begins.empty() && key_begins.back() == begin &&
+          key_counts.back() == c.offset) {  // it goes on where the last one ended
         starts.back() += c.length, key_counts.back() = count;
       } else {
         starts.push_back(starts.back() + c.length), key_begins.push_back(begin), key_counts.push_back(count);
@@ -108,7 +120,8 @@ class ContextAttentionNode final : public Node {
     const Tensor dout = ops::row_matrix(grads[0]);
     Device& device = dout.device();
     const std::int64_t width = shape.kv_heads * shape.head_size;
-    const Tensor whole = gather_sequences(k, v, *cut, *comm);  // not kept since the forward: that would be C times the memory
+    const Tensor whole =
+        gather_sequences(k, v, *cut, *comm);  // not kept since the forward: that would be C times the memory
     const Tensor dq = Tensor::empty(q.shape(), dout.dtype(), device);
     const Tensor d_whole = Tensor::empty(whole.shape(), dout.dtype(), device);
     {
@@ -130,30 +143,37 @@ class ContextAttentionNode final : public Node {
 
 }  // namespace
 
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Space& space, const ops::AttentionShape& shape, Communicator& comm) {
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Space& space, const ops::AttentionShape& shape,
+                 Communicator& comm) {
   constexpr const char* op = "attention";
   const ContextCut& cut = *space.cut;
   ops::check_floating(op, "q", q);
   ops::check_like(op, "k", k, q);
   ops::check_like(op, "v", v, q);
   if (shape.heads < 1 || shape.kv_heads < 1 || shape.heads % shape.kv_heads != 0)
-    ops::wrong(op, "heads", "a multiple of the key/value heads", std::to_string(shape.heads) + " and " + std::to_string(shape.kv_heads));
+    ops::wrong(op, "heads", "a multiple of the key/value heads",
+               std::to_string(shape.heads) + " and " + std::to_string(shape.kv_heads));
   ops::check_shape(op, "q", q, Dims{cut.capacity, shape.heads * shape.head_size});
   ops::check_shape(op, "k", k, Dims{cut.capacity, shape.kv_heads * shape.head_size});
   ops::check_shape(op, "v", v, k.shape());
   Device& device = q.device();
   if (device.kind() == DeviceKind::cuda)
-    fail(Fault::input, op, "sequences shared by context ranks: the CUDA kernels read keys from the rows of their queries; train with context: 1");
+    fail(Fault::input, op,
+         "sequences shared by context ranks: the CUDA kernels read keys from the rows of their queries; train with context: "
+         "1");
   auto node = std::make_shared<ContextAttentionNode>();
   node->q = ops::row_matrix(q), node->k = k.detach(), node->v = v.detach();
   node->out = Tensor::empty(q.shape(), q.dtype(), device);
   node->cut = space.cut, node->runs = std::make_shared<const Runs>(cut), node->shape = shape, node->comm = &comm;
   const bool grad = any_requires_grad({&q, &k, &v});
   if (grad) node->lse = Tensor::empty(Dims{shape.heads, q.size(0)}, ops::compute_dtype(q.dtype()), device);
-  node->starts = Tensor::of<std::int32_t>(node->runs->starts, Dims{static_cast<std::int64_t>(node->runs->starts.size())}, device);
+  node->starts =
+      Tensor::of<std::int32_t>(node->runs->starts, Dims{static_cast<std::int64_t>(node->runs->starts.size())}, device);
   const Tensor whole = gather_sequences(k, v, cut, comm);
   {
-    OpScope scope(device, op, {4 * node->runs->pairs * real(shape.heads * shape.head_size), real(q.bytes() + whole.bytes()), real(q.bytes())});
+    OpScope scope(
+        device, op,
+        {4 * node->runs->pairs * real(shape.heads * shape.head_size), real(q.bytes() + whole.bytes()), real(q.bytes())});
     if (!scope.meta()) device.backend().attention(node->args(whole));
   }
   Tensor out = node->out;

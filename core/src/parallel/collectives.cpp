@@ -51,7 +51,8 @@ Tensor reduce_scatter(const char* name, const Tensor& x, Communicator& comm) {
 template <class Transpose>
 class TransposedNode final : public Node {
  public:
-  TransposedNode(const char* name, DType dtype, Transpose transpose) : name_(name), dtype_(dtype), transpose_(std::move(transpose)) {}
+  TransposedNode(const char* name, DType dtype, Transpose transpose)
+      : name_(name), dtype_(dtype), transpose_(std::move(transpose)) {}
   std::string_view name() const override { return name_; }
   void release() override {}
   std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
@@ -67,7 +68,8 @@ class TransposedNode final : public Node {
 
 template <class Transpose>
 Tensor recorded(const char* name, const Tensor& x, Tensor out, Transpose transpose) {
-  if (any_requires_grad({&x})) record(std::make_shared<TransposedNode<Transpose>>(name, x.dtype(), std::move(transpose)), {&x}, {&out});
+  if (any_requires_grad({&x}))
+    record(std::make_shared<TransposedNode<Transpose>>(name, x.dtype(), std::move(transpose)), {&x}, {&out});
   return out;
 }
 
@@ -86,13 +88,15 @@ Communicator* context_ranks(const ForwardContext& context) { return ranks_along(
 
 Tensor gather_rows(const Tensor& x, Communicator& comm) {
   check_rows("gather_rows", x);
-  return recorded("gather_rows", x, gather("gather_rows", x, comm), [&comm](const Tensor& g) { return reduce_scatter("gather_rows dx", g, comm); });
+  return recorded("gather_rows", x, gather("gather_rows", x, comm),
+                  [&comm](const Tensor& g) { return reduce_scatter("gather_rows dx", g, comm); });
 }
 
 Tensor reduce_scatter_rows(const Tensor& x, Communicator& comm) {
   check_rows("reduce_scatter_rows", x);
   if (x.size(0) % comm.size() != 0)
-    wrong("reduce_scatter_rows", "rows", "a multiple of the " + std::to_string(comm.size()) + " ranks", std::to_string(x.size(0)));
+    wrong("reduce_scatter_rows", "rows", "a multiple of the " + std::to_string(comm.size()) + " ranks",
+          std::to_string(x.size(0)));
   return recorded("reduce_scatter_rows", x, reduce_scatter("reduce_scatter_rows", x, comm),
                   [&comm](const Tensor& g) { return gather("reduce_scatter_rows dx", g, comm); });
 }
@@ -100,11 +104,13 @@ Tensor reduce_scatter_rows(const Tensor& x, Communicator& comm) {
 Tensor gather_columns(const Tensor& x, std::span<const std::int64_t> widths, Communicator& comm) {
   constexpr const char* op = "gather_columns";
   check_rows(op, x);
-  if (static_cast<int>(widths.size()) != comm.size()) wrong(op, "widths", "one for each of " + std::to_string(comm.size()) + " ranks", std::to_string(widths.size()));
+  if (static_cast<int>(widths.size()) != comm.size())
+    wrong(op, "widths", "one for each of " + std::to_string(comm.size()) + " ranks", std::to_string(widths.size()));
   const auto rank = static_cast<std::size_t>(comm.rank());
   if (x.rank() != 2 || x.size(1) != widths[rank])
     wrong(op, "input's shape", "[n, " + std::to_string(widths[rank]) + "]", to_string(x.shape()));
-  const std::int64_t n = x.size(0), most = widest(widths), total = std::accumulate(widths.begin(), widths.end(), std::int64_t{0});
+  const std::int64_t n = x.size(0), most = widest(widths),
+                     total = std::accumulate(widths.begin(), widths.end(), std::int64_t{0});
   Tensor mine = Tensor::empty(Dims{n, most}, x.dtype(), x.device());
   mine.narrow(1, 0, x.size(1)).copy_from(x.detach());
   mine.narrow(1, x.size(1), most - x.size(1)).fill(0);
@@ -113,27 +119,30 @@ Tensor gather_columns(const Tensor& x, std::span<const std::int64_t> widths, Com
   std::int64_t at = 0;
   for (std::size_t r = 0; r < widths.size(); at += widths[r++])
     out.narrow(1, at, widths[r]).copy_from(blocks.narrow(0, static_cast<std::int64_t>(r) * n, n).narrow(1, 0, widths[r]));
-  return recorded(op, x, out, [&comm, w = std::vector<std::int64_t>(widths.begin(), widths.end()), n, most, rank](const Tensor& g) {
-    const Tensor parts = Tensor::empty(Dims{static_cast<std::int64_t>(w.size()) * n, most}, g.dtype(), g.device());
-    std::int64_t from = 0;
-    for (std::size_t r = 0; r < w.size(); from += w[r++]) {
-      const Tensor block = parts.narrow(0, static_cast<std::int64_t>(r) * n, n);
-      block.narrow(1, 0, w[r]).copy_from(g.narrow(1, from, w[r]));
-      block.narrow(1, w[r], most - w[r]).fill(0);
-    }
-    return reduce_scatter("gather_columns dx", parts, comm).narrow(1, 0, w[rank]).contiguous();
-  });
+  return recorded(
+      op, x, out, [&comm, w = std::vector<std::int64_t>(widths.begin(), widths.end()), n, most, rank](const Tensor& g) {
+        const Tensor parts = Tensor::empty(Dims{static_cast<std::int64_t>(w.size()) * n, most}, g.dtype(), g.device());
+        std::int64_t from = 0;
+        for (std::size_t r = 0; r < w.size(); from += w[r++]) {
+          const Tensor block = parts.narrow(0, static_cast<std::int64_t>(r) * n, n);
+          block.narrow(1, 0, w[r]).copy_from(g.narrow(1, from, w[r]));
+          block.narrow(1, w[r], most - w[r]).fill(0);
+        }
+        return reduce_scatter("gather_columns dx", parts, comm).narrow(1, 0, w[rank]).contiguous();
+      });
 }
 
 Tensor spread_rows(const Tensor& x, const Tensor& rows, std::int64_t count) {
   constexpr const char* op = "spread_rows";
   check_rows(op, x);
   ops::check_ids(op, "rows", rows, DType::i32, x);
-  if (x.rank() != 2 || rows.numel() != x.size(0)) wrong(op, "shapes", "x [m, C] and rows [m]", to_string(x.shape()) + " and " + to_string(rows.shape()));
+  if (x.rank() != 2 || rows.numel() != x.size(0))
+    wrong(op, "shapes", "x [m, C] and rows [m]", to_string(x.shape()) + " and " + to_string(rows.shape()));
   const Tensor in = x.detach().contiguous(), at = rows.detach().contiguous();
   Tensor out = Tensor::empty(Dims{count, x.size(1)}, x.dtype(), x.device());
   ops::run(x.device(), op, {0, real(in.bytes()), real(out.bytes())}, [&](ops::Backend& backend) {
-    backend.scatter_add_rows(ops::num(in), at.numel(), in.size(1), at.data<std::int32_t>(), in.raw(), count, ops::num(out), out.raw(), true);
+    backend.scatter_add_rows(ops::num(in), at.numel(), in.size(1), at.data<std::int32_t>(), in.raw(), count, ops::num(out),
+                             out.raw(), true);
   });
   return recorded(op, x, out, [at](const Tensor& g) { return ops::gather(g, at); });
 }

@@ -26,7 +26,8 @@ CAPSTAN_API Tensor gather_rows(const Tensor& x, Communicator& comm);
 CAPSTAN_API Tensor reduce_scatter_rows(const Tensor& x, Communicator& comm);
 /// x [n, widths[rank]] of every rank side by side: [n, sum of widths]. Backward: the sum over ranks of this rank's columns.
 CAPSTAN_API Tensor gather_columns(const Tensor& x, std::span<const std::int64_t> widths, Communicator& comm);
-/// Rows of x [m, C] at i32 `rows` [m] (each once) of a [count, C] that is zero elsewhere. Backward: gather. No communication.
+/// Rows of x [m, C] at i32 `rows` [m] (each once) of a [count, C] that is zero elsewhere. Backward: gather. No
+/// communication.
 CAPSTAN_API Tensor spread_rows(const Tensor& x, const Tensor& rows, std::int64_t count);
 
 }  // namespace capstan::parallel

@@ -33,24 +33,35 @@ Tensor picked(const ContextCut& cut, const Tensor& whole, T dead) {
 
 Tensor picked(const ContextCut& cut, const std::string& name, const Tensor& whole) {
   if (whole.rank() != 1)
-    fail(Fault::programming, "context", "stream '" + name + "': expected one value a row to cut it over the context axis, got shape " + to_string(whole.shape()));
+    fail(Fault::programming, "context",
+         "stream '" + name + "': expected one value a row to cut it over the context axis, got shape " +
+             to_string(whole.shape()));
   if (whole.is_meta()) return Tensor::empty(Dims{cut.capacity}, whole.dtype(), whole.device());
   const Tensor rows = whole.contiguous();
   switch (rows.dtype()) {
-    case DType::i32: return picked<std::int32_t>(cut, rows, name == "targets" ? -1 : 0);
-    case DType::i64: return picked<std::int64_t>(cut, rows, 0);
-    case DType::f32: return picked<float>(cut, rows, 0);
-    case DType::f64: return picked<double>(cut, rows, 0);
+    case DType::i32:
+      return picked<std::int32_t>(cut, rows, name == "targets" ? -1 : 0);
+    case DType::i64:
+      return picked<std::int64_t>(cut, rows, 0);
+    case DType::f32:
+      return picked<float>(cut, rows, 0);
+    case DType::f64:
+      return picked<double>(cut, rows, 0);
     default:
-      fail(Fault::programming, "context", "stream '" + name + "': expected i32, i64, f32 or f64 to cut it over the context axis, got " + std::string(name_of(rows.dtype())));
+      fail(Fault::programming, "context",
+           "stream '" + name + "': expected i32, i64, f32 or f64 to cut it over the context axis, got " +
+               std::string(name_of(rows.dtype())));
   }
 }
 
 }  // namespace
 
-std::shared_ptr<const ContextCut> cut_sequences(std::span<const std::int32_t> starts, std::int64_t capacity, int size, int rank, int tensor_ranks) {
+std::shared_ptr<const ContextCut> cut_sequences(std::span<const std::int32_t> starts, std::int64_t capacity, int size,
+                                                int rank, int tensor_ranks) {
   if (size < 1 || rank < 0 || rank >= size || starts.empty())
-    fail(Fault::programming, "context", "rank " + std::to_string(rank) + " of " + std::to_string(size) + " over " + std::to_string(starts.size()) + " starts");
+    fail(Fault::programming, "context",
+         "rank " + std::to_string(rank) + " of " + std::to_string(size) + " over " + std::to_string(starts.size()) +
+             " starts");
   auto cut = std::make_shared<ContextCut>();
   cut->size = size, cut->rank = rank;
   cut->starts.assign(starts.begin(), starts.end());
@@ -60,7 +71,9 @@ std::shared_ptr<const ContextCut> cut_sequences(std::span<const std::int32_t> st
   for (std::size_t s = 0; s + 1 < starts.size(); ++s) {
     const std::int64_t length = starts[s + 1] - starts[s];
     // Where rounding makes a chunk longer turns with the sequence: many short ones burden no rank more than others.
-    const auto edge = [&](std::int64_t i) { return static_cast<std::int32_t>((i * length + static_cast<std::int64_t>(s) % pieces) / pieces); };
+    const auto edge = [&](std::int64_t i) {
+      return static_cast<std::int32_t>((i * length + static_cast<std::int64_t>(s) % pieces) / pieces);
+    };
     for (std::int64_t i = 0; i < pieces; ++i) {
       const std::int32_t from = edge(i), n = edge(i + 1) - from;
       if (n == 0) continue;
@@ -79,7 +92,9 @@ std::shared_ptr<const ContextCut> cut_sequences(std::span<const std::int32_t> st
 Batch cut_context(const Batch& whole, int size, int rank, int tensor_ranks) {
   if (size == 1) return pad_rows(whole, tensor_ranks);
   if (whole.spaces.size() != 1)
-    fail(Fault::input, "context", "batches of " + std::to_string(whole.spaces.size()) + " token spaces cannot be cut over the context axis: expected one; train with context: 1");
+    fail(Fault::input, "context",
+         "batches of " + std::to_string(whole.spaces.size()) +
+             " token spaces cannot be cut over the context axis: expected one; train with context: 1");
   const Space& space = whole.spaces[0];
   const auto cut = cut_sequences(space.host_starts, space.capacity, size, rank, tensor_ranks);
   Batch local;
@@ -88,7 +103,8 @@ Batch cut_context(const Batch& whole, int size, int rank, int tensor_ranks) {
   to.cut = cut;
   to.capacity = cut->capacity;
   to.host_starts = cut->local_starts;
-  to.starts = Tensor::of<std::int32_t>(to.host_starts, Dims{static_cast<std::int64_t>(to.host_starts.size())}, space.starts.device());
+  to.starts = Tensor::of<std::int32_t>(to.host_starts, Dims{static_cast<std::int64_t>(to.host_starts.size())},
+                                       space.starts.device());
   to.positions = picked(*cut, "positions", space.positions);
   to.sample_ids = picked(*cut, "sample_ids", space.sample_ids);
   for (const auto& [name, value] : whole.streams()) local.set(name, picked(*cut, name, value));

@@ -14,12 +14,12 @@ namespace capstan {
 /// causal attention costs all ranks the same. Local rows: the sequences in order, of each its two chunks.
 struct CAPSTAN_API ContextCut {
   struct Chunk {
-    int rank = 0;                 ///< that holds it
+    int rank = 0;  ///< that holds it
     std::int32_t sequence = 0;
-    std::int32_t offset = 0;      ///< its first row's position in the sequence
-    std::int32_t local = 0;       ///< its first row on that rank
-    std::int32_t whole = 0;       ///< its first row in the whole batch
-    std::int32_t length = 0;      ///< at least 1
+    std::int32_t offset = 0;  ///< its first row's position in the sequence
+    std::int32_t local = 0;   ///< its first row on that rank
+    std::int32_t whole = 0;   ///< its first row in the whole batch
+    std::int32_t length = 0;  ///< at least 1
   };
   int size = 1, rank = 0;
   std::vector<Chunk> chunks;               ///< of all ranks, in the order of the whole batch's rows
@@ -43,8 +43,8 @@ namespace parallel {
 
 /// Cuts the sequences [starts[s], starts[s + 1]) of a batch of `capacity` rows for context rank `rank` of `size`. The local
 /// capacity is a multiple of `tensor_ranks`, and capacity / size where the sequences allow.
-CAPSTAN_API std::shared_ptr<const ContextCut> cut_sequences(std::span<const std::int32_t> starts, std::int64_t capacity, int size, int rank,
-                                                            int tensor_ranks);
+CAPSTAN_API std::shared_ptr<const ContextCut> cut_sequences(std::span<const std::int32_t> starts, std::int64_t capacity,
+                                                            int size, int rank, int tensor_ranks);
 
 /// What context rank `rank` of `size` gets of `whole` (targets shifted before the cut): its rows of every stream, with the
 /// positions and sample_ids that they have in the whole; step_weight stays. Padded for `tensor_ranks`. Itself when

@@ -51,7 +51,8 @@ struct Share {
 };
 
 /// Scores of rows [row, row + rows) from this rank's logits of them and what the others say of theirs, into `out`.
-void combine(const HeadPass& p, const Share& share, std::int64_t row, std::int64_t rows, const ops::HeadScore& out, Communicator& comm) {
+void combine(const HeadPass& p, const Share& share, std::int64_t row, std::int64_t rows, const ops::HeadScore& out,
+             Communicator& comm) {
   Device& device = p.x.device();
   const Tensor stats = Tensor::empty(Dims{3, rows}, p.compute, device);  // log-sum-exp, entropy, the target's logit
   const auto line = [&](const Tensor& t, std::int64_t i) { return t.narrow(0, i, 1).view(Dims{rows}); };
@@ -67,7 +68,8 @@ void combine(const HeadPass& p, const Share& share, std::int64_t row, std::int64
       device.backend().score_rows(s);
     }
   }
-  if (p.v > 0) chosen.copy_from(ops::add(chosen, ops::mul(lse, share.mine.narrow(0, row, rows))));  // the kernel leaves logit - lse
+  if (p.v > 0)
+    chosen.copy_from(ops::add(chosen, ops::mul(lse, share.mine.narrow(0, row, rows))));  // the kernel leaves logit - lse
   const Tensor all = gather_rows(stats, comm).view(Dims{comm.size(), 3, rows});
   const auto of_all = [&](std::int64_t i) { return all.narrow(1, i, 1).contiguous().view(Dims{comm.size(), rows}); };
   const Tensor lses = of_all(0), highest = ops::max(lses, 0);
@@ -95,7 +97,8 @@ struct ScoreGradients {
   }
 };
 
-void differentiate(const HeadPass& p, std::int64_t row, std::int64_t rows, const ops::HeadScore& out, const ScoreGradients& g) {
+void differentiate(const HeadPass& p, std::int64_t row, std::int64_t rows, const ops::HeadScore& out,
+                   const ScoreGradients& g) {
   const double elements = real(rows * p.v), bytes = elements * real(size_of(p.compute));
   OpScope scope(p.x.device(), "head softmax", {3 * elements, bytes, bytes});
   if (scope.meta()) return;
@@ -126,7 +129,8 @@ void logits_of(const HeadPass& p, std::int64_t row, std::int64_t rows) {
 
 /// The gradient of all rows by this rank's columns: zero when it has none.
 Tensor unwritten(const HeadPass& p) {
-  return p.v == 0 ? Tensor::zeros(p.x.shape(), p.x.dtype(), p.x.device()) : Tensor::empty(p.x.shape(), p.x.dtype(), p.x.device());
+  return p.v == 0 ? Tensor::zeros(p.x.shape(), p.x.dtype(), p.x.device())
+                  : Tensor::empty(p.x.shape(), p.x.dtype(), p.x.device());
 }
 
 /// [T] of all ranks -> this rank's stream rows.
@@ -135,7 +139,9 @@ Tensor own(const Tensor& all, const Communicator& comm) {
   return all.narrow(0, comm.rank() * rows, rows);
 }
 
-std::int64_t widest(std::int64_t vocabulary, const Communicator& comm) { return (vocabulary + comm.size() - 1) / comm.size(); }
+std::int64_t widest(std::int64_t vocabulary, const Communicator& comm) {
+  return (vocabulary + comm.size() - 1) / comm.size();
+}
 
 /// With gradients of the scores known only later: rows are gathered and logits computed again, chunk by chunk.
 class VocabScoreNode final : public Node {
@@ -166,15 +172,18 @@ class VocabScoreNode final : public Node {
       products(p, row, rows, dx, dw);
     }
     if (dx.defined()) result[0] = reduce_scatter_rows(dx, *comm);
-    if (dw.leaf != nullptr) dw.leaf->done();
-    else if (dw.value.defined()) result[1] = dw.value.to(weight.dtype());
+    if (dw.leaf != nullptr)
+      dw.leaf->done();
+    else if (dw.value.defined())
+      result[1] = dw.value.to(weight.dtype());
     return result;
   }
 };
 
 }  // namespace
 
-Tensor vocab_embedding(const Tensor& table, const Tensor& ids, std::int64_t begin, std::int64_t vocabulary, Communicator& comm) {
+Tensor vocab_embedding(const Tensor& table, const Tensor& ids, std::int64_t begin, std::int64_t vocabulary,
+                       Communicator& comm) {
   constexpr const char* op = "embedding";
   ops::check_floating(op, "table", table);
   if (table.rank() != 2) ops::wrong(op, "table's shape", "[V, C]", to_string(table.shape()));
@@ -190,8 +199,10 @@ Tensor vocab_embedding(const Tensor& table, const Tensor& ids, std::int64_t begi
     const std::vector<std::int32_t> all = on_host(ids);
     for (std::size_t i = 0; i < all.size(); ++i) {
       if (all[i] < 0 || all[i] >= vocabulary)
-        ops::wrong(op, "ids[" + std::to_string(i) + "]", "a row of [0, " + std::to_string(vocabulary) + ")", std::to_string(all[i]));
-      if (all[i] >= begin && all[i] < begin + table.size(0)) at.push_back(static_cast<std::int32_t>(i)), id.push_back(static_cast<std::int32_t>(all[i] - begin));
+        ops::wrong(op, "ids[" + std::to_string(i) + "]", "a row of [0, " + std::to_string(vocabulary) + ")",
+                   std::to_string(all[i]));
+      if (all[i] >= begin && all[i] < begin + table.size(0))
+        at.push_back(static_cast<std::int32_t>(i)), id.push_back(static_cast<std::int32_t>(all[i] - begin));
     }
     const Dims count{static_cast<std::int64_t>(at.size())};
     rows = Tensor::of<std::int32_t>(at, count, device), local = Tensor::of<std::int32_t>(id, count, device);
@@ -199,29 +210,37 @@ Tensor vocab_embedding(const Tensor& table, const Tensor& ids, std::int64_t begi
   return reduce_scatter_rows(spread_rows(ops::embedding(table, local), rows, t), comm);
 }
 
-ops::HeadScore vocab_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& targets, const Tensor* weights, bool grad,
-                                   std::int64_t begin, std::int64_t vocabulary, Communicator& comm) {
+ops::HeadScore vocab_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& targets, const Tensor* weights,
+                                   bool grad, std::int64_t begin, std::int64_t vocabulary, Communicator& comm) {
   constexpr const char* op = HeadPass::op;
   if (x.rank() != 2 || weight.rank() != 2 || x.size(1) != weight.size(1) || x.dtype() != weight.dtype())
-    fail(Fault::programming, op, "shapes: expected x [T / ranks, C] and weight [V, C] of one element type, got " + to_string(x.shape()) + " and " + to_string(weight.shape()));
+    fail(Fault::programming, op,
+         "shapes: expected x [T / ranks, C] and weight [V, C] of one element type, got " + to_string(x.shape()) + " and " +
+             to_string(weight.shape()));
   const Dims rows_of_all{x.size(0) * comm.size()};
   if (!(targets.shape() == rows_of_all) || targets.dtype() != DType::i32)
-    fail(Fault::programming, op, "targets: expected i32 " + to_string(rows_of_all) + ", got " + std::string(name_of(targets.dtype())) + " " + to_string(targets.shape()));
+    fail(Fault::programming, op,
+         "targets: expected i32 " + to_string(rows_of_all) + ", got " + std::string(name_of(targets.dtype())) + " " +
+             to_string(targets.shape()));
   if (weights != nullptr && (!(weights->shape() == targets.shape()) || weights->dtype() != DType::f32))
-    fail(Fault::programming, op, "weights: expected f32 " + to_string(targets.shape()) + ", got " + to_string(weights->shape()));
+    fail(Fault::programming, op,
+         "weights: expected f32 " + to_string(targets.shape()) + ", got " + to_string(weights->shape()));
   Device& device = x.device();
   const Tensor ids = targets.detach().contiguous();
   if (!ids.is_meta()) {
     const std::int64_t bad = device.backend().first_outside(op, ids.numel(), ids.data<std::int32_t>(), -1, vocabulary);
     if (bad >= 0)
-      fail(Fault::input, op, "target " + std::to_string(static_cast<std::int64_t>(ids.narrow(0, bad, 1).item())) + " of row " + std::to_string(bad) +
-                                 " is outside the vocabulary of " + std::to_string(vocabulary) + ": the dataset was made with another tokenizer");
+      fail(Fault::input, op,
+           "target " + std::to_string(static_cast<std::int64_t>(ids.narrow(0, bad, 1).item())) + " of row " +
+               std::to_string(bad) + " is outside the vocabulary of " + std::to_string(vocabulary) +
+               ": the dataset was made with another tokenizer");
   }
   const DType type = ops::score_type(x.dtype());
   auto share = std::make_unique<Share>(ids, begin, weight.size(0), type);
   const HeadPass p(gather_rows(x.detach(), comm), weight.detach().contiguous(), share->targets, widest(vocabulary, comm));
   const Dims t{p.t};
-  const ops::HeadScore all{Tensor::empty(t, type, device), Tensor::empty(t, type, device), Tensor::empty(t, type, device), Tensor()};
+  const ops::HeadScore all{Tensor::empty(t, type, device), Tensor::empty(t, type, device), Tensor::empty(t, type, device),
+                           Tensor()};
   const bool differentiable = grad && any_requires_grad({&x, &weight});
   const bool now = differentiable && weights != nullptr;
   std::shared_ptr<ops::ObjectiveNode> node;
@@ -247,7 +266,8 @@ ops::HeadScore vocab_cross_entropy(const Tensor& x, const Tensor& weight, const 
     out.objective = Tensor::empty(Dims{}, type, device);
     const Tensor mine = own(weights->detach().contiguous(), comm);
     if (!out.objective.is_meta())
-      device.backend().weighted_sum(ops::num(type), mine.numel(), mine.data<float>(), out.logprob.raw(), out.objective.raw());
+      device.backend().weighted_sum(ops::num(type), mine.numel(), mine.data<float>(), out.logprob.raw(),
+                                    out.objective.raw());
   }
   if (now) {
     if (dx.defined()) node->dx = reduce_scatter_rows(dx, comm);

@@ -22,7 +22,8 @@ ParameterSpec spec_of(std::vector<std::vector<Segment>> dims, Role role = Role::
 }
 
 ParameterSpec qkv(std::int64_t heads, std::int64_t kv, std::int64_t size, std::int64_t hidden) {
-  return spec_of({{{"heads", heads, size, "q"}, {"kv_heads", kv, size, "k"}, {"kv_heads", kv, size, "v"}}, {{"hidden", hidden}}});
+  return spec_of(
+      {{{"heads", heads, size, "q"}, {"kv_heads", kv, size, "k"}, {"kv_heads", kv, size, "v"}}, {{"hidden", hidden}}});
 }
 
 ParameterSpec out(std::int64_t heads, std::int64_t kv, std::int64_t size, std::int64_t hidden) {
@@ -48,7 +49,8 @@ void check_cover(const Parameter& p, int size) {
       ASSERT_GE(run.length, 0);
       ASSERT_LE(run.begin + run.length, extent);
       ASSERT_EQ(size % run.ways, 0) << p.name();
-      for (std::int64_t i = run.begin; i < run.begin + run.length; ++i) ++held[i], owned[i] += t.owns(run), expected[i] = size / run.ways;
+      for (std::int64_t i = run.begin; i < run.begin + run.length; ++i)
+        ++held[i], owned[i] += t.owns(run), expected[i] = size / run.ways;
       if (t.cut()) local[t.dim] += run.length;
     }
     EXPECT_EQ(t.local, local);
@@ -61,7 +63,8 @@ void check_cover(const Parameter& p, int size) {
 
 TEST(Placement, EveryElementIsHeldAndOwnedOnce) {
   for (const int size : {1, 2, 3, 4, 6, 8})
-    for (const auto& [heads, kv] : std::vector<std::pair<std::int64_t, std::int64_t>>{{1, 1}, {3, 1}, {4, 2}, {6, 3}, {8, 8}, {12, 4}, {24, 8}, {20, 10}}) {
+    for (const auto& [heads, kv] : std::vector<std::pair<std::int64_t, std::int64_t>>{
+             {1, 1}, {3, 1}, {4, 2}, {6, 3}, {8, 8}, {12, 4}, {24, 8}, {20, 10}}) {
       check_cover(Parameter("qkv", qkv(heads, kv, 4, 8)), size);
       check_cover(Parameter("out", out(heads, kv, 4, 8)), size);
     }
@@ -108,7 +111,8 @@ TEST(Placement, RanksHoldTheKeysOfTheirQueries) {
           ASSERT_EQ(to.runs[0].begin, t.runs[0].begin) << heads << "/" << kv << " on " << size;
           ASSERT_EQ(to.runs[0].length, t.runs[0].length) << heads << "/" << kv << " on " << size;
           ASSERT_EQ(t.runs[1].length, t.runs[2].length);
-          const std::int64_t q0 = t.runs[0].begin, queries = t.runs[0].length, k0 = t.runs[1].begin - heads, keys = t.runs[1].length;
+          const std::int64_t q0 = t.runs[0].begin, queries = t.runs[0].length, k0 = t.runs[1].begin - heads,
+                             keys = t.runs[1].length;
           ASSERT_EQ(queries % keys, 0);
           for (std::int64_t h = 0; h < queries; ++h)  // ops::attention: head h reads key/value head h / (heads / kv_heads)
             ASSERT_EQ(k0 + h / (queries / keys), (q0 + h) / group) << heads << "/" << kv << " on " << size << ", rank " << r;
@@ -154,7 +158,8 @@ std::vector<T> cut_by_hand(const Parameter& p, const TensorPlacement& t, const s
   std::vector<T> piece;
   for (std::int64_t o = 0; o < outer; ++o)
     for (const Run& run : t.runs)
-      for (std::int64_t i = 0; i < run.length * inner; ++i) piece.push_back(whole[static_cast<std::size_t>((o * shape[dim] + run.begin) * inner + i)]);
+      for (std::int64_t i = 0; i < run.length * inner; ++i)
+        piece.push_back(whole[static_cast<std::size_t>((o * shape[dim] + run.begin) * inner + i)]);
   return piece;
 }
 
@@ -188,7 +193,8 @@ void check_initial_values(DType dtype) {
             p.initialize_flat(7, piece, at);
             got.insert(got.end(), piece.data<T>(), piece.data<T>() + piece.numel());
           }
-          ASSERT_EQ(std::memcmp(got.data(), want.data(), want.size() * sizeof(T)), 0) << name << " over " << size << ", rank " << rank << ", pieces of " << step;
+          ASSERT_EQ(std::memcmp(got.data(), want.data(), want.size() * sizeof(T)), 0)
+              << name << " over " << size << ", rank " << rank << ", pieces of " << step;
         }
       }
 }
@@ -202,10 +208,12 @@ TEST(Placement, InitialValuesOfAPieceAreThoseOfTheWhole) {
 TEST(Placement, InitialValuesAreAddressedByTheUnfusedElement) {
   // The fused weight has the bits of the parts that a model with separate projections would have under the same names.
   const auto device = make_cpu_device(1);
-  Parameter fused("w", spec_of({{{"mlp", 6, 1, "gate"}, {"mlp", 6, 1, "up"}}, {{"hidden", 5}}})), up("w/up", spec_of({{{"mlp", 6}}, {{"hidden", 5}}}));
+  Parameter fused("w", spec_of({{{"mlp", 6, 1, "gate"}, {"mlp", 6, 1, "up"}}, {{"hidden", 5}}})),
+      up("w/up", spec_of({{{"mlp", 6}}, {{"hidden", 5}}}));
   const auto t = std::make_shared<TensorPlacement>(place_tensor(fused, 2, 1));
   fused.set_placement(t);
-  const Tensor local = Tensor::zeros(Dims{t->local.product()}, DType::f32, *device), whole = Tensor::zeros(up.shape(), DType::f32, *device);
+  const Tensor local = Tensor::zeros(Dims{t->local.product()}, DType::f32, *device),
+               whole = Tensor::zeros(up.shape(), DType::f32, *device);
   fused.initialize_flat(3, local, 0);
   up.initialize(3, whole);
   for (std::int64_t i = 0; i < 15; ++i) EXPECT_EQ(local.data<float>()[15 + i], whole.data<float>()[15 + i]);

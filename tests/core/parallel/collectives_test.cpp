@@ -1,6 +1,6 @@
 // The differentiable collectives: values against what the ranks hold together, and each backward against the transpose.
-#include "core/parallel/support.h"
 #include "parallel/collectives.h"
+#include "core/parallel/support.h"
 
 #include <capstan/autograd.h>
 
@@ -29,14 +29,26 @@ std::vector<std::int64_t> widths_of(int size) {
 
 const std::vector<Case>& cases() {
   static const std::vector<Case> all{
-      {"gather_rows", [](int, int) { return Dims{3, 2}; }, [](int, int n) { return Dims{3 * n, 2}; },
+      {"gather_rows",
+       [](int, int) {
+         return Dims{3, 2};
+       },
+       [](int, int n) {
+         return Dims{3 * n, 2};
+       },
        [](const Tensor& x, Communicator& c) { return parallel::gather_rows(x, c); },
        [](const auto& in, int) {
          std::vector<double> y;
          for (const auto& x : in) y.insert(y.end(), x.begin(), x.end());
          return y;
        }},
-      {"reduce_scatter_rows", [](int, int n) { return Dims{2 * n, 3}; }, [](int, int) { return Dims{2, 3}; },
+      {"reduce_scatter_rows",
+       [](int, int n) {
+         return Dims{2 * n, 3};
+       },
+       [](int, int) {
+         return Dims{2, 3};
+       },
        [](const Tensor& x, Communicator& c) { return parallel::reduce_scatter_rows(x, c); },
        [](const auto& in, int r) {
          std::vector<double> y(6, 0);
@@ -44,7 +56,10 @@ const std::vector<Case>& cases() {
            for (std::size_t i = 0; i < 6; ++i) y[i] += x[static_cast<std::size_t>(r) * 6 + i];
          return y;
        }},
-      {"gather_columns", [](int r, int n) { return Dims{3, widths_of(n)[static_cast<std::size_t>(r)]}; },
+      {"gather_columns",
+       [](int r, int n) {
+         return Dims{3, widths_of(n)[static_cast<std::size_t>(r)]};
+       },
        [](int, int n) {
          const auto w = widths_of(n);
          return Dims{3, std::accumulate(w.begin(), w.end(), std::int64_t{0})};
@@ -53,10 +68,18 @@ const std::vector<Case>& cases() {
        [](const auto& in, int) {
          std::vector<double> y;
          for (std::size_t row = 0; row < 3; ++row)
-           for (const auto& x : in) y.insert(y.end(), x.begin() + static_cast<std::ptrdiff_t>(row * x.size() / 3), x.begin() + static_cast<std::ptrdiff_t>((row + 1) * x.size() / 3));
+           for (const auto& x : in)
+             y.insert(y.end(), x.begin() + static_cast<std::ptrdiff_t>(row * x.size() / 3),
+                      x.begin() + static_cast<std::ptrdiff_t>((row + 1) * x.size() / 3));
          return y;
        }},
-      {"spread_rows", [](int, int) { return Dims{2, 3}; }, [](int, int) { return Dims{5, 3}; },
+      {"spread_rows",
+       [](int, int) {
+         return Dims{2, 3};
+       },
+       [](int, int) {
+         return Dims{5, 3};
+       },
        [](const Tensor& x, Communicator&) {
          return parallel::spread_rows(x, Tensor::of<std::int32_t>(std::vector<std::int32_t>{3, 1}, Dims{2}, x.device()), 5);
        },
@@ -127,8 +150,11 @@ TEST_P(Collectives, GiveTheirValuesAndTheTransposeAsGradient) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Ranks, Collectives, testing::Combine(testing::Values(2, 3, 4), testing::Values(DType::f64, DType::f32, DType::bf16)),
-                         [](const auto& info) { return std::to_string(std::get<0>(info.param)) + std::string(name_of(std::get<1>(info.param))); });
+INSTANTIATE_TEST_SUITE_P(Ranks, Collectives,
+                         testing::Combine(testing::Values(2, 3, 4), testing::Values(DType::f64, DType::f32, DType::bf16)),
+                         [](const auto& info) {
+                           return std::to_string(std::get<0>(info.param)) + std::string(name_of(std::get<1>(info.param)));
+                         });
 
 TEST(CollectivesOnMeta, HaveShapesAndBytesAndSayNothing) {
   run_ranks(3, [](std::shared_ptr<World> world) {
@@ -161,8 +187,10 @@ TEST(CollectivesErrors, SayWhatWasExpected) {
       return "";
     };
     const Tensor odd = Tensor::zeros(Dims{3, 2}, DType::f32, *rank.device);
-    EXPECT_THAT(message([&] { parallel::reduce_scatter_rows(odd, comm); }), testing::HasSubstr("rows: expected a multiple of the 2 ranks, got 3"));
-    EXPECT_THAT(message([&] { parallel::gather_rows(Tensor::zeros(Dims{2}, DType::i32, *rank.device), comm); }), testing::HasSubstr("element type"));
+    EXPECT_THAT(message([&] { parallel::reduce_scatter_rows(odd, comm); }),
+                testing::HasSubstr("rows: expected a multiple of the 2 ranks, got 3"));
+    EXPECT_THAT(message([&] { parallel::gather_rows(Tensor::zeros(Dims{2}, DType::i32, *rank.device), comm); }),
+                testing::HasSubstr("element type"));
     const std::vector<std::int64_t> widths{3, 3};
     EXPECT_THAT(message([&] { parallel::gather_columns(odd, widths, comm); }), testing::HasSubstr("[n, 3]"));
   });

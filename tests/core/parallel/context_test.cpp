@@ -20,7 +20,8 @@ std::vector<std::int32_t> starts_of(const std::vector<std::int32_t>& lengths) {
   return starts;
 }
 
-const std::vector<std::vector<std::int32_t>> some_lengths{{16}, {1}, {1, 1, 1, 1, 1, 1, 1}, {7, 1, 13, 4, 130}, {64, 65, 63}, {300}, {5, 0, 3}};
+const std::vector<std::vector<std::int32_t>> some_lengths{
+    {16}, {1}, {1, 1, 1, 1, 1, 1, 1}, {7, 1, 13, 4, 130}, {64, 65, 63}, {300}, {5, 0, 3}};
 
 TEST(ContextCut, EveryRowIsOnOneRankInOrder) {
   for (const auto& lengths : some_lengths)
@@ -128,10 +129,12 @@ Whole attend(const std::vector<std::int32_t>& lengths, int size, DType dtype, co
       std::vector<double> mine(static_cast<std::size_t>(local * width), 0.25);  // what dead rows hold does not matter
       for (std::int64_t i = 0; i < local; ++i)
         for (std::int64_t c = 0; c < width && source[static_cast<std::size_t>(i)] >= 0; ++c)
-          mine[static_cast<std::size_t>(i * width + c)] = all[static_cast<std::size_t>(source[static_cast<std::size_t>(i)] * width + c)];
+          mine[static_cast<std::size_t>(i * width + c)] =
+              all[static_cast<std::size_t>(source[static_cast<std::size_t>(i)] * width + c)];
       return tensor(mine, Dims{local, width}, dtype, *rank.device);
     };
-    const Tensor q = make_leaf(pick("q", qw), false), k = make_leaf(pick("k", kw), false), v = make_leaf(pick("v", kw), false);
+    const Tensor q = make_leaf(pick("q", qw), false), k = make_leaf(pick("k", kw), false),
+                 v = make_leaf(pick("v", kw), false);
     const Tensor out = nn::attention(context, q, k, v, shape);
     Tensor g = pick("g", qw);
     for (std::int64_t i = 0; i < local; ++i)
@@ -182,7 +185,8 @@ TEST_P(ContextAttention, RowsHaveTheBitsOfOneRankAndGradientsTheirSum) {
     }
 }
 
-INSTANTIATE_TEST_SUITE_P(Types, ContextAttention, testing::Values(DType::f64, DType::f32, DType::bf16), [](const auto& info) { return std::string(name_of(info.param)); });
+INSTANTIATE_TEST_SUITE_P(Types, ContextAttention, testing::Values(DType::f64, DType::f32, DType::bf16),
+                         [](const auto& info) { return std::string(name_of(info.param)); });
 
 TEST(ContextAttentionErrors, ABatchThatWasCutNeedsItsRanks) {
   const auto device = make_cpu_device(1);

@@ -1,5 +1,5 @@
-// Each layer alone under tensor ranks against one rank, in f64 and f32: outputs of the stream rows, and gradients of inputs and
-// parameters added over the ranks. The single-rank path is the reference; its own gradients are tested with the ops.
+// Each layer alone under tensor ranks against one rank, in f64 and f32: outputs of the stream rows, and gradients of inputs
+// and parameters added over the ranks. The single-rank path is the reference; its own gradients are tested with the ops.
 #include "core/parallel/support.h"
 #include "parallel/rows.h"
 
@@ -19,7 +19,8 @@ std::vector<std::int32_t> ids(std::int64_t vocabulary, bool some_missing) {
   const Rng rng(4, "ids");
   std::vector<std::int32_t> v;
   for (std::uint64_t i = 0; i < rows; ++i)
-    v.push_back(some_missing && i % 5 == 3 ? -1 : static_cast<std::int32_t>(rng.below(i, static_cast<std::uint64_t>(vocabulary))));
+    v.push_back(
+        some_missing && i % 5 == 3 ? -1 : static_cast<std::int32_t>(rng.below(i, static_cast<std::uint64_t>(vocabulary))));
   return v;
 }
 
@@ -28,7 +29,8 @@ Batch batch_of(Device& device) {
   return make_batch(device, tokens, lengths, {}, {}, 77);
 }
 
-/// What one rank does: makes modules, places them, returns an output that gets a gradient, told which rows of the whole it is.
+/// What one rank does: makes modules, places them, returns an output that gets a gradient, told which rows of the whole it
+/// is.
 struct Scene {
   const Rank& rank;
   DType dtype;
@@ -63,7 +65,9 @@ struct Scene {
       if (!differentiate) continue;
       const std::vector<double> w = noise(name + std::to_string(i) + "/w", y.numel() * rank.tensor());
       roots.push_back(y);
-      grads.push_back(tensor({w.begin() + static_cast<std::ptrdiff_t>(begin), w.begin() + static_cast<std::ptrdiff_t>(begin) + y.numel()}, y.shape(), dtype, *rank.device));
+      grads.push_back(tensor(
+          {w.begin() + static_cast<std::ptrdiff_t>(begin), w.begin() + static_cast<std::ptrdiff_t>(begin) + y.numel()},
+          y.shape(), dtype, *rank.device));
     }
     if (!roots.empty()) backward(roots, grads);
   }
@@ -105,66 +109,83 @@ Segments whole(std::int64_t width) { return {{"hidden", width, 1, ""}}; }
 TEST(Layers, ColumnThenRow) {
   for (const std::int64_t inner : {12, 5, 1})  // 5 and 1: computed by all, each counting for its share
     for (const bool bias : {false, true})
-      compare([&](Scene& s) {
-        nn::Linear& up = s.make<nn::Linear>("up", Segments{{"mlp", inner, 1, ""}}, whole(hidden), bias, 0.5);
-        nn::Linear& down = s.make<nn::Linear>("down", whole(hidden), Segments{{"mlp", inner, 1, ""}}, bias, 0.5);
-        const Tensor x = s.input("x", hidden);
-        const Tensor y = ops::gelu(up(s.context, x));
-        EXPECT_EQ(y.size(0), rows);
-        s.output("y", down.add_to(s.context, y, x));
-      }, "inner " + std::to_string(inner));
+      compare(
+          [&](Scene& s) {
+            nn::Linear& up = s.make<nn::Linear>("up", Segments{{"mlp", inner, 1, ""}}, whole(hidden), bias, 0.5);
+            nn::Linear& down = s.make<nn::Linear>("down", whole(hidden), Segments{{"mlp", inner, 1, ""}}, bias, 0.5);
+            const Tensor x = s.input("x", hidden);
+            const Tensor y = ops::gelu(up(s.context, x));
+            EXPECT_EQ(y.size(0), rows);
+            s.output("y", down.add_to(s.context, y, x));
+          },
+          "inner " + std::to_string(inner));
 }
 
 TEST(Layers, FusedSegmentsKeepTheirNames) {
-  compare([](Scene& s) {
-    nn::Linear& up = s.make<nn::Linear>("gate_up", Segments{{"mlp", 8, 1, "gate"}, {"mlp", 8, 1, "up"}}, whole(hidden), true, 0.5);
-    nn::Linear& down = s.make<nn::Linear>("down", whole(hidden), Segments{{"mlp", 8, 1, ""}}, false, 0.5);
-    s.output("y", down(s.context, ops::swiglu(up(s.context, s.input("x", hidden)))));
-  }, "swiglu");
+  compare(
+      [](Scene& s) {
+        nn::Linear& up =
+            s.make<nn::Linear>("gate_up", Segments{{"mlp", 8, 1, "gate"}, {"mlp", 8, 1, "up"}}, whole(hidden), true, 0.5);
+        nn::Linear& down = s.make<nn::Linear>("down", whole(hidden), Segments{{"mlp", 8, 1, ""}}, false, 0.5);
+        s.output("y", down(s.context, ops::swiglu(up(s.context, s.input("x", hidden)))));
+      },
+      "swiglu");
 }
 
 TEST(Layers, QueriesAndKeysByParts) {
-  for (const auto& [heads, kv] : std::vector<std::pair<std::int64_t, std::int64_t>>{{4, 4}, {4, 2}, {6, 3}, {3, 1}, {12, 4}, {1, 1}})
-    compare([&, heads = heads, kv = kv](Scene& s) {
-      constexpr std::int64_t size = 2;
-      nn::Linear& qkv = s.make<nn::Linear>("qkv", Segments{{"heads", heads, size, "q"}, {"kv_heads", kv, size, "k"}, {"kv_heads", kv, size, "v"}}, whole(hidden), true, 0.5);
-      nn::Linear& out = s.make<nn::Linear>("out", whole(hidden), Segments{{"heads", heads, size, "", kv}}, true, 0.5);
-      nn::Norm& norm = s.make<nn::Norm>("norm", "rms", size, "head_size", 1e-5, false);
-      const std::vector<Tensor> parts = qkv.parts(s.context, s.input("x", hidden));
-      const auto normed = [&](const Tensor& t) {
-        return ops::reshape(norm(s.context, ops::reshape(t, {t.size(0), t.size(1) / size, size})), t.shape());
-      };
-      s.output("y", out(s.context, nn::attention(s.context, normed(parts[0]), normed(parts[1]), parts[2], {heads, kv, size, 0})));
-    }, std::to_string(heads) + " heads, " + std::to_string(kv) + " of keys");
+  for (const auto& [heads, kv] :
+       std::vector<std::pair<std::int64_t, std::int64_t>>{{4, 4}, {4, 2}, {6, 3}, {3, 1}, {12, 4}, {1, 1}})
+    compare(
+        [&, heads = heads, kv = kv](Scene& s) {
+          constexpr std::int64_t size = 2;
+          nn::Linear& qkv = s.make<nn::Linear>(
+              "qkv", Segments{{"heads", heads, size, "q"}, {"kv_heads", kv, size, "k"}, {"kv_heads", kv, size, "v"}},
+              whole(hidden), true, 0.5);
+          nn::Linear& out = s.make<nn::Linear>("out", whole(hidden), Segments{{"heads", heads, size, "", kv}}, true, 0.5);
+          nn::Norm& norm = s.make<nn::Norm>("norm", "rms", size, "head_size", 1e-5, false);
+          const std::vector<Tensor> parts = qkv.parts(s.context, s.input("x", hidden));
+          const auto normed = [&](const Tensor& t) {
+            return ops::reshape(norm(s.context, ops::reshape(t, {t.size(0), t.size(1) / size, size})), t.shape());
+          };
+          s.output("y", out(s.context,
+                            nn::attention(s.context, normed(parts[0]), normed(parts[1]), parts[2], {heads, kv, size, 0})));
+        },
+        std::to_string(heads) + " heads, " + std::to_string(kv) + " of keys");
 }
 
 TEST(Layers, UncutLinearAndNormStayOnStreamRows) {
-  compare([](Scene& s) {
-    nn::Linear& mix = s.make<nn::Linear>("mix", Segments{{"latent", 5, 1, ""}}, whole(hidden), true, 0.5);
-    nn::Norm& norm = s.make<nn::Norm>("norm", "layer", 5, "latent", 1e-5, true);
-    s.output("y", norm(s.context, mix(s.context, s.input("x", hidden))));
-  }, "uncut");
+  compare(
+      [](Scene& s) {
+        nn::Linear& mix = s.make<nn::Linear>("mix", Segments{{"latent", 5, 1, ""}}, whole(hidden), true, 0.5);
+        nn::Norm& norm = s.make<nn::Norm>("norm", "layer", 5, "latent", 1e-5, true);
+        s.output("y", norm(s.context, mix(s.context, s.input("x", hidden))));
+      },
+      "uncut");
 }
 
 TEST(Layers, EmbeddingsOfAnyVocabulary) {
   for (const std::int64_t vocabulary : {8, 7, 3, 2, 1})
-    compare([&](Scene& s) {
-      nn::Embedding& tokens = s.make<nn::Embedding>("tokens", vocabulary, "vocab", hidden, 0.5);
-      nn::Embedding& positions = s.make<nn::Embedding>("positions", 9, "positions", hidden, 0.5);
-      const Tensor id = Tensor::of<std::int32_t>(ids(vocabulary, false), Dims{rows}, *s.rank.device);
-      s.output("y", ops::add(tokens(s.context, id), positions(s.context, s.context.batch.space().positions)));
-    }, "vocabulary " + std::to_string(vocabulary));
+    compare(
+        [&](Scene& s) {
+          nn::Embedding& tokens = s.make<nn::Embedding>("tokens", vocabulary, "vocab", hidden, 0.5);
+          nn::Embedding& positions = s.make<nn::Embedding>("positions", 9, "positions", hidden, 0.5);
+          const Tensor id = Tensor::of<std::int32_t>(ids(vocabulary, false), Dims{rows}, *s.rank.device);
+          s.output("y", ops::add(tokens(s.context, id), positions(s.context, s.context.batch.space().positions)));
+        },
+        "vocabulary " + std::to_string(vocabulary));
 }
 
 TEST(Layers, DropoutHasTheMaskOfOneRank) {
-  compare([](Scene& s) {
-    const Tensor x = s.input("x", hidden), y = nn::dropout(s.context, x, 0.4, "here");
-    const std::vector<double> values = host(y);
-    EXPECT_GT(std::count(values.begin(), values.end(), 0.0), 0);
-    s.output("y", y);
-    s.context.training = false;
-    EXPECT_EQ(nn::dropout(s.context, x, 0.4, "here").raw(), x.raw());
-  }, "dropout");
+  compare(
+      [](Scene& s) {
+        const Tensor x = s.input("x", hidden), y = nn::dropout(s.context, x, 0.4, "here");
+        const std::vector<double> values = host(y);
+        EXPECT_GT(std::count(values.begin(), values.end(), 0.0), 0);
+        s.output("y", y);
+        s.context.training = false;
+        EXPECT_EQ(nn::dropout(s.context, x, 0.4, "here").raw(), x.raw());
+      },
+      "dropout");
 }
 
 ParameterSpec head_spec(std::int64_t vocabulary) {
@@ -184,51 +205,59 @@ class Weight : public Module {
 
 TEST(Layers, ObjectiveWithKnownWeights) {
   for (const std::int64_t vocabulary : {8, 37, 3, 2})
-    compare([&](Scene& s) {
-      Weight& head = s.make<Weight>(vocabulary);
-      std::vector<float> w;
-      for (const double x : noise("weights", rows)) w.push_back(static_cast<float>(x));
-      const Tensor weights = Tensor::of<float>(w, Dims{rows}, *s.rank.device);
-      const Tensor targets = Tensor::of<std::int32_t>(ids(vocabulary, true), Dims{rows}, *s.rank.device);
-      Tensor objective;
-      const Score score = nn::score(s.context, s.input("x", hidden), head.weight, targets, &weights, &objective);
-      s.outputs("score", {score.logprob, score.logsumexp, score.entropy}, false);
-      s.result.add("objective", 0, host(objective));  // ranks only add
-      backward(objective);
-    }, "vocabulary " + std::to_string(vocabulary));
+    compare(
+        [&](Scene& s) {
+          Weight& head = s.make<Weight>(vocabulary);
+          std::vector<float> w;
+          for (const double x : noise("weights", rows)) w.push_back(static_cast<float>(x));
+          const Tensor weights = Tensor::of<float>(w, Dims{rows}, *s.rank.device);
+          const Tensor targets = Tensor::of<std::int32_t>(ids(vocabulary, true), Dims{rows}, *s.rank.device);
+          Tensor objective;
+          const Score score = nn::score(s.context, s.input("x", hidden), head.weight, targets, &weights, &objective);
+          s.outputs("score", {score.logprob, score.logsumexp, score.entropy}, false);
+          s.result.add("objective", 0, host(objective));  // ranks only add
+          backward(objective);
+        },
+        "vocabulary " + std::to_string(vocabulary));
 }
 
 TEST(Layers, ScoresWhoseGradientComesLater) {
   for (const std::int64_t vocabulary : {8, 37, 3, 2})
-    compare([&](Scene& s) {
-      Weight& head = s.make<Weight>(vocabulary);
-      const Tensor targets = Tensor::of<std::int32_t>(ids(vocabulary, true), Dims{rows}, *s.rank.device);
-      const Score score = nn::score(s.context, s.input("x", hidden), head.weight, targets, nullptr, nullptr);
-      s.outputs("score", {score.logprob, score.logsumexp, score.entropy}, true);
-    }, "vocabulary " + std::to_string(vocabulary));
+    compare(
+        [&](Scene& s) {
+          Weight& head = s.make<Weight>(vocabulary);
+          const Tensor targets = Tensor::of<std::int32_t>(ids(vocabulary, true), Dims{rows}, *s.rank.device);
+          const Score score = nn::score(s.context, s.input("x", hidden), head.weight, targets, nullptr, nullptr);
+          s.outputs("score", {score.logprob, score.logsumexp, score.entropy}, true);
+        },
+        "vocabulary " + std::to_string(vocabulary));
 }
 
 TEST(Layers, LogitsOfRowsHaveTheWholeVocabulary) {
   for (const std::int64_t vocabulary : {8, 7, 2})
-    compare([&](Scene& s) {
-      Weight& head = s.make<Weight>(vocabulary);
-      nn::Norm& norm = s.make<nn::Norm>("norm", "rms", hidden, "hidden", 1e-5, false);
-      const std::vector<std::int32_t> some{11, 0, 5, 5};
-      const Tensor at = Tensor::of<std::int32_t>(some, Dims{4}, *s.rank.device);
-      const Tensor y = nn::logits(s.context, norm(s.context, nn::take_rows(s.context, s.input("x", hidden), at)), head.weight);
-      EXPECT_EQ(y.shape(), (Dims{4, vocabulary}));
-      // Every rank has them all; each answers for its share of the gradient.
-      s.result.add("logits", 0, host(ops::scale(y, 1.0 / s.rank.tensor())));
-      const std::vector<double> w = noise("logits/w", y.numel(), 1.0 / s.rank.tensor());
-      const Tensor roots[] = {y}, grads[] = {tensor(w, y.shape(), s.dtype, *s.rank.device)};
-      backward(roots, grads);
-    }, "vocabulary " + std::to_string(vocabulary));
+    compare(
+        [&](Scene& s) {
+          Weight& head = s.make<Weight>(vocabulary);
+          nn::Norm& norm = s.make<nn::Norm>("norm", "rms", hidden, "hidden", 1e-5, false);
+          const std::vector<std::int32_t> some{11, 0, 5, 5};
+          const Tensor at = Tensor::of<std::int32_t>(some, Dims{4}, *s.rank.device);
+          const Tensor y =
+              nn::logits(s.context, norm(s.context, nn::take_rows(s.context, s.input("x", hidden), at)), head.weight);
+          EXPECT_EQ(y.shape(), (Dims{4, vocabulary}));
+          // Every rank has them all; each answers for its share of the gradient.
+          s.result.add("logits", 0, host(ops::scale(y, 1.0 / s.rank.tensor())));
+          const std::vector<double> w = noise("logits/w", y.numel(), 1.0 / s.rank.tensor());
+          const Tensor roots[] = {y}, grads[] = {tensor(w, y.shape(), s.dtype, *s.rank.device)};
+          backward(roots, grads);
+        },
+        "vocabulary " + std::to_string(vocabulary));
 }
 
 TEST(Layers, OneTensorRankHasTheBitsOfNoMesh) {
   Gradients without, with;
   const Act act = [](Scene& s) {
-    nn::Linear& up = s.make<nn::Linear>("up", Segments{{"mlp", 8, 1, "gate"}, {"mlp", 8, 1, "up"}}, whole(hidden), true, 0.5);
+    nn::Linear& up =
+        s.make<nn::Linear>("up", Segments{{"mlp", 8, 1, "gate"}, {"mlp", 8, 1, "up"}}, whole(hidden), true, 0.5);
     nn::Linear& down = s.make<nn::Linear>("down", whole(hidden), Segments{{"mlp", 8, 1, ""}}, true, 0.5);
     nn::Embedding& tokens = s.make<nn::Embedding>("tokens", 7, "vocab", hidden, 0.5);
     const Tensor h = tokens(s.context, Tensor::of<std::int32_t>(ids(7, false), Dims{rows}, *s.rank.device));
@@ -257,13 +286,15 @@ TEST(Layers, RefuseWhatWouldBeSilentlyWrong) {
     nn::Linear up("layer.up", {{"mlp", 4, 1, ""}}, whole(hidden), false, 0.5);
     place(up.weight(), rank, DType::f32);
     context.mesh = rank.mesh.get();
-    EXPECT_THAT(message([&] { (void)context.use(up.weight()); }), testing::AllOf(testing::HasSubstr("layer.up.weight"), testing::HasSubstr("use it through nn::Linear")));
+    EXPECT_THAT(message([&] { (void)context.use(up.weight()); }),
+                testing::AllOf(testing::HasSubstr("layer.up.weight"), testing::HasSubstr("use it through nn::Linear")));
     context.mesh = nullptr;  // an engine that forgot to say where it placed it
     const Tensor x = Tensor::zeros(Dims{rows / 2, hidden}, DType::f32, *rank.device);
     EXPECT_THAT(message([&] { up(context, x); }), testing::HasSubstr("cut for 2 tensor ranks, the forward has 1"));
     context.mesh = rank.mesh.get();
     const Tensor odd = Tensor::zeros(Dims{5}, DType::f32, *rank.device);
-    EXPECT_THAT(message([&] { nn::stream_rows(context, odd); }), testing::HasSubstr("a multiple of the 2 tensor ranks, got 5"));
+    EXPECT_THAT(message([&] { nn::stream_rows(context, odd); }),
+                testing::HasSubstr("a multiple of the 2 tensor ranks, got 5"));
     // Targets and tokens of another tokenizer are named on every rank, before anyone waits for anyone.
     nn::Embedding tokens("tokens", 4, "vocab", hidden, 0.5);
     place(tokens.weight(), rank, DType::f32);
@@ -271,7 +302,8 @@ TEST(Layers, RefuseWhatWouldBeSilentlyWrong) {
     bad[7] = 4;
     const Tensor id = Tensor::of<std::int32_t>(bad, Dims{rows}, *rank.device);
     EXPECT_THAT(message([&] { tokens(context, id); }), testing::HasSubstr("ids[7]: expected a row of [0, 4), got 4"));
-    EXPECT_THAT(message([&] { nn::score(context, x, tokens.weight(), id, nullptr, nullptr); }), testing::HasSubstr("target 4 of row 7 is outside the vocabulary of 4"));
+    EXPECT_THAT(message([&] { nn::score(context, x, tokens.weight(), id, nullptr, nullptr); }),
+                testing::HasSubstr("target 4 of row 7 is outside the vocabulary of 4"));
   });
 }
 

@@ -23,10 +23,19 @@ const Overrides small{{"layers", "2"}, {"context", "32"}, {"vocabulary", "37"}};
 const std::vector<Form>& forms() {
   static const std::vector<Form> all{
       {"gpt2", test::gpt2_form + small + Overrides{{"width", "12"}, {"heads", "3"}, {"ffn", "20"}, {"dropout", "0.2"}}},
-      {"llama", test::llama_form + small + Overrides{{"width", "16"}, {"heads", "6"}, {"kv_heads", "3"}, {"head_size", "4"}, {"ffn", "22"}}},
-      {"qwen", test::qwen_form + small + Overrides{{"width", "16"}, {"heads", "4"}, {"kv_heads", "2"}, {"ffn", "12"}, {"dropout", "0.1"}}},
-      {"wide_groups", test::llama_form + small + Overrides{{"width", "12"}, {"heads", "4"}, {"kv_heads", "1"}, {"head_size", "6"}, {"ffn", "9"},
-                                                           {"bias", "true"}, {"norm", "layer"}, {"vocabulary", "5"}}},
+      {"llama", test::llama_form + small +
+                    Overrides{{"width", "16"}, {"heads", "6"}, {"kv_heads", "3"}, {"head_size", "4"}, {"ffn", "22"}}},
+      {"qwen", test::qwen_form + small +
+                   Overrides{{"width", "16"}, {"heads", "4"}, {"kv_heads", "2"}, {"ffn", "12"}, {"dropout", "0.1"}}},
+      {"wide_groups", test::llama_form + small +
+                          Overrides{{"width", "12"},
+                                    {"heads", "4"},
+                                    {"kv_heads", "1"},
+                                    {"head_size", "6"},
+                                    {"ffn", "9"},
+                                    {"bias", "true"},
+                                    {"norm", "layer"},
+                                    {"vocabulary", "5"}}},
   };
   return all;
 }
@@ -39,7 +48,8 @@ Batch ragged(Device& device, std::int64_t vocabulary) {
   const Rng rng(3, "parallel/tokens");
   for (std::uint64_t i = 0; i < 27; ++i) {
     tokens.push_back(static_cast<std::int32_t>(rng.below(i, static_cast<std::uint64_t>(vocabulary))));
-    targets.push_back(i >= 25 || i % 6 == 5 ? -1 : static_cast<std::int32_t>(rng.below(100 + i, static_cast<std::uint64_t>(vocabulary))));
+    targets.push_back(
+        i >= 25 || i % 6 == 5 ? -1 : static_cast<std::int32_t>(rng.below(100 + i, static_cast<std::uint64_t>(vocabulary))));
     weights.push_back(targets.back() < 0 ? 0.f : 0.5f + static_cast<float>(i % 3));
   }
   return make_batch(device, tokens, lengths, targets, weights, 1000);
@@ -105,7 +115,8 @@ std::string case_name(const testing::TestParamInfo<Models::ParamType>& info) {
   return forms()[form].name + "_tensor" + std::to_string(mesh.first) + "_context" + std::to_string(mesh.second);
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, Models, testing::Combine(testing::Range<std::size_t>(0, 4), testing::ValuesIn(meshes)), case_name);
+INSTANTIATE_TEST_SUITE_P(Forms, Models, testing::Combine(testing::Range<std::size_t>(0, 4), testing::ValuesIn(meshes)),
+                         case_name);
 
 }  // namespace
 }  // namespace capstan::parallel_test

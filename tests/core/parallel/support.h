@@ -91,7 +91,9 @@ inline void place(Parameter& p, const Rank& rank, DType dtype, double size = 0.1
   std::vector<double> global = host(initial);
   const std::vector<double> added = noise(p.name(), p.numel(), size);
   std::vector<double> local(static_cast<std::size_t>(p.placement()->local.product()));
-  for_elements(p, [&](std::int64_t g, std::int64_t l) { local[static_cast<std::size_t>(l)] = global[static_cast<std::size_t>(g)] + added[static_cast<std::size_t>(g)]; });
+  for_elements(p, [&](std::int64_t g, std::int64_t l) {
+    local[static_cast<std::size_t>(l)] = global[static_cast<std::size_t>(g)] + added[static_cast<std::size_t>(g)];
+  });
   p.place(tensor(local, p.placement()->local, dtype, *rank.device), true);
 }
 
@@ -105,7 +107,9 @@ class Gradients {
       sum.resize(static_cast<std::size_t>(p->numel()), 0);
       if (p->leaf() == nullptr || !p->leaf()->has_grad()) continue;
       const std::vector<double> g = host(p->leaf()->grad());
-      for_elements(*p, [&](std::int64_t to, std::int64_t from) { sum[static_cast<std::size_t>(to)] += g[static_cast<std::size_t>(from)]; });
+      for_elements(*p, [&](std::int64_t to, std::int64_t from) {
+        sum[static_cast<std::size_t>(to)] += g[static_cast<std::size_t>(from)];
+      });
     }
   }
   /// `values` belong at `begin` of the array called `name`.
@@ -128,8 +132,10 @@ class Gradients {
       const auto& got = all_.at(name);
       ASSERT_EQ(got.size(), want.size()) << what << ": " << name;
       double difference = 0, norm = 0;
-      for (std::size_t i = 0; i < want.size(); ++i) difference += (got[i] - want[i]) * (got[i] - want[i]), norm += want[i] * want[i];
-      EXPECT_LE(std::sqrt(difference), tolerance * std::max(std::sqrt(norm), 1e-3 * std::sqrt(whole))) << what << ": " << name << ", norm " << std::sqrt(norm);
+      for (std::size_t i = 0; i < want.size(); ++i)
+        difference += (got[i] - want[i]) * (got[i] - want[i]), norm += want[i] * want[i];
+      EXPECT_LE(std::sqrt(difference), tolerance * std::max(std::sqrt(norm), 1e-3 * std::sqrt(whole)))
+          << what << ": " << name << ", norm " << std::sqrt(norm);
     }
   }
 
