@@ -27,6 +27,15 @@ int count(const std::string& text, const std::string& what) {
   return n;
 }
 
+/// What each step came to, without clocks.
+std::vector<std::string> steps_of(const fs::path& run) {
+  std::vector<std::string> all;
+  for (const std::string& line : metrics(run))
+    if (line.find("\"loss\"") != std::string::npos) all.push_back(line);
+  EXPECT_EQ(all.size(), 10u) << run;
+  return all;
+}
+
 /// The training tests' project with ten short steps, a checkpoint every second one, and the optimizer that may have an accident.
 class Ranks : public ::testing::Test {
  protected:
@@ -131,7 +140,7 @@ TEST_F(Ranks, ARestartFinishesTheRunBitForBit) {
     EXPECT_THAT(broken.err, AllOf(StartsWith("capstan launch: [rank " + std::to_string(a.rank) + "] "), HasSubstr("step 6"), HasSubstr(" of communicator '"),
                                   HasSubstr("starting again from the newest good checkpoint"), HasSubstr("(restart 1 of 2)")));
     EXPECT_THAT(broken.out, ContainsRegex("resuming .* at step 4 of 10"));
-    EXPECT_EQ(metrics(project_ / run), metrics(project_ / "whole"));
+    EXPECT_EQ(steps_of(project_ / run), steps_of(project_ / "whole"));
     const auto got = weights(project_ / run, 10);
     EXPECT_FALSE(got.empty());
     EXPECT_EQ(got, weights(project_ / "whole", 10));
@@ -153,7 +162,7 @@ TEST_F(Ranks, ASignalSavesAndTheSameCommandGoesOn) {
     EXPECT_THAT(stopped.out, HasSubstr(signal == SIGINT ? "stopped by SIGINT after step" : "stopped by SIGTERM after step"));
     EXPECT_LT(latest(project_ / run), 10);
     EXPECT_EQ(train_on(2, words(run)).code, 0);
-    EXPECT_EQ(metrics(project_ / run), metrics(project_ / "whole"));
+    EXPECT_EQ(steps_of(project_ / run), steps_of(project_ / "whole"));
   }
 }
 
@@ -179,7 +188,7 @@ TEST_F(Ranks, TorchrunsEnvironmentIsEnoughOnOneHost) {
   EXPECT_EQ(ranks[1]->wait(), 0) << ranks[1]->out();
   EXPECT_THAT(ranks[0]->out(), HasSubstr("2 ranks, started by torchrun"));
   EXPECT_EQ(ranks[1]->out(), "");
-  EXPECT_EQ(metrics(project_ / "torch"), metrics(project_ / "mpi"));
+  EXPECT_EQ(steps_of(project_ / "torch"), steps_of(project_ / "mpi"));
 }
 
 TEST_F(Ranks, LaunchRefusesWhatItDoesNotUnderstand) {
