@@ -56,20 +56,40 @@ Memory state_memory(const Sources& sources, const Setting& setting, int pipeline
   return m;
 }
 
-void add_activations(Memory& m, const Profile& profile, int live, bool alone) {
-  m.live = live;
-  std::int64_t kept = 0, room = 0, logits = 0;
-  for (const int index : m.calls) {
+/// Bytes that some calls keep, and the most that one of them needs beside while it runs.
+struct Room { std::int64_t kept = 0, beside = 0, logits = 0; };
+
+Room room_of(const Profile& profile, const std::vector<int>& calls) {
+  Room room;
+  for (const int index : calls) {
     const CallProfile& c = profile.calls[static_cast<std::size_t>(index)];
-    kept += c.kept;
     const std::int64_t most = std::max(c.forward_room - c.kept, c.backward_room);
-    if (c.head) logits = std::max(logits, most);
-    else room = std::max(room, most);
+    room.kept += c.kept;
+    room.beside = std::max(room.beside, most);
+    if (c.head) room.logits = std::max(room.logits, most);
   }
-  m.logits = logits;
-  // One rank with all calls: the walk itself says what was held at once. Else what is kept, as often as microbatches are
-  // under way, and the most that a call needs while it runs.
-  m.activations = alone ? std::max<std::int64_t>(0, profile.peak - logits) : profile.base + kept * live + std::max<std::int64_t>(0, room - logits);
+  return room;
+}
+
+/// One rank with all calls: the walk itself says what was held at once.
+void add_activations(Memory& m, const Profile& profile) {
+  m.logits = room_of(profile, m.calls).logits;
+  m.activations = std::max<std::int64_t>(0, profile.peak - m.logits);
+}
+
+/// A row of a pipeline's table: what is kept from forwards whose backward is still to come, and what the action needs.
+void add_activations(Memory& m, const Profile& profile, const std::vector<pipeline::Action>& row, const std::vector<std::vector<int>>& cut, int live) {
+  m.live = live;
+  m.logits = room_of(profile, m.calls).logits;
+  std::int64_t held = 0, most = 0;
+  for (const pipeline::Action& a : row) {
+    if (!a.computes()) continue;
+    const Room room = room_of(profile, cut[static_cast<std::size_t>(a.stage)]);
+    if (a.kind == pipeline::ActionKind::forward) held += room.kept;
+    most = std::max(most, held + room.beside);
+    if (a.kind == pipeline::ActionKind::backward || a.kind == pipeline::ActionKind::weight) held -= room.kept;
+  }
+  m.activations = std::max<std::int64_t>(0, profile.base + most - m.logits);
 }
 
 /// Units as the engine makes them: each parameter is in that of its first call. Elements per call, padded to the pieces.
@@ -344,7 +364,11 @@ Prediction predict(const Sources& sources, const Setting& setting, const DeviceM
   Prediction p;
   const Profile profile = profile_model(sources.model, setting);
   const int pp = setting.size("pp"), stages = pp > 1 ? setting.pipeline.stages() : 1;
-  const std::vector<std::vector<int>> cut = cut_stages(profile, stages);
+  std::vector<std::vector<int>> cut = cut_stages(profile, stages);
+  if (pp > 1 && setting.engine.stage_of_call.size() == profile.calls.size()) {  // as the session says
+    for (auto& calls : cut) calls.clear();
+    for (std::size_t c = 0; c < profile.calls.size(); ++c) cut.at(static_cast<std::size_t>(setting.engine.stage_of_call[c])).push_back(static_cast<int>(c));
+  }
   const auto microbatches = static_cast<int>(setting.microbatches);
   p.parameters = profile.parameters;
   p.microbatches = setting.microbatches;
@@ -370,14 +394,8 @@ Prediction predict(const Sources& sources, const Setting& setting, const DeviceM
     std::vector<int> calls;
     for (int s = r; s < stages; s += pp) calls.insert(calls.end(), cut[static_cast<std::size_t>(s)].begin(), cut[static_cast<std::size_t>(s)].end());
     Memory m = state_memory(sources, setting, r, std::move(calls));
-    // A rank with several stages keeps `live` of them, whichever.
-    add_activations(m, profile, live[static_cast<std::size_t>(r)], pp == 1);
-    if (stages > pp) {
-      const auto per = static_cast<double>(pp) / stages;
-      std::int64_t kept = 0;
-      for (const int c : m.calls) kept += profile.calls[static_cast<std::size_t>(c)].kept;
-      m.activations -= kept * m.live - static_cast<std::int64_t>(static_cast<double>(kept * m.live) * per);
-    }
+    if (pp == 1) add_activations(m, profile);
+    else add_activations(m, profile, schedule.rows[static_cast<std::size_t>(r)], cut, live[static_cast<std::size_t>(r)]);
     if (r == 0 && setting.sampled_tokens > 0) {
       const bool shared = pp > 1 || setting.size("tensor") > 1 || (setting.engine.sharding.parameter && setting.pieces() > 1);
       m.sampling = setting.sampled_tokens * profile.state_bytes + (shared ? profile.parameters * size_of(setting.engine.compute) : 0);
