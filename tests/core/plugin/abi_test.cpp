@@ -231,7 +231,7 @@ std::string enumerators() {
 }
 
 /// The table of epoch `golden_epoch`.
-constexpr std::uint32_t golden_epoch = 1;
+constexpr std::uint32_t golden_epoch = 2;
 constexpr const char* golden = R"(
 Dims 56/8: v_@0+48[8] size_@48+4
 Storage 56/8: device@0+16 data@16+8 bytes@24+8 owned@32+1 keeper@40+16
@@ -245,13 +245,13 @@ Node 40/8: inputs@8+24[24] outputs@32+4 released@36+1
 Leaf 240/8: hook@40+32 parameter_@72+1 filled_@73+1 uses_@76+4 grad_@80+160
 Deferred 24/8: items@0+24[40]
 Deferred::Item 40/8: node@0+16 grads@16+24[160]
-Space 576/8: name@0+32[1] starts@32+160 positions@192+160 sample_ids@352+160 host_starts@512+24[4] past@536+24[4] capacity@560+8 longest@568+8
-Batch 56/8: spaces@0+24[576] step_weight@24+8 streams_@32+24[192]
+Space 592/8: name@0+32[1] starts@32+160 positions@192+160 sample_ids@352+160 host_starts@512+24[4] past@536+24[4] capacity@560+8 longest@568+8
+Batch 56/8: spaces@0+24[592] step_weight@24+8 streams_@32+24[192]
 Rng 16/8: key_@0+8 step_@8+8
-Segment 80/8: axis@0+32[1] count@32+8 width@40+8 part@48+32[1]
+Segment 88/8: axis@0+32[1] count@32+8 width@40+8 part@48+32[1]
 Init 16/8: kind@0+1 scale@8+8
 ParameterSpec 56/8: dims@0+24[24] role@24+1 init@32+16 trainable@48+1 persistent@49+1
-Parameter 304/8: name_@0+32[1] spec_@32+56 local_@88+160 version_@248+8 derived_@256+48[200]
+Parameter 320/8: name_@0+32[1] spec_@32+56 local_@88+160 version_@264+8 derived_@272+48[200]
 OptionSpec 248/8: name@0+32[1] help@32+32[1] unit@64+32[1] type@96+1 required@97+1 optional@98+1 default_text@104+32[1] minimum@136+16[8] maximum@152+16[8] exclusive_minimum@168+1 allowed@176+24[32] plugin_kind@200+32[1] group@232+16
 Schema 24/8: options_@0+24[248]
 Options 16/8: impl_@0+16
@@ -261,13 +261,13 @@ PluginError 1024/1:
 Registrar 8/8:
 Error 24/8:
 LossEntry 208/8: name@0+32[1] sum@32+160 count@192+8 weight@200+8
-ForwardContext 176/8: dtype@16+1 state@24+8 grad@32+1 training@33+1 step@40+8 seed@48+8 values_@56+48[192] memo_@104+48[192] losses_@152+24[208]
+ForwardContext 216/8: dtype@16+1 state@24+8 grad@32+1 training@33+1 step@40+8 seed@48+8 values_@64+48[192] memo_@112+48[192] losses_@160+24[208]
 Module 64/8: name_@8+32[1] items_@40+24[32]
 Block 64/8:
 Layer 64/8:
 LayerMaker 8/8:
 Head 64/8:
-Model 8/8:
+Model 24/8:
 LayerContext 136/8: name@0+32[1] hidden@32+8 index@40+8 layers@48+8 init_std@56+8 residual_init_std@64+8 norm@72+32[1] norm_epsilon@104+8 bias@112+1 dropout@120+8 longest@128+8
 Score 480/8: logprob@0+160 logsumexp@160+160 entropy@320+160
 Call 64/8: block@0+8 reads@8+24[32] writes@32+24[32] recompute@56+1
@@ -301,8 +301,8 @@ Device::kind slot 2 MN7capstan6DeviceEKFNS_10DeviceKindEvE
 Device::allocate slot 3 MN7capstan6DeviceEFPvlE
 Device::release slot 4 MN7capstan6DeviceEDoFvPvlE
 Device::bytes_reserved slot 5 MN7capstan6DeviceEKFlvE
-Device::cpu slot 6 MN7capstan6DeviceEFRNS_7kernels3cpu7ContextEvE
-Device slots 7
+Device::cpu slot 7 MN7capstan6DeviceEFRNS_7kernels3cpu7ContextEvE
+Device slots 9
 Node::name slot 2 MN7capstan4NodeEKFSt17basic_string_viewIcSt11char_traitsIcEEvE
 Node::backward slot 3 MN7capstan4NodeEFSt6vectorINS_6TensorESaIS2_EESt4spanIKS2_Lm18446744073709551615EENS_4PartEE
 Node::release slot 4 MN7capstan4NodeEFvvE
