@@ -86,7 +86,7 @@ TEST_P(Watchdog, OneMessageNamesTheRankItsStepAndTheCollective) {
   EXPECT_LT(job.seconds, 25);  // 2 s of timeout, mpirun's own 2 s twice, and a loaded machine
   EXPECT_EQ(count(job.out, "error: "), 1) << job.out;
   EXPECT_THAT(job.out, HasSubstr(GetParam().said));
-  if (std::string(GetParam().what) == "throw") return;  // it speaks for itself
+  if (std::string(GetParam().what) == "throw") return;  // it speaks for itself, in its own words
   EXPECT_THAT(job.out, HasSubstr("error: [rank 2] rank 2 (step 5, backward of block 3)"));
   EXPECT_THAT(job.out, ::testing::ContainsRegex("expected in (all_reduce|barrier) 6 of communicator '(shard/reduce|pair)'"));
 }
