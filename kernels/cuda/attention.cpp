@@ -1,5 +1,5 @@
-// Attention: which kernels run. cuDNN where it takes the shape, own kernels elsewhere and where the order of every sum is
-// to be the same.
+// Attention: which kernels run. cuDNN where it is wanted and takes the shape, own kernels elsewhere: f32, f64, pages, head
+// sizes or addresses that cuDNN refuses, and backwards in one order over sequences of different lengths.
 #include <kernels/cuda/attention.h>
 #include <kernels/cuda/attention_own.h>
 #include <kernels/cuda/attention_plan.h>
@@ -60,10 +60,11 @@ bool forward_by_cudnn(Context& ctx, const Attention& a) {
   return false;
 }
 
+/// In one order where that is asked: cuDNN's ordered backward serves sequences of one length, within the workspace that
+/// is allowed; others go to the own kernels, whose sums always have one order.
 bool backward_by_cudnn(Context& ctx, const Attention& a) {
 #if defined(CAPSTAN_CUDNN)
-  if (!ctx.attention_choice.deterministic)
-    if (CudnnAttention* cudnn = cudnn_for(ctx, a, true)) return cudnn->backward(ctx, a, false, 0);
+  if (CudnnAttention* cudnn = cudnn_for(ctx, a, true)) return cudnn->backward(ctx, a, ctx.attention_choice.deterministic, ctx.attention_choice.workspace);
 #endif
   static_cast<void>(ctx), static_cast<void>(a);
   return false;

@@ -40,7 +40,7 @@ __device__ __forceinline__ A lanes_reduce(A x, Op op) {
 }
 
 template <class T, int Tile, int Width, bool Paged>
-__global__ void __launch_bounds__(256) plain_forward_kernel(const __grid_constant__ PlainArguments<T> a) {
+__global__ void __launch_bounds__(256, 2) plain_forward_kernel(const __grid_constant__ PlainArguments<T> a) {
   constexpr int lanes = 256 / Tile, per = Tile / lanes, columns = Width / lanes, row_size = Width + 1;
   unsigned char* shared = dynamic_shared();
   T* q = reinterpret_cast<T*>(shared);
@@ -138,7 +138,7 @@ __device__ __forceinline__ void plain_scores(const PlainArguments<T>& a, const T
 }
 
 template <class T, int Tile, int Width>
-__global__ void __launch_bounds__(256) plain_dkv_kernel(const __grid_constant__ PlainArguments<T> a) {
+__global__ void __launch_bounds__(256, 2) plain_dkv_kernel(const __grid_constant__ PlainArguments<T> a) {
   constexpr int lanes = 256 / Tile, columns = Width / lanes, row_size = Width + 1;
   unsigned char* shared = dynamic_shared();
   T* q = reinterpret_cast<T*>(shared);
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(256) plain_dkv_kernel(const __grid_constant__ 
 }
 
 template <class T, int Tile, int Width>
-__global__ void __launch_bounds__(256) plain_dq_kernel(const __grid_constant__ PlainArguments<T> a) {
+__global__ void __launch_bounds__(256, 2) plain_dq_kernel(const __grid_constant__ PlainArguments<T> a) {
   constexpr int lanes = 256 / Tile, columns = Width / lanes, row_size = Width + 1;
   unsigned char* shared = dynamic_shared();
   T* q = reinterpret_cast<T*>(shared);

@@ -51,7 +51,7 @@ __device__ __forceinline__ void take(Score<A>& s, const A (&x)[N]) {
 }
 
 template <class A, int Width, int Threads>
-__global__ void __launch_bounds__(Threads, sizeof(A) == 8 ? 2 : 3) score_kernel(ScoreRows s, int slice, int cached) {
+__global__ void __launch_bounds__(Threads, sizeof(A) == 8 ? 1 : 3) score_kernel(ScoreRows s, int slice, int cached) {
   A* held = reinterpret_cast<A*>(dynamic_shared());
   __shared__ Score<A> warps[Threads / 32];
   __shared__ Score<A> mine;

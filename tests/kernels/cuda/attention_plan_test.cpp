@@ -1,0 +1,111 @@
+// Launch plans of attention, and what is asked of cuDNN.
+#include <gtest/gtest.h>
+#include <kernels/cuda/attention_plan.h>
+#include <kernels/cuda/cudnn_attention.h>
+
+#include <vector>
+
+namespace capstan::kernels::cuda {
+namespace {
+
+constexpr std::int64_t most_shared = 227 * 1024;  // of a block on sm_90 and sm_100
+
+TEST(AttentionPlan, EveryHeadSizeFits) {
+  for (std::int64_t d = 1; d <= 256; ++d)
+    for (const int capability : {90, 100})
+      for (const bool paged : {false, true}) {
+        const AttentionPlan f = plan_attention_forward(d, paged, capability), kv = plan_attention_dkv(d), q = plan_attention_dq(d);
+        for (const AttentionPlan& p : {f, kv, q}) {
+          EXPECT_GE(p.width, d);
+          EXPECT_EQ(p.width % 16, 0);
+          EXPECT_LE(p.shared_bytes, most_shared);
+          EXPECT_EQ(p.rows, p.warps / p.column_parts * p.strips * 16);
+        }
+        EXPECT_EQ(kv.width / kv.column_parts % 16, 0);
+        if (capability >= 100 && f.strips == 2) {
+          EXPECT_LE(f.width, 64) << "registers of sm_100";
+        }
+      }
+  EXPECT_EQ(attention_width(257), 0);
+  for (const std::int64_t d : {1, 64, 65, 128, 129, 256})
+    for (const int bytes : {4, 8})
+      for (const bool backward : {false, true}) {
+        const PlainAttentionPlan p = plan_plain_attention(d, bytes, backward);
+        EXPECT_GE(p.width, d);
+        EXPECT_LE(p.shared_bytes, most_shared);
+        EXPECT_EQ(attention_keys % p.tile, 0);
+      }
+}
+
+TEST(AttentionPlan, TilesNeverSpanSequences) {
+  const std::vector<std::int32_t> starts{0, 0, 1, 65, 193, 200};
+  EXPECT_EQ(attention_tiles(starts.data(), 5, 64), 0 + 1 + 1 + 2 + 1);
+  EXPECT_EQ(attention_tiles(starts.data(), 5, 128, 4), 0 + 1 + 2 + 4 + 1);
+}
+
+Attention shape(const std::vector<std::int32_t>& starts, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_size) {
+  Attention a;
+  a.num = Num::bf16, a.heads = heads, a.kv_heads = kv_heads, a.head_size = head_size;
+  a.host_starts = starts.data(), a.sequences = static_cast<std::int64_t>(starts.size()) - 1, a.rows = starts.back();
+  a.q_stride = a.k_stride = a.v_stride = a.dq_stride = a.dkv_stride = (heads + 2 * kv_heads) * head_size, a.out_stride = a.dout_stride = heads * head_size;
+  return a;
+}
+
+TEST(CudnnShape, EqualSequencesAreABatchOthersAreRoundedUp) {
+  const std::vector<std::int32_t> equal{0, 100, 200, 300}, ragged{0, 100, 201, 300}, longer{0, 3, 500, 513, 514, 520};
+  const CudnnShape e = cudnn_shape(shape(equal, 8, 2, 64), false, false);
+  EXPECT_FALSE(e.ragged);
+  EXPECT_EQ(e.batch, 3);
+  EXPECT_EQ(e.length, 100);
+  const CudnnShape r = cudnn_shape(shape(ragged, 8, 2, 64), false, false), l = cudnn_shape(shape(longer, 8, 2, 64), false, false);
+  EXPECT_TRUE(r.ragged);
+  EXPECT_EQ(r.batch, 4);
+  EXPECT_EQ(r.length, 128);
+  EXPECT_EQ(l.batch, 8);
+  EXPECT_EQ(l.length, 512);
+}
+
+TEST(CudnnRefuses, SaysWhatItDoesNotTake) {
+  const std::vector<std::int32_t> starts{0, 100}, singles{0, 1, 2};
+  Attention a = shape(starts, 8, 2, 64);
+  EXPECT_EQ(cudnn_refuses(a, true, 90), "");
+  EXPECT_NE(cudnn_refuses(shape(singles, 8, 2, 64), false, 90), "");
+  EXPECT_NE(cudnn_refuses(shape(starts, 8, 2, 36), false, 90), "");
+  EXPECT_EQ(cudnn_refuses(shape(starts, 8, 2, 256), true, 90), "");
+  EXPECT_NE(cudnn_refuses(shape(starts, 8, 2, 256), true, 100), "");
+  a.q_stride += 4;
+  EXPECT_NE(cudnn_refuses(a, false, 90), "");
+  a = shape(starts, 8, 2, 64), a.num = Num::f32;
+  EXPECT_NE(cudnn_refuses(a, false, 90), "");
+  a = shape(starts, 8, 2, 64), a.rows = std::int64_t{1} << 30;
+  EXPECT_NE(cudnn_refuses(a, false, 90), "");
+}
+
+TEST(CudnnOrderedChunk, DividesTheWorkAndStaysWithinTheWorkspace) {
+  for (const std::int64_t batch : {1, 6, 32})
+    for (const std::int64_t kv_heads : {1, 5, 8})
+      for (const std::int64_t group : {1, 4})
+        for (const std::int64_t length : {100, 1024, 8192})
+          for (const std::int64_t limit : {std::int64_t{1} << 24, std::int64_t{1} << 28, std::int64_t{1} << 30, std::int64_t{1} << 40}) {
+            CudnnShape s;
+            s.batch = batch, s.kv_heads = kv_heads, s.heads = kv_heads * group, s.length = length, s.head_size = 128;
+            const CudnnChunk c = cudnn_ordered_chunk(s, limit);
+            const std::int64_t one = group * length * length * 2;
+            if (c.kv_heads == 0) {
+              EXPECT_GT(one + one / 2, limit / 2) << length;  // not even one head fits
+              continue;
+            }
+            EXPECT_EQ(kv_heads % c.kv_heads, 0);
+            EXPECT_EQ(batch % c.batch, 0);
+            EXPECT_LE(c.batch * c.kv_heads * one, limit);
+            if (c.batch > 1) {
+              EXPECT_EQ(c.kv_heads, kv_heads);
+            }
+            if (limit == std::int64_t{1} << 40) {
+              EXPECT_EQ(c.batch * c.kv_heads, batch * kv_heads);
+            }
+          }
+}
+
+}  // namespace
+}  // namespace capstan::kernels::cuda
