@@ -12,8 +12,10 @@
 #include <sys/ioctl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <csignal>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 
@@ -46,11 +48,15 @@ double timeout_of(const RankWork& work) {
   return recipe.options.group("mesh").number("timeout_seconds");
 }
 
-/// mpirun gives each rank a terminal of its own, which has no width.
+/// mpirun gives each rank a terminal of its own, which has no width. `columns`: what it should be, 0: nobody knows, and
+/// what comes out may well be a file.
 void set_columns(int columns) {
-  if (columns <= 0 || isatty(STDOUT_FILENO) != 1) return;
   winsize size{};
-  ioctl(STDOUT_FILENO, TIOCGWINSZ, &size);
+  if (isatty(STDOUT_FILENO) != 1 || ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) != 0 || size.ws_col > 0) return;
+  if (columns <= 0) {
+    setenv("TERM", "dumb", 1);
+    return;
+  }
   size.ws_col = static_cast<unsigned short>(std::min(columns, 4096));
   ioctl(STDOUT_FILENO, TIOCSWINSZ, &size);
 }

@@ -84,7 +84,8 @@ class CAPSTAN_API Trainer {
   double spike_mean_ = 0, spike_square_ = 0;
   std::int64_t spike_count_ = 0, refused_in_a_row_ = 0, refused_step_ = 0;
   bool save_due_ = false;  // by rank 0's clock
-  std::optional<double> bigram_, validation_;
+  bool bigram_asked_ = false;
+  std::optional<double> bigram_, validation_;  // bigram_: on rank 0
   std::chrono::steady_clock::time_point last_save_, started_;
 };
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <csignal>
+#include <utility>
 
 namespace capstan::train {
 
@@ -102,7 +103,7 @@ void Trainer::validate() {
   for (const LossEntry& entry : session_->engine->evaluate(std::span<const Batch>(all))) loss += entry.weight * entry.sum.item();
   loss = sum_of_losses(loss);
   validation_ = loss;
-  const bool first = !bigram_.has_value();
+  const bool first = !std::exchange(bigram_asked_, true);
   const auto count_pairs = [&] { bigram_ = data::bigram_cross_entropy(*data_, batches); };
   if (first && session_->mesh) session_->mesh->on_first_rank(count_pairs);
   else if (first) count_pairs();

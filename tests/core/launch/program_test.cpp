@@ -64,7 +64,7 @@ class Ranks : public ::testing::Test {
 };
 
 TEST_F(Ranks, OneStreamAndALogForEachRank) {
-  const Exit two = train_on(2, words("two"));
+  const Exit two = train_on(2, words("two", {"train.validate_every=4"}));
   ASSERT_EQ(two.code, 0) << two.err << two.out;
   EXPECT_EQ(count(two.out, "2 ranks, started by mpirun"), 1) << two.out;
   EXPECT_EQ(count(two.out, "capstan train "), 1) << two.out;
@@ -75,8 +75,15 @@ TEST_F(Ranks, OneStreamAndALogForEachRank) {
   EXPECT_THAT(read_file(project_ / "two" / "log.txt"), HasSubstr("done at step 10"));
   EXPECT_THAT(read_file(project_ / "two" / "ranks" / "rank_00001.log"), HasSubstr("done at step 10"));
   // Two ranks train what one does.
-  const Exit one = train_on(1, words("one"));
+  const Exit one = train_on(1, words("one", {"train.validate_every=4"}));
   ASSERT_EQ(one.code, 0) << one.err;
+  const auto v = metrics_with(project_ / "two", "validation_loss"), w = metrics_with(project_ / "one", "validation_loss");
+  ASSERT_EQ(v.size(), 3u);
+  ASSERT_EQ(w.size(), 3u);
+  for (std::size_t i = 0; i < v.size(); ++i) {
+    EXPECT_NEAR(v[i]["validation_loss"].get<double>(), w[i]["validation_loss"].get<double>(), 1e-4);
+    EXPECT_EQ(v[i]["bigram_loss"], w[i]["bigram_loss"]);
+  }
   const auto a = metrics_with(project_ / "two", "loss"), b = metrics_with(project_ / "one", "loss");
   ASSERT_EQ(a.size(), 10u);
   ASSERT_EQ(b.size(), 10u);
