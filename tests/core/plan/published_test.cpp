@@ -68,7 +68,7 @@ Assumptions megatron(bool f8 = false) {
 PublishedRun weak(const std::string& name, int heads, int width, int layers, int tensor, int pp, int gpus, int sequences, double tflops, int micro = 1) {
   const double h = width, l = layers;
   const double flop = 72 * l * h * h + 12 * l * h * 4096 + 6 * h * 131072;
-  // Not published: the sequences of a microbatch (here 1 in a pipeline, else as many as fit into 80 GB) and the interleaving
+  // Not published: the sequences of a microbatch (here 1 in a pipeline, else 4 or 2) and the interleaving
   // (chunks of two blocks here, of three where two do not divide).
   const int per_rank = layers / pp, chunk = per_rank % 2 == 0 ? 2 : per_rank % 3 == 0 ? 3 : 1;
   std::vector<std::string> recipe = gpt(layers, heads, width, 131072, false) + batch(sequences, 4096, micro) +
