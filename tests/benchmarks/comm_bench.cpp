@@ -1,6 +1,6 @@
-// Collectives among the ranks of a host: `mpirun ... comm_bench capstan|shared|mpi|overlap|mpi-overlap [rounds]`. Median times of the slowest
-// rank, beside memcpy by all ranks at once; `overlap`: the share of a collective that hides behind compute. `shared`: buffers in
-// the host's shared memory.
+// Collectives among the ranks of a host: `mpirun ... comm_bench capstan|shared|mpi|overlap|mpi-overlap [rounds]`. Median
+// times of the slowest rank, beside memcpy by all ranks at once; `overlap`: the share of a collective that hides behind
+// compute. `shared`: buffers in the host's shared memory.
 #include "comm/mpi_world.h"
 
 #include <capstan/dtype.h>
@@ -30,7 +30,8 @@ double median(std::vector<double> v) {
 
 /// Floats, written once: in large pages of its own, or in the host's shared memory.
 struct Buffer {
-  explicit Buffer(std::size_t n, capstan::World* shared = nullptr) : count(n), bytes((n * sizeof(float) + (2u << 20)) & ~std::size_t{(2u << 20) - 1}) {
+  explicit Buffer(std::size_t n, capstan::World* shared = nullptr)
+      : count(n), bytes((n * sizeof(float) + (2u << 20)) & ~std::size_t{(2u << 20) - 1}) {
     if (shared) memory = shared->shared_memory(bytes), base = memory.get();
     else base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (!shared) madvise(base, bytes, MADV_HUGEPAGE);
@@ -74,8 +75,11 @@ void bench(const char* name, Ranks& ranks, int rounds, capstan::World* shared = 
     const double scatter = time([&] { ranks.reduce_scatter(a.data(), b.data(), part); });
     const double gather = time([&] { ranks.all_gather(a.data(), b.data(), part); });
     if (ranks.rank() == 0) {
-      fmt::print("{:8} np {} {:9.3f} MiB: memcpy {:8.3f}  all_reduce {:8.3f} ({:6.2f} GB/s)  reduce_scatter {:8.3f}  all_gather {:8.3f} ms\n", name,
-                 ranks.size(), static_cast<double>(bytes) / (1 << 20), copy, reduce, static_cast<double>(bytes) / reduce / 1e6, scatter, gather);
+      fmt::print(
+          "{:8} np {} {:9.3f} MiB: memcpy {:8.3f}  all_reduce {:8.3f} ({:6.2f} GB/s)  reduce_scatter {:8.3f}  all_gather "
+          "{:8.3f} ms\n",
+          name, ranks.size(), static_cast<double>(bytes) / (1 << 20), copy, reduce,
+          static_cast<double>(bytes) / reduce / 1e6, scatter, gather);
       std::fflush(stdout);
     }
   }
@@ -91,12 +95,27 @@ Ranks of_capstan(capstan::World& world, capstan::Communicator& c) {
 }
 
 Ranks of_mpi() {
-  return {[] { int r; MPI_Comm_rank(MPI_COMM_WORLD, &r); return r; }, [] { int s; MPI_Comm_size(MPI_COMM_WORLD, &s); return s; },
+  return {[] {
+            int r;
+            MPI_Comm_rank(MPI_COMM_WORLD, &r);
+            return r;
+          },
+          [] {
+            int s;
+            MPI_Comm_size(MPI_COMM_WORLD, &s);
+            return s;
+          },
           [] { MPI_Barrier(MPI_COMM_WORLD); },
           [](double* x, int n) { MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD); },
-          [](float* x, std::int64_t n) { MPI_Allreduce(MPI_IN_PLACE, x, static_cast<int>(n), MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); },
-          [](const float* x, float* y, std::int64_t n) { MPI_Reduce_scatter_block(x, y, static_cast<int>(n), MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD); },
-          [](const float* x, float* y, std::int64_t n) { MPI_Allgather(x, static_cast<int>(n), MPI_FLOAT, y, static_cast<int>(n), MPI_FLOAT, MPI_COMM_WORLD); }};
+          [](float* x, std::int64_t n) {
+            MPI_Allreduce(MPI_IN_PLACE, x, static_cast<int>(n), MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+          },
+          [](const float* x, float* y, std::int64_t n) {
+            MPI_Reduce_scatter_block(x, y, static_cast<int>(n), MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD);
+          },
+          [](const float* x, float* y, std::int64_t n) {
+            MPI_Allgather(x, static_cast<int>(n), MPI_FLOAT, y, static_cast<int>(n), MPI_FLOAT, MPI_COMM_WORLD);
+          }};
 }
 
 /// Work in registers: it needs a core but no memory.
@@ -115,8 +134,8 @@ double work(std::int64_t turns) {
   return x;
 }
 
-/// Rank 0 computes while its collective runs and calls nothing; the other ranks only wait, so that a core is free for whatever
-/// moves the data. Hidden: how much of the collective's own time the compute covers.
+/// Rank 0 computes while its collective runs and calls nothing; the other ranks only wait, so that a core is free for
+/// whatever moves the data. Hidden: how much of the collective's own time the compute covers.
 struct Overlap {
   std::function<int()> rank, size;
   std::function<void()> barrier;
@@ -150,16 +169,29 @@ void overlap(const char* name, Overlap& o, int rounds) {
     }
     const double c = median(alone), w = median(busy), b = median(both);
     if (o.rank() == 0)
-      fmt::print("{:8} overlap np {} {:4} MiB: all_reduce {:.2f} ms, compute on rank 0 {:.2f} ms, together {:.2f} ms: {:.0f}% hidden\n", name, o.size(),
-                 bytes >> 20, 1e3 * c, 1e3 * w, 1e3 * b, 100 * (c + w - b) / c);
+      fmt::print(
+          "{:8} overlap np {} {:4} MiB: all_reduce {:.2f} ms, compute on rank 0 {:.2f} ms, together {:.2f} ms: {:.0f}% "
+          "hidden\n",
+          name, o.size(), bytes >> 20, 1e3 * c, 1e3 * w, 1e3 * b, 100 * (c + w - b) / c);
   }
   (void)sink;
 }
 
 Overlap overlap_of_mpi(MPI_Request& request) {
-  return {[] { int r; MPI_Comm_rank(MPI_COMM_WORLD, &r); return r; }, [] { int s; MPI_Comm_size(MPI_COMM_WORLD, &s); return s; },
+  return {[] {
+            int r;
+            MPI_Comm_rank(MPI_COMM_WORLD, &r);
+            return r;
+          },
+          [] {
+            int s;
+            MPI_Comm_size(MPI_COMM_WORLD, &s);
+            return s;
+          },
           [] { MPI_Barrier(MPI_COMM_WORLD); },
-          [&request](float* x, std::int64_t n) { MPI_Iallreduce(MPI_IN_PLACE, x, static_cast<int>(n), MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD, &request); },
+          [&request](float* x, std::int64_t n) {
+            MPI_Iallreduce(MPI_IN_PLACE, x, static_cast<int>(n), MPI_FLOAT, MPI_SUM, MPI_COMM_WORLD, &request);
+          },
           [&request] { MPI_Wait(&request, MPI_STATUS_IGNORE); },
           [](double* x, int n) { MPI_Allreduce(MPI_IN_PLACE, x, n, MPI_DOUBLE, MPI_MAX, MPI_COMM_WORLD); }};
 }

@@ -102,26 +102,33 @@ Handle GroupCommunicator::launch(const Descriptor& call, double bytes, std::func
   })));
 }
 
-Handle GroupCommunicator::launch_peer(Collective collective, int peer, double bytes, std::function<void(std::uint64_t)> body) {
-  if (peer < 0 || peer >= size() || peer == rank()) wrong(collective, fmt::format("peer {} of {} ranks, this is {}", peer, size(), rank()));
+Handle GroupCommunicator::launch_peer(Collective collective, int peer, double bytes,
+                                      std::function<void(std::uint64_t)> body) {
+  if (peer < 0 || peer >= size() || peer == rank())
+    wrong(collective, fmt::format("peer {} of {} ranks, this is {}", peer, size(), rank()));
   const std::scoped_lock lock(mutex_);
   Peer& p = peers_[{peer, collective == Collective::send}];
   if (!p.lane) p.lane = make_lane();
-  return Handle(p.lane->submit(collective, timed(collective, bytes, [body = std::move(body), n = ++p.sequence] { body(n); })));
+  return Handle(
+      p.lane->submit(collective, timed(collective, bytes, [body = std::move(body), n = ++p.sequence] { body(n); })));
 }
 
 Handle GroupCommunicator::all_reduce(void* data, std::int64_t count, DType dtype, Reduction op) {
-  return launch(call(Collective::all_reduce, count, dtype, op), 2.0 * (size() - 1) / size() * static_cast<double>(count * size_of(dtype)),
+  return launch(call(Collective::all_reduce, count, dtype, op),
+                2.0 * (size() - 1) / size() * static_cast<double>(count * size_of(dtype)),
                 [=, this] { group_->all_reduce(bytes_of(data), count, dtype, op); });
 }
 
 Handle GroupCommunicator::reduce_scatter(const void* in, void* out, std::int64_t count, DType dtype, Reduction op) {
-  return launch(call(Collective::reduce_scatter, count, dtype, op), (size() - 1.0) * static_cast<double>(count * size_of(dtype)),
+  return launch(call(Collective::reduce_scatter, count, dtype, op),
+                (size() - 1.0) * static_cast<double>(count * size_of(dtype)),
                 [=, this] { group_->reduce_scatter(bytes_of(in), bytes_of(out), count, dtype, op); });
 }
 
-Handle GroupCommunicator::gather(Collective collective, const void* in, void* out, std::vector<std::int64_t> counts, DType dtype) {
-  if (static_cast<int>(counts.size()) != size()) wrong(collective, fmt::format("{} counts for {} ranks", counts.size(), size()));
+Handle GroupCommunicator::gather(Collective collective, const void* in, void* out, std::vector<std::int64_t> counts,
+                                 DType dtype) {
+  if (static_cast<int>(counts.size()) != size())
+    wrong(collective, fmt::format("{} counts for {} ranks", counts.size(), size()));
   for (const std::int64_t c : counts)
     if (c < 0) wrong(collective, fmt::format("negative count {}", c));
   // The lists agree when their hashes do.
@@ -156,18 +163,19 @@ Handle GroupCommunicator::exchange(Collective collective, const void* in, std::v
       c *= size_of(dtype);
     }
   const auto me = static_cast<std::size_t>(rank());
-  if (send_counts[me] != receive_counts[me]) wrong(collective, "what a rank sends to itself is not what it receives from itself");
-  const double sent = static_cast<double>(std::accumulate(send_counts.begin(), send_counts.end(), std::int64_t{0}) - send_counts[me]);
+  if (send_counts[me] != receive_counts[me])
+    wrong(collective, "what a rank sends to itself is not what it receives from itself");
+  const double sent =
+      static_cast<double>(std::accumulate(send_counts.begin(), send_counts.end(), std::int64_t{0}) - send_counts[me]);
   const std::int64_t count = collective == Collective::all_to_all ? send_counts[0] : 0;
   const auto offsets = [](const std::vector<std::int64_t>& bytes) {
     std::vector<std::int64_t> at(bytes.size(), 0);
     for (std::size_t i = 1; i < bytes.size(); ++i) at[i] = at[i - 1] + bytes[i - 1];
     return at;
   };
-  return launch(call(collective, count, dtype), sent, [this, in, out, sa = offsets(send_counts), ra = offsets(receive_counts),
-                                                       s = std::move(send_counts), r = std::move(receive_counts)] {
-    group_->all_to_all(bytes_of(in), sa, s, bytes_of(out), ra, r);
-  });
+  return launch(call(collective, count, dtype), sent,
+                [this, in, out, sa = offsets(send_counts), ra = offsets(receive_counts), s = std::move(send_counts),
+                 r = std::move(receive_counts)] { group_->all_to_all(bytes_of(in), sa, s, bytes_of(out), ra, r); });
 }
 
 Handle GroupCommunicator::all_to_all(const void* in, void* out, std::int64_t count, DType dtype) {
@@ -183,7 +191,8 @@ Handle GroupCommunicator::all_to_all_v(const void* in, std::span<const std::int6
 
 Handle GroupCommunicator::broadcast(void* data, std::int64_t count, DType dtype, int root) {
   const std::int64_t bytes = count * size_of(dtype);
-  return launch(call(Collective::broadcast, count, dtype, Reduction::sum, root), rank() == root ? static_cast<double>(bytes) : 0,
+  return launch(call(Collective::broadcast, count, dtype, Reduction::sum, root),
+                rank() == root ? static_cast<double>(bytes) : 0,
                 [=, this] { group_->broadcast(bytes_of(data), bytes, root); });
 }
 
@@ -197,7 +206,8 @@ Handle GroupCommunicator::send(const void* data, std::int64_t count, DType dtype
 Handle GroupCommunicator::receive(void* data, std::int64_t count, DType dtype, int from) {
   const std::int64_t bytes = count * size_of(dtype);
   if (count < 0) wrong(Collective::receive, fmt::format("negative count {}", count));
-  return launch_peer(Collective::receive, from, 0, [=, this](std::uint64_t n) { group_->receive(bytes_of(data), bytes, dtype, from, n); });
+  return launch_peer(Collective::receive, from, 0,
+                     [=, this](std::uint64_t n) { group_->receive(bytes_of(data), bytes, dtype, from, n); });
 }
 
 void GroupCommunicator::barrier() {

@@ -21,7 +21,9 @@ constexpr std::int64_t kFused = 8192;
 void move_bytes(std::byte* to, const std::byte* from, std::int64_t bytes) {
   if (bytes > 0 && to != from) std::memmove(to, from, static_cast<std::size_t>(bytes));
 }
-std::int64_t rounds_of(std::int64_t total, std::int64_t piece) { return std::max<std::int64_t>(1, (total + piece - 1) / piece); }
+std::int64_t rounds_of(std::int64_t total, std::int64_t piece) {
+  return std::max<std::int64_t>(1, (total + piece - 1) / piece);
+}
 std::size_t z(int i) { return static_cast<std::size_t>(i); }
 
 }  // namespace
@@ -65,16 +67,18 @@ void HostGroup::compare_calls() {
   compared_ = true;
   for (int r = 0; r < size_; ++r) {
     const Descriptor& its = members_[r].descriptors[call_.sequence % 2];
-    if (its.sequence == call_.sequence && its.collective == call_.collective && its.dtype == call_.dtype && its.op == call_.op &&
-        its.root == call_.root && its.count == call_.count)
+    if (its.sequence == call_.sequence && its.collective == call_.collective && its.dtype == call_.dtype &&
+        its.op == call_.op && its.root == call_.root && its.count == call_.count)
       continue;
     const auto say = [](const Descriptor& d) {
       return fmt::format("{} (count {}, {}, root {}, reduction {})", name_of(static_cast<Collective>(d.collective)), d.count,
                          name_of(static_cast<DType>(d.dtype)), d.root, d.op);
     };
     const std::string text = fmt::format(
-        "ranks call different collectives as number {} of communicator '{}': rank {} calls {}, rank {} calls {}; every member must "
-        "make the same calls in the same order", call_.sequence, slot_->name, ranks_[z(me_)], say(call_), ranks_[z(r)], say(its));
+        "ranks call different collectives as number {} of communicator '{}': rank {} calls {}, rank {} calls {}; every "
+        "member must "
+        "make the same calls in the same order",
+        call_.sequence, slot_->name, ranks_[z(me_)], say(call_), ranks_[z(r)], say(its));
     watch_.set_failure(fmt::format("rank {}", ranks_[z(r)]), text, true);
     watch_.throw_if_failed(site_);
     fail(Fault::programming, "communicator", text);
@@ -148,7 +152,8 @@ void HostGroup::all_reduce(std::byte* data, std::int64_t count, DType dtype, Red
   };
   const auto stage = [&](std::int64_t k) {
     std::byte *to = mine(), *at = data + k * chunk * element;
-    const std::int64_t a = begin_of(k, me_) * element, b = begin_of(k, me_ + 1) * element, end = begin_of(k, size_) * element;
+    const std::int64_t a = begin_of(k, me_) * element, b = begin_of(k, me_ + 1) * element,
+                       end = begin_of(k, size_) * element;
     move_bytes(to, at, a);
     move_bytes(to + b, at + b, end - b);
     post();
@@ -202,7 +207,8 @@ void HostGroup::reduce_scatter(const std::byte* in, std::byte* out, std::int64_t
          });
 }
 
-void HostGroup::all_gather(const std::byte* in, std::byte* out, std::span<const std::int64_t> at, std::span<const std::int64_t> bytes) {
+void HostGroup::all_gather(const std::byte* in, std::byte* out, std::span<const std::int64_t> at,
+                           std::span<const std::int64_t> bytes) {
   std::byte* own = out + at[z(me_)];
   if (size_ == 1) return move_bytes(own, in, bytes[z(me_)]);
   const std::int64_t chunk = stage_bytes(), largest = *std::max_element(bytes.begin(), bytes.end());
@@ -226,8 +232,9 @@ void HostGroup::all_gather(const std::byte* in, std::byte* out, std::span<const 
          });
 }
 
-void HostGroup::all_to_all(const std::byte* in, std::span<const std::int64_t> send_at, std::span<const std::int64_t> send_bytes,
-                           std::byte* out, std::span<const std::int64_t> receive_at, std::span<const std::int64_t> receive_bytes) {
+void HostGroup::all_to_all(const std::byte* in, std::span<const std::int64_t> send_at,
+                           std::span<const std::int64_t> send_bytes, std::byte* out,
+                           std::span<const std::int64_t> receive_at, std::span<const std::int64_t> receive_bytes) {
   move_bytes(out + receive_at[z(me_)], in + send_at[z(me_)], send_bytes[z(me_)]);
   if (size_ == 1) return;
   // First what goes where: nobody else knows the largest block.
@@ -241,8 +248,8 @@ void HostGroup::all_to_all(const std::byte* in, std::span<const std::int64_t> se
                std::memcpy(&bytes, theirs(r, round) + 8 * to, 8);
                if (r != to) largest = std::max(largest, bytes);
                if (to == me_ && bytes != receive_bytes[z(r)])
-                 wrong = fmt::format("rank {} sends {} bytes to rank {}, which expects {}", ranks_[z(r)], bytes, ranks_[z(me_)],
-                                     receive_bytes[z(r)]);
+                 wrong = fmt::format("rank {} sends {} bytes to rank {}, which expects {}", ranks_[z(r)], bytes,
+                                     ranks_[z(me_)], receive_bytes[z(r)]);
              }
          });
   if (!wrong.empty()) {
@@ -250,7 +257,9 @@ void HostGroup::all_to_all(const std::byte* in, std::span<const std::int64_t> se
     watch_.throw_if_failed(site_);
   }
   const std::int64_t chunk = stage_bytes() / size_ / 64 * 64;
-  const auto piece = [&](std::int64_t bytes, std::int64_t k) { return std::clamp<std::int64_t>(bytes - k * chunk, 0, chunk); };
+  const auto piece = [&](std::int64_t bytes, std::int64_t k) {
+    return std::clamp<std::int64_t>(bytes - k * chunk, 0, chunk);
+  };
   rounds(rounds_of(largest, chunk),
          [&](std::int64_t k, std::byte* to) {
            for (int r = 0; r < size_; ++r)
@@ -273,8 +282,14 @@ void HostGroup::broadcast(std::byte* data, std::int64_t bytes, int root) {
     move_bytes(data, source(root), me_ == root ? 0 : bytes);
     return close();
   }
-  rounds(rounds_of(bytes, chunk), [&](std::int64_t k, std::byte* to) { if (me_ == root) move_bytes(to, data + k * chunk, piece(k)); },
-         [&](std::int64_t k, std::uint32_t round) { if (me_ != root) move_bytes(data + k * chunk, theirs(root, round), piece(k)); });
+  rounds(
+      rounds_of(bytes, chunk),
+      [&](std::int64_t k, std::byte* to) {
+        if (me_ == root) move_bytes(to, data + k * chunk, piece(k));
+      },
+      [&](std::int64_t k, std::uint32_t round) {
+        if (me_ != root) move_bytes(data + k * chunk, theirs(root, round), piece(k));
+      });
 }
 
 namespace {
@@ -289,7 +304,8 @@ void HostGroup::send(const std::byte* data, std::int64_t bytes, DType dtype, int
   const auto chunk = static_cast<std::int64_t>(Channel::kBlockBytes);
   std::uint32_t head = c.head.load(std::memory_order_relaxed);
   for (std::int64_t k = 0; k < rounds_of(bytes, chunk); ++k) {
-    watch_.wait(c.tail, c.tail_waiters, ranks_[z(to)], site, [head](std::uint32_t tail) { return head - tail < Channel::kBlocks; });
+    watch_.wait(c.tail, c.tail_waiters, ranks_[z(to)], site,
+                [head](std::uint32_t tail) { return head - tail < Channel::kBlocks; });
     std::byte* block = c.block(head);
     const MessageHeader header{bytes, sequence, static_cast<std::int32_t>(dtype)};
     std::memcpy(block, &header, sizeof header);
@@ -310,11 +326,13 @@ void HostGroup::receive(std::byte* data, std::int64_t bytes, DType dtype, int fr
     MessageHeader header;
     std::memcpy(&header, block, sizeof header);
     if (header.bytes != bytes || header.dtype != static_cast<std::int32_t>(dtype)) {
-      watch_.set_failure(fmt::format("rank {}", ranks_[z(me_)]),
-                         fmt::format("message {} from rank {} to rank {} in communicator '{}' holds {} bytes of {}, but {} of {} are "
-                                     "expected: sends and receives of a pair must match in order", sequence, ranks_[z(from)],
-                                     ranks_[z(me_)], slot_->name, header.bytes, name_of(static_cast<DType>(header.dtype)), bytes,
-                                     name_of(dtype)), true);
+      watch_.set_failure(
+          fmt::format("rank {}", ranks_[z(me_)]),
+          fmt::format("message {} from rank {} to rank {} in communicator '{}' holds {} bytes of {}, but {} of {} are "
+                      "expected: sends and receives of a pair must match in order",
+                      sequence, ranks_[z(from)], ranks_[z(me_)], slot_->name, header.bytes,
+                      name_of(static_cast<DType>(header.dtype)), bytes, name_of(dtype)),
+          true);
       watch_.throw_if_failed(site);
     }
     move_bytes(data + k * chunk, block + Channel::kBlockHeader, std::min(chunk, bytes - k * chunk));

@@ -75,8 +75,8 @@ MpiEngine::~MpiEngine() {
   stop_ = true;
   wake_.notify_all();
   if (!ready_.wait_for(lock, std::chrono::duration<double>(timeout_ + 5), [&] { return left_; })) {
-    std::fprintf(stderr, "error: [rank %d] the other ranks did not leave MPI within %.3g s; this rank leaves without them\n", rank_,
-                 timeout_ + 5);
+    std::fprintf(stderr, "error: [rank %d] the other ranks did not leave MPI within %.3g s; this rank leaves without them\n",
+                 rank_, timeout_ + 5);
     std::fflush(nullptr);
     _exit(1);
   }
@@ -131,12 +131,14 @@ void MpiEngine::enter() {
   long long bytes = 0;
   if (local_rank == 0) {
     struct statvfs shm {};
-    const auto room = statvfs("/dev/shm", &shm) == 0 ? static_cast<long long>(shm.f_bavail) * static_cast<long long>(shm.f_frsize) : 0;
+    const auto room =
+        statvfs("/dev/shm", &shm) == 0 ? static_cast<long long>(shm.f_bavail) * static_cast<long long>(shm.f_frsize) : 0;
     bytes = std::max(room / 2, 16LL << 20);
   }
   MPI_Bcast(&bytes, 1, MPI_LONG_LONG, 0, host_comm_);
   void* base = nullptr;
-  check(MPI_Win_allocate_shared(local_rank == 0 ? static_cast<MPI_Aint>(bytes) : 0, 1, MPI_INFO_NULL, host_comm_, &base, &window_),
+  check(MPI_Win_allocate_shared(local_rank == 0 ? static_cast<MPI_Aint>(bytes) : 0, 1, MPI_INFO_NULL, host_comm_, &base,
+                                &window_),
         "MPI_Win_allocate_shared");
   MPI_Aint window_bytes = 0;
   int unit = 0;
@@ -263,9 +265,10 @@ void MpiEngine::finish(std::size_t i, const MPI_Status& status) {
   if (!p.sends && status.MPI_ERROR == MPI_SUCCESS) MPI_Get_count(&status, MPI_BYTE, &count);
   const bool whole = status.MPI_ERROR == MPI_SUCCESS && count == p.bytes;
   if (!whole)
-    p.message->error = status.MPI_ERROR != MPI_SUCCESS
-                           ? mpi_text(status.MPI_ERROR)
-                           : fmt::format("{} bytes came where {} were expected: both ranks must make the same call", count, p.bytes);
+    p.message->error =
+        status.MPI_ERROR != MPI_SUCCESS
+            ? mpi_text(status.MPI_ERROR)
+            : fmt::format("{} bytes came where {} were expected: both ranks must make the same call", count, p.bytes);
   Watch::post(p.message->done, p.message->waiters, whole ? 1 : 2);
 }
 
@@ -274,7 +277,8 @@ bool MpiEngine::test() {
   std::vector<int> indices(requests_.size());
   std::vector<MPI_Status> statuses(requests_.size());
   int completed = 0;
-  const int code = MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &completed, indices.data(), statuses.data());
+  const int code =
+      MPI_Testsome(static_cast<int>(requests_.size()), requests_.data(), &completed, indices.data(), statuses.data());
   if (completed == MPI_UNDEFINED || completed <= 0) return false;
   for (int k = 0; k < completed; ++k) {
     const auto u = static_cast<std::size_t>(k);
@@ -352,7 +356,8 @@ void MpiEngine::send_control(int kind, std::vector<std::byte> data, const std::v
     const bool stuck = std::any_of(controls_.begin(), controls_.end(), [&](const Control& c) { return c.peer == peer; });
     if (kind == kBeat && stuck) continue;
     Control& c = controls_.emplace_back(Control{data, MPI_REQUEST_NULL, peer});
-    if (MPI_Isend(c.data.data(), static_cast<int>(c.data.size()), MPI_BYTE, peer, kind, control_comm_, &c.request) != MPI_SUCCESS)
+    if (MPI_Isend(c.data.data(), static_cast<int>(c.data.size()), MPI_BYTE, peer, kind, control_comm_, &c.request) !=
+        MPI_SUCCESS)
       controls_.pop_back();
   }
 }
@@ -380,7 +385,8 @@ void MpiEngine::beat() {
 std::vector<int> MpiEngine::reachable() const {
   std::vector<bool> heard(static_cast<std::size_t>(hosts_), hosts_ > kAllHosts);
   for (const int r : other_hosts_ranks_)
-    if (const RankState s = remote(r); s.known && s.silent < 1e-9 * 4 * kBeatEvery) heard[static_cast<std::size_t>(host_of_[static_cast<std::size_t>(r)])] = true;
+    if (const RankState s = remote(r); s.known && s.silent < 1e-9 * 4 * kBeatEvery)
+      heard[static_cast<std::size_t>(host_of_[static_cast<std::size_t>(r)])] = true;
   std::vector<int> ranks;
   for (const int r : other_hosts_ranks_)
     if (heard[static_cast<std::size_t>(host_of_[static_cast<std::size_t>(r)])]) ranks.push_back(r);

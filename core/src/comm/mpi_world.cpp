@@ -47,11 +47,13 @@ struct MpiCore : WorldCore {
     };
     const bool finder = watch.failure_finder() == rank;
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(std::min(1.0, watch.timeout()));
-    while (still(!finder) && std::chrono::steady_clock::now() < deadline) std::this_thread::sleep_for(std::chrono::milliseconds(10));
+    while (still(!finder) && std::chrono::steady_clock::now() < deadline)
+      std::this_thread::sleep_for(std::chrono::milliseconds(10));
     // Those that are stopped or stuck would keep the launcher waiting for ever.
     if (finder)
       for (const int r : local)
-        if (const RankState s = watch.state(r); r != rank && s.known && !s.gone && s.pid > 1 && s.phase == Phase::running) kill(s.pid, SIGKILL);
+        if (const RankState s = watch.state(r); r != rank && s.known && !s.gone && s.pid > 1 && s.phase == Phase::running)
+          kill(s.pid, SIGKILL);
     _exit(exit_code);
   }
 
@@ -77,19 +79,20 @@ bool mpi_available() { return true; }
 
 std::shared_ptr<World> make_mpi_world(double timeout_seconds, int ranks_per_host) {
   if (!(timeout_seconds > 0)) fail(Fault::programming, "MPI", "a rank must be waited for longer than 0 s");
-  return std::make_shared<comm::MpiWorld>(std::make_shared<comm::MpiCore>(std::make_shared<comm::MpiEngine>(timeout_seconds, ranks_per_host),
-                                                                         timeout_seconds));
+  return std::make_shared<comm::MpiWorld>(
+      std::make_shared<comm::MpiCore>(std::make_shared<comm::MpiEngine>(timeout_seconds, ranks_per_host), timeout_seconds));
 }
 
 std::vector<std::string> mpi_launch_arguments(double timeout_seconds) {
   // mpirun ends all ranks when one ends badly; it lets the others live for two seconds first, in which they say who it was.
-  std::vector<std::string> arguments{"--oversubscribe", "--bind-to", "none", "--quiet", "--mca", "odls_base_sigkill_timeout", "2",
-                                     "--mca", "mpi_yield_when_idle", "1"};
+  std::vector<std::string> arguments{
+      "--oversubscribe", "--bind-to",           "none", "--quiet", "--mca", "odls_base_sigkill_timeout", "2",
+      "--mca",           "mpi_yield_when_idle", "1"};
   // Half of the time without a word, then five questions.
   const auto whole = [](double seconds) { return std::to_string(std::max(1, static_cast<int>(seconds))); };
-  for (const std::string& a : {std::string("--mca"), std::string("oob_tcp_keepalive_time"), whole(timeout_seconds / 2), std::string("--mca"),
-                               std::string("oob_tcp_keepalive_intvl"), whole(timeout_seconds / 10), std::string("--mca"),
-                               std::string("oob_tcp_keepalive_probes"), std::string("5")})
+  for (const std::string& a : {std::string("--mca"), std::string("oob_tcp_keepalive_time"), whole(timeout_seconds / 2),
+                               std::string("--mca"), std::string("oob_tcp_keepalive_intvl"), whole(timeout_seconds / 10),
+                               std::string("--mca"), std::string("oob_tcp_keepalive_probes"), std::string("5")})
     arguments.push_back(a);
   if (geteuid() == 0) arguments.insert(arguments.begin(), "--allow-run-as-root");
   return arguments;

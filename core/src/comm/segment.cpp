@@ -80,7 +80,8 @@ std::uint64_t Segment::allocate(std::size_t bytes) const {
   return at;
 }
 
-Slot* Segment::join(std::uint64_t key, std::string_view name, std::span<const int> world_ranks, int me, double timeout) const {
+Slot* Segment::join(std::uint64_t key, std::string_view name, std::span<const int> world_ranks, int me,
+                    double timeout) const {
   const Locked locked(*this, timeout);
   SegmentHeader& h = header();
   const int n = static_cast<int>(world_ranks.size());
@@ -170,7 +171,8 @@ void Segment::give_back(std::byte* memory, std::size_t wanted, double timeout) c
   FreeBlock* block = at<FreeBlock>(here);
   *block = {pages(wanted), after};
   (before ? at<FreeBlock>(before)->next : h.first_free) = here;
-  if (after && here + block->bytes == after) *block = {block->bytes + at<FreeBlock>(after)->bytes, at<FreeBlock>(after)->next};
+  if (after && here + block->bytes == after)
+    *block = {block->bytes + at<FreeBlock>(after)->bytes, at<FreeBlock>(after)->next};
   if (FreeBlock* low = before ? at<FreeBlock>(before) : nullptr; low && before + low->bytes == here)
     *low = {low->bytes + block->bytes, block->next};
 }

@@ -20,8 +20,11 @@ namespace capstan {
 namespace comm {
 
 WorldCore::WorldCore(Segment segment, int rank_, int size_, std::vector<int> local_, double timeout)
-    : rank(rank_), size(size_), local(std::move(local_)),
-      watch(std::move(segment), static_cast<int>(std::find(local.begin(), local.end(), rank_) - local.begin()), local, timeout) {
+    : rank(rank_),
+      size(size_),
+      local(std::move(local_)),
+      watch(std::move(segment), static_cast<int>(std::find(local.begin(), local.end(), rank_) - local.begin()), local,
+            timeout) {
   StatusPage& page = watch.own();
   page.pid = static_cast<std::int32_t>(getpid());
   page.world_rank = rank;
@@ -35,12 +38,14 @@ void WorldCore::claim_tag(std::uint32_t tag, const std::string& name, const std:
   const auto [at, fresh] = tags_.try_emplace(tag, name, ranks);
   if (!fresh && at->second != std::pair(name, ranks))
     fail(Fault::runtime, "communicator '" + name + "'",
-         fmt::format("its messages cannot be told from those of '{}', whose name hashes alike: rename one of them", at->second.first));
+         fmt::format("its messages cannot be told from those of '{}', whose name hashes alike: rename one of them",
+                     at->second.first));
 }
 
 int checked_group(const std::string& name, const std::vector<int>& ranks, int rank, int world) {
   const auto text = [&] { return fmt::format("{}", fmt::join(ranks, ", ")); };
-  if (ranks.empty() || !std::is_sorted(ranks.begin(), ranks.end(), std::less_equal<>()) || ranks.front() < 0 || ranks.back() >= world)
+  if (ranks.empty() || !std::is_sorted(ranks.begin(), ranks.end(), std::less_equal<>()) || ranks.front() < 0 ||
+      ranks.back() >= world)
     fail(Fault::programming, "communicator '" + name + "'",
          fmt::format("ranks must ascend within 0 .. {}, got {}", world - 1, text()));
   const auto at = std::find(ranks.begin(), ranks.end(), rank);
@@ -81,7 +86,8 @@ std::string SharedWorld::awaited_in() const {
     for (std::size_t local = 0; local < core_->local.size(); ++local) {
       for (const WaitEntry& entry : core_->watch.segment().page(static_cast<int>(local)).waits) {
         if (entry.state.load(std::memory_order_acquire) != 2 || entry.missing != rank()) continue;
-        const Site site{core_->watch.segment().at<Slot>(entry.slot), static_cast<Collective>(entry.collective.load()), entry.sequence};
+        const Site site{core_->watch.segment().at<Slot>(entry.slot), static_cast<Collective>(entry.collective.load()),
+                        entry.sequence};
         return fmt::format("; it was expected in {} by rank {}", core_->watch.describe(site), core_->local[local]);
       }
     }
@@ -96,9 +102,11 @@ bool SharedWorld::fail_job(const std::string& message) noexcept {
     StatusPage& page = watch.own();
     const std::int64_t step = page.step;
     const std::string doing = page.doing.get();
-    const std::string at = step >= 0 ? fmt::format("step {}{}{}", step, doing.empty() ? "" : ", ", doing) : std::string("before the first step");
+    const std::string at = step >= 0 ? fmt::format("step {}{}{}", step, doing.empty() ? "" : ", ", doing)
+                                     : std::string("before the first step");
     const std::string awaited = step >= 0 && !watch.failed() ? awaited_in() : std::string();
-    watch.set_failure(fmt::format("rank {}", rank()), fmt::format("rank {} ({}) failed: {}{}", rank(), at, message, awaited), !awaited.empty());
+    watch.set_failure(fmt::format("rank {}", rank()), fmt::format("rank {} ({}) failed: {}{}", rank(), at, message, awaited),
+                      !awaited.empty());
     page.phase.store(Phase::failed, std::memory_order_release);
     return watch.failure_finder() == rank() && !core_->printed.exchange(true);
   } catch (...) {
@@ -141,11 +149,13 @@ std::string failure_of(const World& world) {
 std::shared_ptr<World> make_single_world() { return std::make_shared<comm::SingleWorld>(); }
 
 std::vector<std::shared_ptr<World>> make_thread_worlds(int size, double timeout_seconds) {
-  if (size < 1) fail(Fault::programming, "communicator", "a world of " + std::to_string(size) + " ranks: expected at least 1");
+  if (size < 1)
+    fail(Fault::programming, "communicator", "a world of " + std::to_string(size) + " ranks: expected at least 1");
   // Address space; pages come as they are used.
   const std::size_t bytes = std::size_t{4} << 30;
   void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (base == MAP_FAILED) fail(Fault::runtime, "communicator", fmt::format("no address space for {} ranks: {}", size, std::strerror(errno)));
+  if (base == MAP_FAILED)
+    fail(Fault::runtime, "communicator", fmt::format("no address space for {} ranks: {}", size, std::strerror(errno)));
   const std::shared_ptr<void> memory(base, [bytes](void* p) { munmap(p, bytes); });
   std::vector<int> ranks(static_cast<std::size_t>(size));
   std::iota(ranks.begin(), ranks.end(), 0);

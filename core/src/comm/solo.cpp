@@ -61,12 +61,18 @@ class Solo final : public Communicator {
  public:
   Solo(std::string name, std::vector<int> ranks) : Communicator(std::move(name), std::move(ranks), 0) {}
   Handle all_reduce(void*, std::int64_t, DType, Reduction) override { return {}; }
-  Handle reduce_scatter(const void* in, void* out, std::int64_t count, DType dtype, Reduction) override { return copy(in, out, count, dtype); }
-  Handle all_gather(const void* in, void* out, std::int64_t count, DType dtype) override { return copy(in, out, count, dtype); }
+  Handle reduce_scatter(const void* in, void* out, std::int64_t count, DType dtype, Reduction) override {
+    return copy(in, out, count, dtype);
+  }
+  Handle all_gather(const void* in, void* out, std::int64_t count, DType dtype) override {
+    return copy(in, out, count, dtype);
+  }
   Handle all_gather_v(const void* in, void* out, std::span<const std::int64_t> counts, DType dtype) override {
     return copy(in, out, one(counts), dtype);
   }
-  Handle all_to_all(const void* in, void* out, std::int64_t count, DType dtype) override { return copy(in, out, count, dtype); }
+  Handle all_to_all(const void* in, void* out, std::int64_t count, DType dtype) override {
+    return copy(in, out, count, dtype);
+  }
   Handle all_to_all_v(const void* in, std::span<const std::int64_t> send_counts, void* out,
                       std::span<const std::int64_t> receive_counts, DType dtype) override {
     if (one(send_counts) != one(receive_counts)) wrong("sends and receives of a rank with itself must agree");

@@ -20,8 +20,11 @@ enum Lane : std::uint32_t { kCollective = 0, kPeer = 1 };
 
 }  // namespace
 
-SpanGroup::SpanGroup(Watch& watch, Transport& transport, std::uint64_t key, const std::string& name, std::vector<int> world_ranks)
-    : watch_(watch), transport_(transport), ranks_(std::move(world_ranks)),
+SpanGroup::SpanGroup(Watch& watch, Transport& transport, std::uint64_t key, const std::string& name,
+                     std::vector<int> world_ranks)
+    : watch_(watch),
+      transport_(transport),
+      ranks_(std::move(world_ranks)),
       me_(static_cast<int>(std::find(ranks_.begin(), ranks_.end(), watch.world_rank()) - ranks_.begin())),
       tag_(tag_of(key)) {
   std::map<int, int> place;
@@ -85,12 +88,14 @@ void SpanGroup::barrier() {
   if (me_ == hosts_[z(my_host_)][0]) {
     std::byte in{}, out{};
     for (int step = 1; step < n; step *= 2)
-      await({post_send(hosts_[z((my_host_ + step) % n)][0], &out, 0), post_receive(hosts_[z((my_host_ + n - step) % n)][0], &in, 0)});
+      await({post_send(hosts_[z((my_host_ + step) % n)][0], &out, 0),
+             post_receive(hosts_[z((my_host_ + n - step) % n)][0], &in, 0)});
   }
   local_->barrier();
 }
 
-void SpanGroup::exchange_sums(const std::byte* part, std::int64_t stride, std::int64_t count, std::byte* out, DType dtype, Reduction op) {
+void SpanGroup::exchange_sums(const std::byte* part, std::int64_t stride, std::int64_t count, std::byte* out, DType dtype,
+                              Reduction op) {
   const DType sum = partial_of(dtype);
   const std::int64_t bytes = count * size_of(sum);
   std::vector<Pending> pending;
@@ -151,7 +156,8 @@ void SpanGroup::all_reduce(std::byte* data, std::int64_t count, DType dtype, Red
   }
 }
 
-void SpanGroup::all_gather(const std::byte* in, std::byte* out, std::span<const std::int64_t> at, std::span<const std::int64_t> bytes) {
+void SpanGroup::all_gather(const std::byte* in, std::byte* out, std::span<const std::int64_t> at,
+                           std::span<const std::int64_t> bytes) {
   std::vector<Pending> pending;
   for (int h = 0; h < static_cast<int>(hosts_.size()); ++h)
     if (h != my_host_) pending.push_back(post_send(handler(h, me_), in, bytes[z(me_)]));
@@ -165,13 +171,15 @@ void SpanGroup::all_gather(const std::byte* in, std::byte* out, std::span<const 
     if (!here(s)) local_->broadcast(out + at[z(s)], bytes[z(s)], local_place(handler(my_host_, s)));
 }
 
-void SpanGroup::all_to_all(const std::byte* in, std::span<const std::int64_t> send_at, std::span<const std::int64_t> send_bytes,
-                           std::byte* out, std::span<const std::int64_t> receive_at, std::span<const std::int64_t> receive_bytes) {
+void SpanGroup::all_to_all(const std::byte* in, std::span<const std::int64_t> send_at,
+                           std::span<const std::int64_t> send_bytes, std::byte* out,
+                           std::span<const std::int64_t> receive_at, std::span<const std::int64_t> receive_bytes) {
   std::vector<Pending> pending;
   std::vector<std::int64_t> sa, sb, ra, rb;
   for (int s = 0; s < static_cast<int>(ranks_.size()); ++s) {
     if (here(s)) {
-      sa.push_back(send_at[z(s)]), sb.push_back(send_bytes[z(s)]), ra.push_back(receive_at[z(s)]), rb.push_back(receive_bytes[z(s)]);
+      sa.push_back(send_at[z(s)]), sb.push_back(send_bytes[z(s)]), ra.push_back(receive_at[z(s)]),
+          rb.push_back(receive_bytes[z(s)]);
       continue;
     }
     pending.push_back(post_receive(s, out + receive_at[z(s)], receive_bytes[z(s)]));

@@ -66,7 +66,8 @@ void Watch::futex_wait(Word& word, std::uint32_t seen) {
 
 void Watch::post(Word& word, Word& waiters, std::uint32_t value) {
   word.store(value);
-  if (waiters.load() != 0) syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
+  if (waiters.load() != 0)
+    syscall(SYS_futex, reinterpret_cast<std::uint32_t*>(&word), FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
 }
 
 int Watch::local_of(int world_rank) const {
@@ -155,7 +156,8 @@ void Watch::lose(int missing, const RankState& s, const Site& site) {
 }
 
 void Watch::await_failure(double seconds) const {
-  for (int i = 0; i < static_cast<int>(1000 * seconds) && !failed(); ++i) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  for (int i = 0; i < static_cast<int>(1000 * seconds) && !failed(); ++i)
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
 }
 
 bool Watch::report_if_gone(int missing) {
@@ -214,7 +216,8 @@ void Watch::give_up(int missing, const Site& site) {
     text += fmt::format("{}{}, expected in {}", text.empty() ? "" : "; ", say(leaf.rank, state(leaf.rank)), leaf.in);
   }
   text += fmt::format("; rank {} waited {:.3g} s in {}", world_rank(), timeout_, describe(site));
-  if (circle) text += ": these ranks wait for each other; all ranks must call the collectives of a communicator in the same order";
+  if (circle)
+    text += ": these ranks wait for each other; all ranks must call the collectives of a communicator in the same order";
   set_failure(where.substr(0, 60), text, true);
   await_failure();
   throw_if_failed(site);

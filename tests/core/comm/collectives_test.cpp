@@ -56,7 +56,8 @@ TEST_P(Collectives, SharedMemoryIsReadInPlaceAndGivesTheSameBits) {
     for (int r = 0; r < n; ++r) ranks.push_back(r);
     auto c = w.make("all", ranks);
     for (int turn = 0; turn < 12; ++turn) {
-      auto memory = w.shared_memory(static_cast<std::size_t>(count * n * 4)), other = w.shared_memory(static_cast<std::size_t>(count) * 4);
+      auto memory = w.shared_memory(static_cast<std::size_t>(count * n * 4)),
+           other = w.shared_memory(static_cast<std::size_t>(count) * 4);
       auto* x = static_cast<float*>(memory.get());
       auto* y = static_cast<float*>(other.get());
       const auto op = static_cast<std::uint64_t>(turn);
@@ -64,13 +65,15 @@ TEST_P(Collectives, SharedMemoryIsReadInPlaceAndGivesTheSameBits) {
       c->reduce_scatter(x, y, count, DType::f32).wait();
       // Rewritten at once: a rank that returns early would spoil what another still reads.
       for (std::int64_t i = 0; i < count; ++i) {
-        testing::require(y[i] == testing::reference<float>(op, ranks, w.rank() * count + i, Reduction::sum), "reduce_scatter");
+        testing::require(y[i] == testing::reference<float>(op, ranks, w.rank() * count + i, Reduction::sum),
+                         "reduce_scatter");
         y[i] = testing::value<float>(op + 50, w.rank(), i);
       }
       c->all_gather(y, x, count, DType::f32).wait();
       for (std::int64_t i = 0; i < count; ++i) y[i] = 0;
       for (int r = 0; r < n; ++r)
-        for (std::int64_t i = 0; i < count; ++i) testing::require(x[r * count + i] == testing::value<float>(op + 50, r, i), "all_gather");
+        for (std::int64_t i = 0; i < count; ++i)
+          testing::require(x[r * count + i] == testing::value<float>(op + 50, r, i), "all_gather");
       for (std::int64_t i = 0; i < count; ++i) x[i] = testing::value<float>(op + 90, w.rank(), i);
       c->all_reduce(x, count, DType::f32).wait();
       for (std::int64_t i = 0; i < count; ++i) {

@@ -39,8 +39,8 @@ std::string launch_arguments() {
 
 /// `ranks_per_host` > 0: ranks of this machine count as several hosts.
 Job run_ranks(int ranks, const std::string& arguments, int ranks_per_host = 0) {
-  return run("RANKS_PER_HOST=" + std::to_string(ranks_per_host) + " timeout -k 1 100 mpirun -np " + std::to_string(ranks) + launch_arguments() + " " +
-             CAPSTAN_COMM_RANKS + " " + arguments);
+  return run("RANKS_PER_HOST=" + std::to_string(ranks_per_host) + " timeout -k 1 100 mpirun -np " + std::to_string(ranks) +
+             launch_arguments() + " " + CAPSTAN_COMM_RANKS + " " + arguments);
 }
 
 /// Two hosts that are network namespaces, joined by a link that can be cut.
@@ -48,8 +48,9 @@ Job run_two_hosts(int ranks_per_host, bool cut, const std::string& arguments) {
   std::string mpirun = launch_arguments();
   // Root within the namespaces, whoever this is outside.
   if (mpirun.find("--allow-run-as-root") == std::string::npos) mpirun += " --allow-run-as-root";
-  return run("timeout -k 1 100 sh " + std::string(CAPSTAN_SOURCE_DIR) + "/tests/core/comm/program/two_hosts.sh " + std::to_string(ranks_per_host) +
-             (cut ? " cut" : " whole") + mpirun + " " + CAPSTAN_COMM_RANKS + " " + arguments);
+  return run("timeout -k 1 100 sh " + std::string(CAPSTAN_SOURCE_DIR) + "/tests/core/comm/program/two_hosts.sh " +
+             std::to_string(ranks_per_host) + (cut ? " cut" : " whole") + mpirun + " " + CAPSTAN_COMM_RANKS + " " +
+             arguments);
 }
 constexpr int kNotPermitted = 77;
 
@@ -72,11 +73,12 @@ TEST_P(Processes, RandomCollectivesGiveTheBitsOfPlainLoops) {
 struct Mishap { const char* what; const char* said; };
 
 class Watchdog : public ::testing::TestWithParam<Mishap> {};
-INSTANTIATE_TEST_SUITE_P(Mishaps, Watchdog,
-                         ::testing::Values(Mishap{"kill", "is gone (killed or crashed)"}, Mishap{"stop", "is stopped (SIGSTOP or a debugger)"},
-                                           Mishap{"throw", "the loss is not a number"}, Mishap{"exit", "is gone (killed or crashed)"},
-                                           Mishap{"leave", "it has left the job"}, Mishap{"sleep", "it is running but did not come"}),
-                         [](const auto& info) { return info.param.what; });
+INSTANTIATE_TEST_SUITE_P(
+    Mishaps, Watchdog,
+    ::testing::Values(Mishap{"kill", "is gone (killed or crashed)"}, Mishap{"stop", "is stopped (SIGSTOP or a debugger)"},
+                      Mishap{"throw", "the loss is not a number"}, Mishap{"exit", "is gone (killed or crashed)"},
+                      Mishap{"leave", "it has left the job"}, Mishap{"sleep", "it is running but did not come"}),
+    [](const auto& info) { return info.param.what; });
 
 TEST_P(Watchdog, OneMessageNamesTheRankItsStepAndTheCollective) {
   const int bad = 2;
@@ -100,7 +102,8 @@ TEST(WatchdogDetail, ADeathIsNoticedWhileEverybodyComputes) {
 }
 
 class Hosts : public ::testing::TestWithParam<std::pair<int, int>> {};
-INSTANTIATE_TEST_SUITE_P(RanksAndRanksPerHost, Hosts, ::testing::Values(std::pair(2, 1), std::pair(4, 2), std::pair(5, 2), std::pair(6, 1)));
+INSTANTIATE_TEST_SUITE_P(RanksAndRanksPerHost, Hosts,
+                         ::testing::Values(std::pair(2, 1), std::pair(4, 2), std::pair(5, 2), std::pair(6, 1)));
 
 TEST_P(Hosts, RandomCollectivesAcrossHostsGiveTheSumsOfPlainLoops) {
   const auto [ranks, per_host] = GetParam();
@@ -137,7 +140,10 @@ TEST(TwoHosts, AHostThatFallsSilentIsNamedWithWhatItsRanksDidLast) {
   EXPECT_NE(job.code, 0);
   EXPECT_LT(job.seconds, 30);
   EXPECT_EQ(count(job.out, "error: "), 1) << job.out;
-  EXPECT_THAT(job.out, ::testing::ContainsRegex("error: .rank (2|3). rank (2|3) .step 1[0-9][0-9], backward of block 3.: its host was not heard from for"));
+  EXPECT_THAT(
+      job.out,
+      ::testing::ContainsRegex(
+          "error: .rank (2|3). rank (2|3) .step 1[0-9][0-9], backward of block 3.: its host was not heard from for"));
   EXPECT_THAT(job.out, ::testing::ContainsRegex("expected in [a-z_]+ 15[0-9] of communicator 'shard/reduce'"));
 }
 
@@ -158,8 +164,11 @@ TEST(TwoHosts, OverTcpBetweenNetworkNamespacesAndWithTheLinkCut) {
   EXPECT_THAT(cut.out, HasSubstr("two_hosts: all ranks have ended"));
   // The other host's message cannot come through the cut link.
   EXPECT_EQ(count(cut.out, "error: "), 1) << cut.out;
-  EXPECT_THAT(cut.out, ::testing::ContainsRegex("error: .rank (2|3). rank (2|3) .step [0-9]+, backward of block 3.: its host was not heard from for"));
-  EXPECT_THAT(cut.out, ::testing::ContainsRegex("the host or the link to it is down, expected in [a-z_]+ [0-9]+ of communicator 'shard/reduce'"));
+  EXPECT_THAT(cut.out,
+              ::testing::ContainsRegex(
+                  "error: .rank (2|3). rank (2|3) .step [0-9]+, backward of block 3.: its host was not heard from for"));
+  EXPECT_THAT(cut.out, ::testing::ContainsRegex(
+                           "the host or the link to it is down, expected in [a-z_]+ [0-9]+ of communicator 'shard/reduce'"));
 }
 
 }  // namespace

@@ -32,7 +32,8 @@ TEST(Watchdog, ARankThatThrowsIsNamedByAllAtOnce) {
   EXPECT_EQ(errors[1], "[data] shard 12 is short");
   for (const int r : {0, 2, 3}) {
     const std::string& error = errors[static_cast<std::size_t>(r)];
-    EXPECT_THAT(error, StartsWith("[rank 1] rank 1 (step 4, forward of block 7) failed: [data] shard 12 is short; it was expected in all_reduce 5 of "
+    EXPECT_THAT(error, StartsWith("[rank 1] rank 1 (step 4, forward of block 7) failed: [data] shard 12 is short; it was "
+                                  "expected in all_reduce 5 of "
                                   "communicator 'shard/gather' by rank "));
     EXPECT_EQ(error, errors[0]);
   }
@@ -46,7 +47,8 @@ TEST(Watchdog, ALateRankIsNamedAfterTheTimeout) {
     c->barrier();
   });
   for (const auto& e : errors) {
-    EXPECT_THAT(e, StartsWith("[rank 2] rank 2 (step 3, reading data): it is running but did not come, expected in barrier 1 of communicator 'all'"));
+    EXPECT_THAT(e, StartsWith("[rank 2] rank 2 (step 3, reading data): it is running but did not come, expected in barrier "
+                              "1 of communicator 'all'"));
     EXPECT_EQ(e, errors[0]);
   }
 }
@@ -64,7 +66,9 @@ TEST(Watchdog, WhoIsHeldUpByAnotherIsNotBlamed) {
     if (w.rank() == 2) high->broadcast(&x, 1, DType::f32, 1).wait(), mid->all_reduce(&x, 1, DType::f32).wait();
     if (w.rank() == 3) nap(2.5), high->broadcast(&x, 1, DType::f32, 1).wait();
   });
-  for (const auto& e : errors) EXPECT_THAT(e, StartsWith("[rank 3] rank 3 (step 3, step of its own): it is running but did not come, expected in broadcast 1 of communicator 'high'"));
+  for (const auto& e : errors)
+    EXPECT_THAT(e, StartsWith("[rank 3] rank 3 (step 3, step of its own): it is running but did not come, expected in "
+                              "broadcast 1 of communicator 'high'"));
 }
 
 TEST(Watchdog, RanksThatWaitForEachOtherAreAllNamed) {
@@ -88,7 +92,10 @@ TEST(Watchdog, ARankThatLeavesIsNamed) {
     c->barrier();
   });
   EXPECT_EQ(errors[1], "");
-  EXPECT_THAT(errors[0], StartsWith("[rank 1] rank 1 (step 9, saving): it has left the job; it was expected in barrier 1 of communicator 'all'"));
+  EXPECT_THAT(
+      errors[0],
+      StartsWith(
+          "[rank 1] rank 1 (step 9, saving): it has left the job; it was expected in barrier 1 of communicator 'all'"));
 }
 
 TEST(Watchdog, OneRankSpeaks) {

@@ -1,4 +1,5 @@
-// One rank of a job of several processes: `comm_ranks SCENARIO [ARGUMENTS]`, started by mpirun. Prints what the tests look for.
+// One rank of a job of several processes: `comm_ranks SCENARIO [ARGUMENTS]`, started by mpirun. Prints what the tests look
+// for.
 #include "battery.h"
 #include "comm/mpi_world.h"
 
@@ -71,7 +72,8 @@ int run(const std::vector<std::string>& a) {
     else if (a[0] == "misbehave") misbehave(*world, number(2), a[3]);
     else if (a[0] == "compute") compute(*world, number(2));
     else fail(Fault::input, "ranks", "unknown scenario " + a[0]);
-    std::printf("rank %d of %d, local %d of %d: %s passed\n", world->rank(), world->size(), world->local_rank(), world->local_size(), a[0].c_str());
+    std::printf("rank %d of %d, local %d of %d: %s passed\n", world->rank(), world->size(), world->local_rank(),
+                world->local_size(), a[0].c_str());
     std::fflush(stdout);
   } catch (const std::exception& e) {
     if (world->fail_job(e.what())) std::fprintf(stderr, "error: %s\n", e.what());
