@@ -60,4 +60,8 @@ inline ReducePlan reduce_plan(std::int64_t outer, std::int64_t n, std::int64_t i
   return {blocks_for(std::max<std::int64_t>(n, 1), length), length};
 }
 
+/// Blocks that sum the squares of n numbers: a function of n alone.
+inline constexpr std::int64_t most_square_blocks = 1024;
+inline std::int64_t square_blocks(std::int64_t n) { return std::clamp<std::int64_t>(blocks_for(n, 16384), 1, most_square_blocks); }
+
 }  // namespace capstan::kernels::cuda

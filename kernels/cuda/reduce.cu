@@ -120,11 +120,10 @@ __global__ void max_backward_kernel(std::int64_t total, std::int64_t n, std::int
   }
 }
 
-constexpr std::int64_t square_blocks = 1024;  // of one piece, whatever its size and the GPU
 
 template <class T>
 __global__ void squares_kernel(std::int64_t n, const T* x, double* partial) {
-  const std::int64_t length = (n + square_blocks - 1) / square_blocks, begin = blockIdx.x * length, end = ::min(n, begin + length);
+  const std::int64_t length = (n + gridDim.x - 1) / gridDim.x, begin = blockIdx.x * length, end = ::min(n, begin + length);
   double sum = 0;
   for (std::int64_t i = begin + threadIdx.x; i < end; i += threads) sum += static_cast<double>(x[i]) * static_cast<double>(x[i]);
   sum = block_sum(sum);
@@ -208,12 +207,13 @@ void sum_rows(Context& ctx, std::int64_t outer, std::int64_t n, const T* a, Comp
 /// Sum of squares of one piece into *out.
 void squares(Context& ctx, const Piece& piece, double* partial, double* out) {
   Launch l;
-  l.grid_x = square_blocks, l.block = threads;
+  const std::int64_t blocks = square_blocks(piece.count);
+  l.grid_x = static_cast<unsigned>(blocks), l.block = threads;
   if (piece.num == Num::f64) launch(ctx, l, "sum of squares", squares_kernel<double>, piece.count, static_cast<const double*>(piece.data), partial);
   else if (piece.num == Num::f32) launch(ctx, l, "sum of squares", squares_kernel<float>, piece.count, static_cast<const float*>(piece.data), partial);
   else throw std::invalid_argument("[cuda sum_of_squares] expected f32 or f64");
   l.grid_x = 1;
-  launch(ctx, l, "sum of squares", total_kernel, square_blocks, static_cast<const double*>(partial), out);
+  launch(ctx, l, "sum of squares", total_kernel, blocks, static_cast<const double*>(partial), out);
 }
 
 }  // namespace
@@ -265,10 +265,10 @@ void column_sum(Context& ctx, Num num, const void* from, std::int64_t rows, std:
 
 double sum_of_squares(Context& ctx, std::span<const Piece> pieces) {
   if (pieces.empty()) return 0;
-  auto* room = static_cast<double*>(ctx.scratch(static_cast<std::int64_t>((square_blocks + static_cast<std::int64_t>(pieces.size())) * sizeof(double))));
-  for (std::size_t i = 0; i < pieces.size(); ++i) squares(ctx, pieces[i], room, room + square_blocks + i);
+  auto* room = static_cast<double*>(ctx.scratch((most_square_blocks + static_cast<std::int64_t>(pieces.size())) * static_cast<std::int64_t>(sizeof(double))));
+  for (std::size_t i = 0; i < pieces.size(); ++i) squares(ctx, pieces[i], room, room + most_square_blocks + i);
   std::vector<double> sums(pieces.size());
-  check(cudaMemcpyAsync(sums.data(), room + square_blocks, sums.size() * sizeof(double), cudaMemcpyDeviceToHost, ctx.stream()), "reading sums");
+  check(cudaMemcpyAsync(sums.data(), room + most_square_blocks, sums.size() * sizeof(double), cudaMemcpyDeviceToHost, ctx.stream()), "reading sums");
   check(cudaStreamSynchronize(ctx.stream()), "summing squares");
   double total = 0;
   for (const double s : sums) total += s;
@@ -295,10 +295,10 @@ std::int64_t first_nonfinite(Context& ctx, std::span<const Piece> pieces) {
 
 void normalize(Context& ctx, Num num, std::int64_t n, void* x, double least) {
   if (n == 0) return;
-  auto* room = static_cast<double*>(ctx.scratch((square_blocks + 1) * static_cast<std::int64_t>(sizeof(double))));
-  squares(ctx, {num, x, n}, room, room + square_blocks);
-  if (num == Num::f64) launch(ctx, flat_launch(n), "normalize", scale_by_norm_kernel<double>, n, static_cast<double*>(x), static_cast<const double*>(room + square_blocks), least);
-  else launch(ctx, flat_launch(n), "normalize", scale_by_norm_kernel<float>, n, static_cast<float*>(x), static_cast<const double*>(room + square_blocks), least);
+  auto* room = static_cast<double*>(ctx.scratch((most_square_blocks + 1) * static_cast<std::int64_t>(sizeof(double))));
+  squares(ctx, {num, x, n}, room, room + most_square_blocks);
+  if (num == Num::f64) launch(ctx, flat_launch(n), "normalize", scale_by_norm_kernel<double>, n, static_cast<double*>(x), static_cast<const double*>(room + most_square_blocks), least);
+  else launch(ctx, flat_launch(n), "normalize", scale_by_norm_kernel<float>, n, static_cast<float*>(x), static_cast<const double*>(room + most_square_blocks), least);
 }
 
 void check_one(Context& ctx, const char* what, Num num, const void* x) {

@@ -1,0 +1,165 @@
+// The CUDA device beside the CPU: what must be equal to the bit, what must be refused, and how.
+#include "core/ops/harness.h"
+
+#include <capstan/random.h>
+#include <capstan/update.h>
+#include <kernels/backend.h>
+
+#include <limits>
+
+namespace capstan::testing {
+namespace {
+
+class Gpu : public ::testing::Test {
+ protected:
+  std::shared_ptr<Device> gpu = make_cuda_device(), cpu = make_cpu_device(2);
+  Device* both[2] = {gpu.get(), cpu.get()};
+
+  /// f(device) on both, compared bit by bit.
+  void expect_equal(const char* what, const std::function<Tensor(Device&)>& f) {
+    EXPECT_EQ(bits(f(*gpu)), bits(f(*cpu))) << what;
+  }
+  std::string message_of(const std::function<void()>& f) {
+    try {
+      f();
+    } catch (const std::exception& e) {
+      return e.what();
+    }
+    return "";
+  }
+};
+
+TEST_F(Gpu, GivesTheCpusBitsWhereArithmeticIsTheSame) {
+  for (DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+    SCOPED_TRACE(name_of(dtype));
+    for (const Dims& shape : {Dims{1}, Dims{3, 17}, Dims{65, 130}}) {
+      const auto input = [&](Device& d, std::uint64_t seed) { return make(d, random_values(shape.product(), seed, 0.25, 4), shape, dtype); };
+      expect_equal("add", [&](Device& d) { return ops::add(input(d, 1), input(d, 2)); });
+      expect_equal("div", [&](Device& d) { return ops::div(input(d, 1), input(d, 2)); });
+      expect_equal("scale", [&](Device& d) { return ops::scale(input(d, 1), 1.7, -0.3); });
+      expect_equal("sqrt", [&](Device& d) { return ops::sqrt(input(d, 1)); });
+      for (DType to : {DType::f64, DType::f32, DType::bf16, DType::i32, DType::i64, DType::u8})
+        expect_equal("cast", [&](Device& d) { return input(d, 1).to(to); });
+      if (shape.size() == 2) {
+        expect_equal("transposed", [&](Device& d) { return input(d, 1).transposed(0, 1).contiguous(); });
+        expect_equal("slice", [&](Device& d) { return input(d, 1).narrow(1, 1, shape[1] - 2).contiguous(); });
+        expect_equal("bias", [&](Device& d) { return ops::add(input(d, 1), input(d, 2).narrow(0, 0, 1)); });
+      }
+    }
+  }
+}
+
+TEST_F(Gpu, DrawsTheCpusRandomNumbers) {
+  for (DType dtype : {DType::f64, DType::f32, DType::bf16})
+    for (bool normal : {false, true})
+      for (std::uint64_t begin : {0u, 1u, 2u, 3u, 4093u})
+        expect_equal("random", [&](Device& d) {
+          const Tensor t = Tensor::empty(Dims{1001}, dtype, d);
+          kernels::RandomFill fill;
+          fill.key = 77, fill.step = 5, fill.begin = begin, fill.normal = normal, fill.scale = 0.02;
+          d.backend().random(static_cast<kernels::Num>(dtype), fill, t.numel(), t.raw());
+          return t;
+        });
+  for (std::int64_t cols : {1, 5, 64, 131})
+    expect_equal("dropout", [&](Device& d) {
+      const std::vector<std::int64_t> ids = {3, 0, 7, 1000000007, 8};
+      const Tensor x = make(d, random_values(5 * cols, 3), Dims{5, cols}, DType::f32);
+      return ops::dropout(x, 0.3, Rng(1, "drop", 9), Tensor::of(std::span<const std::int64_t>(ids), Dims{5}, d));
+    });
+}
+
+TEST_F(Gpu, UpdatesWeightsAsTheCpuDoes) {
+  for (auto [value_type, state_type] : {std::pair{DType::f32, DType::f32}, std::pair{DType::f64, DType::f64}, std::pair{DType::f64, DType::f32}})
+    for (std::int64_t n : {1, 7, 1030}) {
+      const auto tensors = [&](Device& d) {
+        std::vector<Tensor> t;
+        for (std::uint64_t i = 0; i < 4; ++i) t.push_back(make(d, random_values(n, i + 1, i == 3 ? 0 : -1, 1), Dims{n}, i < 2 ? value_type : state_type));
+        return t;
+      };
+      for (std::size_t which : {0u, 2u, 3u})
+        expect_equal("adamw", [&, t = tensors](Device& d) {
+          const auto x = t(d);
+          update::adamw({0.7, 0.99, 1e-2, 0.1, 0.95, 0.05, 1.3, 1e-8}, x[0], x[1], x[2], x[3]);
+          return x[which];
+        });
+      for (bool nesterov : {false, true})
+        expect_equal("sgd", [&](Device& d) {
+          const auto x = tensors(d);
+          update::sgd({0.7, 0.1, 0.9, 1e-2, nesterov}, x[0], x[1], x[2]);
+          return x[0];
+        });
+      expect_equal("plain sgd", [&](Device& d) {
+        const auto x = tensors(d);
+        update::sgd({0.7, 0.1, 0, 1e-2, false}, x[0], x[1], Tensor());
+        return x[0];
+      });
+    }
+  for (bool nesterov : {false, true})
+    expect_equal("momentum and axpby", [&](Device& d) {
+      const auto matrix = [&](std::uint64_t seed) { return make(d, random_values(7 * 12, seed), Dims{7, 12}, DType::f32).narrow(1, 3, 5); };
+      const Tensor grad = matrix(1), buffer = matrix(2), value = matrix(3), step = update::momentum(grad, buffer, 0.5, 0.9, nesterov);
+      update::axpby(0.9, value, -0.1, step, value);
+      return value.contiguous();
+    });
+}
+
+TEST_F(Gpu, MeasuresGradientsInF64) {
+  for (std::int64_t n : {1, 1000, 70001}) {
+    const auto values = random_values(n, 4);
+    double want = 0;
+    for (double v : values) want += static_cast<double>(static_cast<float>(v)) * static_cast<double>(static_cast<float>(v));
+    const Tensor t = make(*gpu, values, Dims{n}, DType::f32);
+    const kernels::Piece one{kernels::Num::f32, t.raw(), n};
+    const kernels::Piece twice[] = {one, one};
+    EXPECT_NEAR(gpu->backend().sum_of_squares(std::span(&one, 1)), want, 1e-12 * want);
+    EXPECT_EQ(gpu->backend().sum_of_squares(twice), 2 * gpu->backend().sum_of_squares(std::span(&one, 1)));
+    EXPECT_EQ(gpu->backend().first_nonfinite(twice), -1);
+    auto bad = values;
+    bad.back() = std::numeric_limits<double>::infinity();
+    const Tensor u = make(*gpu, bad, Dims{n}, DType::f32);
+    const kernels::Piece second[] = {one, {kernels::Num::f32, u.raw(), n}};
+    EXPECT_EQ(gpu->backend().first_nonfinite(second), 1);
+    EXPECT_FALSE(std::isfinite(gpu->backend().sum_of_squares(second)));
+    const Tensor unit = t.clone();
+    update::normalize(unit, 1e-7);
+    const kernels::Piece after{kernels::Num::f32, unit.raw(), n};
+    EXPECT_NEAR(gpu->backend().sum_of_squares(std::span(&after, 1)), 1, 1e-5);
+  }
+}
+
+TEST_F(Gpu, NamesAnIdOutOfRangeAtTheNextWaitAndGoesOn) {
+  const Tensor table = Tensor::zeros(Dims{5, 4}, DType::f32, *gpu);
+  const std::vector<std::int32_t> ids = {0, 4, 9, 1};
+  const Tensor at = Tensor::of(std::span<const std::int32_t>(ids), Dims{4}, *gpu);
+  const Tensor rows = ops::gather(table, at);
+  const std::string text = message_of([&] { gpu->synchronize(); });
+  EXPECT_NE(text.find("gather"), std::string::npos) << text;
+  EXPECT_NE(text.find("9"), std::string::npos) << text;
+  EXPECT_EQ(message_of([&] { gpu->synchronize(); }), "");
+  EXPECT_EQ(doubles(rows).size(), 16u);
+}
+
+TEST_F(Gpu, SaysWhatIsHeldWhenMemoryRunsOut) {
+  const Tensor held = Tensor::zeros(Dims{1 << 20}, DType::f32, *gpu);
+  const std::int64_t before = gpu->bytes_held();
+  EXPECT_GE(before, 4 << 20);
+  const std::string text = message_of([&] { Tensor::empty(Dims{std::int64_t{1} << 50}, DType::f32, *gpu); });
+  for (const char* part : {"cuda memory", "cannot allocate", "tensors hold", "data.micro_batch", "train.recompute"})
+    EXPECT_NE(text.find(part), std::string::npos) << part << " is not in: " << text;
+  EXPECT_EQ(gpu->bytes_held(), before);
+}
+
+TEST_F(Gpu, CopiesBetweenDevices) {
+  const Tensor here = make(*cpu, random_values(3000000, 8), Dims{1500, 2000}, DType::f32), there = Tensor::empty(here.shape(), DType::f32, *gpu);
+  there.copy_from(here);  // more than the staging memory holds
+  EXPECT_EQ(bits(there), bits(here));
+  const Tensor part = Tensor::zeros(Dims{1500, 2000}, DType::bf16, *gpu);
+  part.narrow(1, 7, 100).copy_from(here.narrow(1, 3, 100));
+  const Tensor back = Tensor::empty(Dims{1500, 100}, DType::bf16, *cpu);
+  back.copy_from(part.narrow(1, 7, 100));
+  EXPECT_EQ(bits(back), bits(here.narrow(1, 3, 100).contiguous().to(DType::bf16)));
+  EXPECT_EQ(Tensor::full(Dims{}, 2.5, DType::bf16, *gpu).item(), 2.5);
+}
+
+}  // namespace
+}  // namespace capstan::testing
