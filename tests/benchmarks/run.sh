@@ -3,6 +3,8 @@
 # 16 x 256, f32, forward + backward + AdamW. The engines take turns, so that a slow minute hits all of them.
 #   tests/benchmarks/run.sh [rounds]      (default 3; needs a build in build/ and, once, the Python registry)
 #   tests/benchmarks/run.sh comm [rounds] collectives among ranks instead
+#   tests/benchmarks/run.sh save [rounds] the snapshot of a checkpoint against memcpy
+#   tests/benchmarks/run.sh fsdp [steps]  2 ranks of 1 thread against one process of 2, GPT-2, 4,096 tokens a step
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -17,6 +19,24 @@ if [ "${1:-}" = comm ]; then
   done
   mpirun --allow-run-as-root --oversubscribe --bind-to none -np 2 "$bench" overlap "${2:-9}"
   mpirun --allow-run-as-root --oversubscribe --bind-to none -np 2 "$bench" mpi-overlap "${2:-9}"
+  exit
+fi
+if [ "${1:-}" = save ]; then
+  "$root/build/bin/save_bench" "$root/build/bin/capstan" "$root/build/save_bench" "${2:-7}"
+  exit
+fi
+if [ "${1:-}" = fsdp ]; then
+  program=${CAPSTAN_BENCH_PROGRAM:-$root/build/bin/capstan}
+  out=$root/build/benchmarks/fsdp
+  rm -rf "$out" && mkdir -p "$out"
+  words="$here/fsdp.yaml train.steps=${2:-5}"
+  "$program" train $words run.threads=2 "run.dir=$out/one" > "$out/one.log"
+  "$program" train $words --ranks 2 "run.dir=$out/two" > "$out/two.log"
+  for run in one two; do
+    sed -n 's/.*"seconds":\([0-9.]*\).*"tokens_per.*/\1/p' "$out/$run/metrics.jsonl" | tail -n +2 | sort -n |
+      awk -v run=$run '{t[NR] = $1} END {printf "%s: %.2f s a step (median of %d)\n", run, t[int((NR + 1) / 2)], NR}'
+  done
+  grep -A9 '^communication' "$out/two.log"
   exit
 fi
 rounds=${1:-3}
