@@ -28,7 +28,9 @@ constexpr int most_ranks = 1 << 24;
 /// Reads one launcher's variables, and keeps what it read for messages.
 class Reader {
  public:
-  Reader(const Environment& environment, std::string launcher) : environment_(environment) { source_.launcher = std::move(launcher); }
+  Reader(const Environment& environment, std::string launcher) : environment_(environment) {
+    source_.launcher = std::move(launcher);
+  }
 
   bool has(const std::string& name) const { return environment_(name).has_value(); }
   /// Error(input) unless it is a number from `least`; -1 when it is not set.
@@ -47,8 +49,9 @@ class Reader {
     source_.rank = number(rank, 0);
     source_.size = number(size, 1);
     if ((source_.rank < 0) != (source_.size < 0))
-      fail(Fault::input, where, fmt::format("{} is set but {} is not: expected both from {}, or neither", source_.rank < 0 ? size : rank,
-                                            source_.rank < 0 ? rank : size, source_.launcher));
+      fail(Fault::input, where,
+           fmt::format("{} is set but {} is not: expected both from {}, or neither", source_.rank < 0 ? size : rank,
+                       source_.rank < 0 ? rank : size, source_.launcher));
     return source_.rank >= 0;
   }
   LaunchSource& source() { return source_; }
@@ -59,10 +62,15 @@ class Reader {
 };
 
 void check_possible(const LaunchSource& s) {
-  if (s.rank >= s.size && s.rank >= 0) fail(Fault::input, where, fmt::format("{}: rank {} of {} ranks; expected 0 to {}", s.variables, s.rank, s.size, s.size - 1));
-  if (s.local_size > s.size) fail(Fault::input, where, fmt::format("{}: {} ranks on this host, but {} in all", s.variables, s.local_size, s.size));
+  if (s.rank >= s.size && s.rank >= 0)
+    fail(Fault::input, where,
+         fmt::format("{}: rank {} of {} ranks; expected 0 to {}", s.variables, s.rank, s.size, s.size - 1));
+  if (s.local_size > s.size)
+    fail(Fault::input, where, fmt::format("{}: {} ranks on this host, but {} in all", s.variables, s.local_size, s.size));
   if (s.local_size > 0 && s.local_rank >= s.local_size)
-    fail(Fault::input, where, fmt::format("{}: rank {} of {} on this host; expected 0 to {}", s.variables, s.local_rank, s.local_size, s.local_size - 1));
+    fail(Fault::input, where,
+         fmt::format("{}: rank {} of {} on this host; expected 0 to {}", s.variables, s.local_rank, s.local_size,
+                     s.local_size - 1));
 }
 
 /// A job script has the variables of a rank 0 of all tasks, and is none of them: only what srun starts is in a step.
@@ -106,8 +114,9 @@ std::vector<LaunchSource> sources(const Environment& environment) {
 void check_agreement(const LaunchSource& a, const LaunchSource& b) {
   const auto compare = [&](const char* what, int x, int y) {
     if (x < 0 || y < 0 || x == y) return;
-    fail(Fault::input, where, fmt::format("{} says {} {} ({}), {} says {} ({}): start the job with one of them, or unset the other's variables", a.launcher, what, x,
-                                          a.variables, b.launcher, y, b.variables));
+    fail(Fault::input, where,
+         fmt::format("{} says {} {} ({}), {} says {} ({}): start the job with one of them, or unset the other's variables",
+                     a.launcher, what, x, a.variables, b.launcher, y, b.variables));
   };
   compare("rank", a.rank, b.rank);
   compare("number of ranks", a.size, b.size);
@@ -119,12 +128,16 @@ void check_agreement(const LaunchSource& a, const LaunchSource& b) {
 std::string meeting_of(const LaunchSource& s, const Environment& environment) {
   const int on_host = s.local_size > 0 ? s.local_size : s.local_rank == s.rank ? s.size : 0;
   if (on_host != s.size || (s.local_rank >= 0 && s.local_rank != s.rank))
-    fail(Fault::input, where, fmt::format("{}: the ranks are spread over hosts. Across hosts they reach each other by MPI, which torchrun does not start: use "
-                                          "`srun --mpi=pmix capstan train RECIPE`, or `mpirun -np {} --host ... capstan train RECIPE`", s.variables, s.size));
+    fail(Fault::input, where,
+         fmt::format("{}: the ranks are spread over hosts. Across hosts they reach each other by MPI, which torchrun does "
+                     "not start: use "
+                     "`srun --mpi=pmix capstan train RECIPE`, or `mpirun -np {} --host ... capstan train RECIPE`",
+                     s.variables, s.size));
   const auto address = environment("MASTER_ADDR"), port = environment("MASTER_PORT");
   if (!address || !port || address->empty() || port->empty())
-    fail(Fault::input, where, fmt::format("{}: MASTER_ADDR and MASTER_PORT tell this job from others and {} not set; torchrun sets both", s.variables,
-                                          address || port ? "one is" : "they are"));
+    fail(Fault::input, where,
+         fmt::format("{}: MASTER_ADDR and MASTER_PORT tell this job from others and {} not set; torchrun sets both",
+                     s.variables, address || port ? "one is" : "they are"));
   int number = 0;
   const auto [end, error] = std::from_chars(port->data(), port->data() + port->size(), number);
   if (error != std::errc() || end != port->data() + port->size() || number < 1 || number > 65535)
@@ -147,13 +160,17 @@ Environment process_environment() {
 }
 
 Launch Launch::detect(std::optional<int> ranks, const Environment& environment) {
-  if (ranks && (*ranks < 1 || *ranks > most_ranks)) fail(Fault::input, where, fmt::format("--ranks {}: expected a number from 1", *ranks));
+  if (ranks && (*ranks < 1 || *ranks > most_ranks))
+    fail(Fault::input, where, fmt::format("--ranks {}: expected a number from 1", *ranks));
   std::vector<LaunchSource> all = sources(environment);
   if (all.empty()) {
     // To go on alone in an allocation of several tasks would not be what was asked for.
     const auto tasks = environment("SLURM_NTASKS");
     if (!ranks && tasks && environment("SLURM_PROCID") && *tasks != "1")
-      fail(Fault::input, where, fmt::format("SLURM_NTASKS={}, but this is the job script and not one of its tasks: start it with srun, mpirun or --ranks N", *tasks));
+      fail(Fault::input, where,
+           fmt::format("SLURM_NTASKS={}, but this is the job script and not one of its tasks: start it with srun, mpirun or "
+                       "--ranks N",
+                       *tasks));
     Launch l;
     if (!ranks) {
       l.by.launcher = "itself";
@@ -201,11 +218,15 @@ std::shared_ptr<World> Launch::make_world(double timeout_seconds) const {
       break;
   }
   if (!mpi_available())
-    fail(Fault::input, where, fmt::format("{}, but this build has no MPI: install libopenmpi-dev and build again, or train on one rank", describe()));
+    fail(Fault::input, where,
+         fmt::format("{}, but this build has no MPI: install libopenmpi-dev and build again, or train on one rank",
+                     describe()));
   std::shared_ptr<World> world = make_mpi_world(timeout_seconds);
   if (world->size() != size || world->rank() != rank)
-    fail(Fault::input, where, fmt::format("MPI says rank {} of {}, {} says rank {} of {} ({}): the launcher must speak this MPI's language; with Slurm: srun --mpi=pmix",
-                                          world->rank(), world->size(), by.launcher, rank, size, by.variables));
+    fail(Fault::input, where,
+         fmt::format("MPI says rank {} of {}, {} says rank {} of {} ({}): the launcher must speak this MPI's language; with "
+                     "Slurm: srun --mpi=pmix",
+                     world->rank(), world->size(), by.launcher, rank, size, by.variables));
   return world;
 }
 
@@ -215,6 +236,8 @@ int usable_cores() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
-int threads_of_rank(int asked, int local_size) { return asked > 0 ? asked : std::max(1, usable_cores() / std::max(1, local_size)); }
+int threads_of_rank(int asked, int local_size) {
+  return asked > 0 ? asked : std::max(1, usable_cores() / std::max(1, local_size));
+}
 
 }  // namespace capstan::launch

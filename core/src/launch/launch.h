@@ -25,17 +25,17 @@ enum class Bootstrap : unsigned char {
 
 /// One launcher's word on this process. -1: it does not say.
 struct LaunchSource {
-  std::string launcher;    ///< "mpirun"
+  std::string launcher;  ///< "mpirun"
   int rank = -1, size = -1, local_rank = -1, local_size = -1;
-  std::string variables;   ///< "OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=4"
+  std::string variables;  ///< "OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=4"
 };
 
 struct CAPSTAN_API Launch {
   Bootstrap bootstrap = Bootstrap::single;
   int rank = 0, size = 1;
-  int local_rank = -1, local_size = -1;   ///< among the ranks of this host; -1: not known before the world is made
+  int local_rank = -1, local_size = -1;  ///< among the ranks of this host; -1: not known before the world is made
   LaunchSource by;
-  std::string meeting;                    ///< shared: the name that the ranks of this job share, "localhost:29500"
+  std::string meeting;  ///< shared: the name that the ranks of this job share, "localhost:29500"
 
   /// Looks at `--ranks` (nothing when it was not given) and at what launchers leave in the environment: Open MPI's mpirun,
   /// PMI (MPICH, srun --mpi=pmi2), Slurm's srun, torchrun. Error(input) when two of them disagree, naming both values; when

@@ -44,7 +44,8 @@ void kill_descendants() {
     collect(getpid(), all);
     if (all.empty()) return;
     for (const pid_t pid : all) kill(pid, SIGKILL);
-    while (waitpid(-1, nullptr, WNOHANG) > 0) {}
+    while (waitpid(-1, nullptr, WNOHANG) > 0) {
+    }
     std::this_thread::sleep_for(std::chrono::milliseconds(5));
   } while (std::chrono::steady_clock::now() < deadline);
 }

@@ -13,8 +13,8 @@ struct CAPSTAN_API Record {
   enum class Event : unsigned char { done, stopped, failed };
   Event event = Event::done;
   int rank = 0;
-  int code = 0;           ///< that the program should end with
-  std::string message;    ///< failed: what is to be said
+  int code = 0;         ///< that the program should end with
+  std::string message;  ///< failed: what is to be said
 
   std::string line() const;
   /// Nothing for a line that is none.

@@ -40,14 +40,18 @@ constexpr auto farewell = std::chrono::seconds(2);  // in which the others may e
 
 bool alive(int pid) { return pid > 0 && (kill(pid, 0) == 0 || errno == EPERM); }
 
-steady_clock::time_point after(double seconds) { return steady_clock::now() + std::chrono::duration_cast<steady_clock::duration>(std::chrono::duration<double>(seconds)); }
+steady_clock::time_point after(double seconds) {
+  return steady_clock::now() + std::chrono::duration_cast<steady_clock::duration>(std::chrono::duration<double>(seconds));
+}
 
 std::string shm_file(const std::string& name) {
-  return fmt::format("/dev/shm/capstan-{}-{:016x}", getuid(), static_cast<std::uint64_t>(XXH3_64bits(name.data(), name.size())));
+  return fmt::format("/dev/shm/capstan-{}-{:016x}", getuid(),
+                     static_cast<std::uint64_t>(XXH3_64bits(name.data(), name.size())));
 }
 
 [[noreturn]] void no_memory(const std::string& what) {
-  fail(Fault::runtime, "launch", fmt::format("{}: {}; the ranks of a host meet in /dev/shm, make it larger or free it", what, std::strerror(errno)));
+  fail(Fault::runtime, "launch",
+       fmt::format("{}: {}; the ranks of a host meet in /dev/shm, make it larger or free it", what, std::strerror(errno)));
 }
 
 std::shared_ptr<void> map(int file, std::size_t bytes) {
@@ -60,7 +64,8 @@ std::shared_ptr<void> map(int file, std::size_t bytes) {
 Segment lay_out(const std::string& file, int size) {
   struct statvfs disk {};
   if (statvfs("/dev/shm", &disk) != 0) no_memory("/dev/shm");
-  const std::size_t bytes = std::min(most_bytes, static_cast<std::size_t>(disk.f_bavail) * disk.f_frsize / 2) & ~std::size_t{4095};
+  const std::size_t bytes =
+      std::min(most_bytes, static_cast<std::size_t>(disk.f_bavail) * disk.f_frsize / 2) & ~std::size_t{4095};
   if (bytes < least_bytes) errno = ENOSPC, no_memory(fmt::format("{} MiB are free in /dev/shm", 2 * bytes >> 20));
   const std::string fresh = fmt::format("{}.{}", file, getpid());
   const int handle = open(fresh.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
@@ -92,9 +97,13 @@ Segment find(const std::string& file, const std::string& name, int rank, int siz
       Segment segment = Segment::attach(std::move(memory));
       if (alive(segment.page(0).pid)) {  // or a dead job left it, and rank 0 has not come yet
         if (segment.header().local_size != size)
-          fail(Fault::input, "launch", fmt::format("rank {} thinks that the job at {} has {} ranks, rank 0 that it has {}", rank, name, size, segment.header().local_size));
+          fail(Fault::input, "launch",
+               fmt::format("rank {} thinks that the job at {} has {} ranks, rank 0 that it has {}", rank, name, size,
+                           segment.header().local_size));
         if (segment.page(rank).phase != Phase::absent)
-          fail(Fault::input, "launch", fmt::format("there is a rank {} at {} already: give each rank its own RANK, and each job its own MASTER_PORT", rank, name));
+          fail(Fault::input, "launch",
+               fmt::format("there is a rank {} at {} already: give each rank its own RANK, and each job its own MASTER_PORT",
+                           rank, name));
         return segment;
       }
     } else if (handle >= 0) {
@@ -102,7 +111,8 @@ Segment find(const std::string& file, const std::string& name, int rank, int siz
     }
     std::this_thread::sleep_for(moment);
   } while (steady_clock::now() < deadline);
-  fail(Fault::runtime, "rank 0", fmt::format("rank 0 did not come to {} within {:.3g} s; rank {} waited", name, timeout, rank));
+  fail(Fault::runtime, "rank 0",
+       fmt::format("rank 0 did not come to {} within {:.3g} s; rank {} waited", name, timeout, rank));
 }
 
 class SharedMemoryWorld final : public comm::SharedWorld {
@@ -117,7 +127,8 @@ class SharedMemoryWorld final : public comm::SharedWorld {
       while (segment.page(r).phase == Phase::absent) {
         core_->watch.throw_if_failed({});
         if (steady_clock::now() > deadline)
-          fail(Fault::runtime, fmt::format("rank {}", r), fmt::format("rank {} did not come to {} within {:.3g} s; start all {} ranks", r, name, timeout(), size()));
+          fail(Fault::runtime, fmt::format("rank {}", r),
+               fmt::format("rank {} did not come to {} within {:.3g} s; start all {} ranks", r, name, timeout(), size()));
         std::this_thread::sleep_for(moment);
       }
     }
@@ -143,7 +154,8 @@ class SharedMemoryWorld final : public comm::SharedWorld {
       std::this_thread::sleep_for(moment);
     }
     for (int r = 0; r < size(); ++r)
-      if (r != rank() && segment.page(r).phase == Phase::running && alive(segment.page(r).pid)) kill(segment.page(r).pid, SIGKILL);
+      if (r != rank() && segment.page(r).phase == Phase::running && alive(segment.page(r).pid))
+        kill(segment.page(r).pid, SIGKILL);
     _exit(exit_code);
   }
 };
@@ -151,13 +163,15 @@ class SharedMemoryWorld final : public comm::SharedWorld {
 }  // namespace
 
 std::shared_ptr<World> make_shared_memory_world(const std::string& name, int rank, int size, double timeout_seconds) {
-  if (size < 1 || rank < 0 || rank >= size) fail(Fault::programming, "launch", fmt::format("rank {} of {} ranks", rank, size));
+  if (size < 1 || rank < 0 || rank >= size)
+    fail(Fault::programming, "launch", fmt::format("rank {} of {} ranks", rank, size));
   if (size == 1) return make_single_world();
   const std::string file = shm_file(name);
   Segment segment = rank == 0 ? lay_out(file, size) : find(file, name, rank, size, timeout_seconds);
   std::vector<int> ranks(static_cast<std::size_t>(size));
   std::iota(ranks.begin(), ranks.end(), 0);
-  auto world = std::make_shared<SharedMemoryWorld>(std::make_shared<comm::WorldCore>(std::move(segment), rank, size, std::move(ranks), timeout_seconds));
+  auto world = std::make_shared<SharedMemoryWorld>(
+      std::make_shared<comm::WorldCore>(std::move(segment), rank, size, std::move(ranks), timeout_seconds));
   if (rank == 0) {
     try {
       world->wait_for_all(name);

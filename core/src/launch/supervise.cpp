@@ -97,8 +97,8 @@ class Signals {
 
 struct Outcome {
   std::optional<Record> record;
-  int status = SIGKILL;   ///< waitpid()'s, of the process that was started
-  std::string noise;      ///< what mpirun wrote beside
+  int status = SIGKILL;  ///< waitpid()'s, of the process that was started
+  std::string noise;     ///< what mpirun wrote beside
 };
 
 /// One attempt.
@@ -146,7 +146,8 @@ class Attempt {
     for (std::string& word : words) argv.push_back(word.data());
     argv.push_back(nullptr);
     int ends[2], trouble[2];
-    if (pipe2(ends, O_CLOEXEC) != 0 || pipe2(trouble, O_CLOEXEC) != 0) fail(Fault::runtime, "launch", fmt::format("pipe: {}", std::strerror(errno)));
+    if (pipe2(ends, O_CLOEXEC) != 0 || pipe2(trouble, O_CLOEXEC) != 0)
+      fail(Fault::runtime, "launch", fmt::format("pipe: {}", std::strerror(errno)));
     const pid_t parent = getpid();
     const bool terminal = isatty(STDOUT_FILENO) == 1;
     child_ = fork();
@@ -175,7 +176,8 @@ class Attempt {
     close(trouble[0]);
     if (!failed) return;
     if (mpirun() && error == ENOENT)
-      fail(Fault::input, "launch", "there is no mpirun: install Open MPI (Debian: openmpi-bin), or train on one rank without --ranks");
+      fail(Fault::input, "launch",
+           "there is no mpirun: install Open MPI (Debian: openmpi-bin), or train on one rank without --ranks");
     fail(Fault::runtime, "launch", fmt::format("cannot run {}: {}", argv[0], std::strerror(error)));
   }
 
@@ -195,7 +197,8 @@ class Attempt {
     const ssize_t n = read(errors_, buffer.data(), buffer.size());
     if (n < 0) return errno == EAGAIN || errno == EINTR;
     text_.append(buffer.data(), static_cast<std::size_t>(n));
-    for (std::size_t end; (end = text_.find('\n')) != std::string::npos; text_.erase(0, end + 1)) hear(text_.substr(0, end + 1));
+    for (std::size_t end; (end = text_.find('\n')) != std::string::npos; text_.erase(0, end + 1))
+      hear(text_.substr(0, end + 1));
     if (n == 0 && !text_.empty()) hear(text_);
     if (n == 0) text_.clear();
     return n > 0;
@@ -209,7 +212,8 @@ class Attempt {
       if (!failed) outcome_.record = record;
       const double patience = record->event == Record::Event::failed ? job_.patience_seconds : leaving_seconds;
       if (!deadline_ && (record->event == Record::Event::failed || mpirun()))
-        deadline_ = steady_clock::now() + std::chrono::duration_cast<steady_clock::duration>(std::chrono::duration<double>(patience));
+        deadline_ = steady_clock::now() +
+                    std::chrono::duration_cast<steady_clock::duration>(std::chrono::duration<double>(patience));
       return;
     }
     if (mpirun() && noise_.swallows(bare)) return;
@@ -232,7 +236,8 @@ class Attempt {
 
 std::string status_words(const Job& job, int status) {
   const std::string who = job.ranks > 1 ? "mpirun" : "its process";
-  if (WIFSIGNALED(status)) return fmt::format("{} was ended by signal {} ({})", who, WTERMSIG(status), strsignal(WTERMSIG(status)));
+  if (WIFSIGNALED(status))
+    return fmt::format("{} was ended by signal {} ({})", who, WTERMSIG(status), strsignal(WTERMSIG(status)));
   return fmt::format("{} ended with exit code {}", who, WEXITSTATUS(status));
 }
 
@@ -241,12 +246,15 @@ std::string status_words(const Job& job, int status) {
 std::vector<std::string> mpirun_words(int ranks) {
   std::vector<std::string> words{"mpirun"};
   for (std::string& word : mpi_launch_arguments())
-    if (word != "--quiet") words.push_back(std::move(word));  // what it says is kept for jobs that do not speak for themselves
+    if (word != "--quiet")
+      words.push_back(std::move(word));  // what it says is kept for jobs that do not speak for themselves
   const int threads = threads_of_rank(0, ranks);
   words.insert(words.end(), {"-np", std::to_string(ranks)});
-  if (std::getenv("OMP_NUM_THREADS") == nullptr) words.insert(words.end(), {"-x", fmt::format("OMP_NUM_THREADS={}", threads)});
+  if (std::getenv("OMP_NUM_THREADS") == nullptr)
+    words.insert(words.end(), {"-x", fmt::format("OMP_NUM_THREADS={}", threads)});
   // Threads that wait for work give their core to ranks that have some.
-  if (ranks * threads > usable_cores() && std::getenv("OMP_WAIT_POLICY") == nullptr) words.insert(words.end(), {"-x", "OMP_WAIT_POLICY=passive"});
+  if (ranks * threads > usable_cores() && std::getenv("OMP_WAIT_POLICY") == nullptr)
+    words.insert(words.end(), {"-x", "OMP_WAIT_POLICY=passive"});
   return words;
 }
 
@@ -282,11 +290,14 @@ int supervise(const Job& job) {
       return code;
     }
     const double wait = std::min(longest_backoff, job.backoff_seconds * std::pow(2, restart));
-    say(job.name, fmt::format("{}; starting again from the newest good checkpoint in {:.3g} s (restart {} of {})", message, wait, restart + 1, job.max_restarts));
-    const auto until = steady_clock::now() + std::chrono::duration_cast<steady_clock::duration>(std::chrono::duration<double>(wait));
+    say(job.name, fmt::format("{}; starting again from the newest good checkpoint in {:.3g} s (restart {} of {})", message,
+                              wait, restart + 1, job.max_restarts));
+    const auto until =
+        steady_clock::now() + std::chrono::duration_cast<steady_clock::duration>(std::chrono::duration<double>(wait));
     while (steady_clock::now() < until) {
       pollfd file{signals.file(), POLLIN, 0};
-      poll(&file, 1, static_cast<int>(std::chrono::duration_cast<std::chrono::milliseconds>(until - steady_clock::now()).count()) + 1);
+      poll(&file, 1,
+           static_cast<int>(std::chrono::duration_cast<std::chrono::milliseconds>(until - steady_clock::now()).count()) + 1);
       if (signals.next() == 0) continue;
       say(job.name, "stopped by a signal between two attempts");
       return 1;

@@ -9,12 +9,12 @@ namespace capstan::launch {
 
 struct CAPSTAN_API Job {
   std::string executable;
-  std::vector<std::string> words;      ///< after the executable: what each rank runs, with --supervised among them
-  int ranks = 1;                       ///< 1: no mpirun
+  std::vector<std::string> words;  ///< after the executable: what each rank runs, with --supervised among them
+  int ranks = 1;                   ///< 1: no mpirun
   int max_restarts = 0;
-  double backoff_seconds = 1;          ///< before the first restart; doubles with each, up to a minute
-  double patience_seconds = 10;        ///< after a failure was told: what is left then is killed
-  std::string name = "capstan";        ///< in front of what the supervisor says
+  double backoff_seconds = 1;    ///< before the first restart; doubles with each, up to a minute
+  double patience_seconds = 10;  ///< after a failure was told: what is left then is killed
+  std::string name = "capstan";  ///< in front of what the supervisor says
 };
 
 /// Runs the job to its end; the exit code that the program should have: 0 done, 2 bad input, 1 anything else.

@@ -35,19 +35,24 @@ std::size_t known(const std::vector<MeshAxis>& axes, std::string_view name) {
   std::vector<std::string> names;
   for (const MeshAxis& a : axes) names.push_back(a.name);
   const std::string near = nearest(std::string(name), names);
-  fail(Fault::input, where, fmt::format("no axis '{}'{}; the axes are {}", name, near.empty() ? "" : ", did you mean '" + near + "'?",
-                                        names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", "))));
+  fail(Fault::input, where,
+       fmt::format("no axis '{}'{}; the axes are {}", name, near.empty() ? "" : ", did you mean '" + near + "'?",
+                   names.empty() ? "none" : fmt::format("{}", fmt::join(names, ", "))));
 }
 
 /// Indices of named axes, each once and in the layout's order, or Error(input).
-std::vector<std::size_t> in_order(const std::vector<MeshAxis>& axes, std::span<const std::string_view> names, const char* what) {
+std::vector<std::size_t> in_order(const std::vector<MeshAxis>& axes, std::span<const std::string_view> names,
+                                  const char* what) {
   if (names.empty()) fail(Fault::input, where, fmt::format("{} of no axes: expected one axis or more", what));
   std::vector<std::size_t> indices;
   for (const std::string_view name : names) {
     const std::size_t i = known(axes, name);
-    if (!indices.empty() && i == indices.back()) fail(Fault::input, where, fmt::format("{}: axis '{}' is named twice", what, name));
+    if (!indices.empty() && i == indices.back())
+      fail(Fault::input, where, fmt::format("{}: axis '{}' is named twice", what, name));
     if (!indices.empty() && i < indices.back())
-      fail(Fault::input, where, fmt::format("{}: axis '{}' comes before '{}' in the mesh; name axes in its order", what, name, axes[indices.back()].name));
+      fail(Fault::input, where,
+           fmt::format("{}: axis '{}' comes before '{}' in the mesh; name axes in its order", what, name,
+                       axes[indices.back()].name));
     indices.push_back(i);
   }
   return indices;
@@ -62,7 +67,8 @@ int product(const std::vector<MeshAxis>& axes) {
 }  // namespace
 
 MeshLayout MeshLayout::make(std::vector<MeshAxis> axes, int world) {
-  if (const auto fault = check(axes, world)) fail(Fault::input, fault->axis.empty() ? where : where + ("." + fault->axis), fault->message);
+  if (const auto fault = check(axes, world))
+    fail(Fault::input, fault->axis.empty() ? where : where + ("." + fault->axis), fault->message);
   MeshLayout layout;
   int rest = world;
   for (const MeshAxis& a : axes)
@@ -82,32 +88,37 @@ int MeshLayout::size(std::string_view axis) const {
 bool MeshLayout::has(std::string_view axis) const { return index_of(axes_, axis) < axes_.size(); }
 
 std::vector<int> MeshLayout::coordinate(int rank) const {
-  if (rank < 0 || rank >= world_) fail(Fault::programming, where, fmt::format("rank {}: expected 0 to {}", rank, world_ - 1));
+  if (rank < 0 || rank >= world_)
+    fail(Fault::programming, where, fmt::format("rank {}: expected 0 to {}", rank, world_ - 1));
   std::vector<int> c(axes_.size());
   for (std::size_t i = axes_.size(); i-- > 0; rank /= axes_[i].size) c[i] = rank % axes_[i].size;
   return c;
 }
 
 int MeshLayout::coordinate(int rank, std::string_view axis) const {
-  if (rank < 0 || rank >= world_) fail(Fault::programming, where, fmt::format("rank {}: expected 0 to {}", rank, world_ - 1));
+  if (rank < 0 || rank >= world_)
+    fail(Fault::programming, where, fmt::format("rank {}: expected 0 to {}", rank, world_ - 1));
   const std::size_t i = index_of(axes_, axis);
   return i < axes_.size() ? rank / stride(axes_, i) % axes_[i].size : 0;
 }
 
 int MeshLayout::rank_at(std::span<const int> coordinate) const {
   if (coordinate.size() != axes_.size())
-    fail(Fault::programming, where, fmt::format("{} coordinates: expected {}, one for each axis", coordinate.size(), axes_.size()));
+    fail(Fault::programming, where,
+         fmt::format("{} coordinates: expected {}, one for each axis", coordinate.size(), axes_.size()));
   int rank = 0;
   for (std::size_t i = 0; i < axes_.size(); ++i) {
     if (coordinate[i] < 0 || coordinate[i] >= axes_[i].size)
-      fail(Fault::programming, where, fmt::format("coordinate {} along {}: expected 0 to {}", coordinate[i], axes_[i].name, axes_[i].size - 1));
+      fail(Fault::programming, where,
+           fmt::format("coordinate {} along {}: expected 0 to {}", coordinate[i], axes_[i].name, axes_[i].size - 1));
     rank = rank * axes_[i].size + coordinate[i];
   }
   return rank;
 }
 
 std::vector<int> MeshLayout::group(int rank, std::span<const std::string_view> axes) const {
-  if (rank < 0 || rank >= world_) fail(Fault::programming, where, fmt::format("rank {}: expected 0 to {}", rank, world_ - 1));
+  if (rank < 0 || rank >= world_)
+    fail(Fault::programming, where, fmt::format("rank {}: expected 0 to {}", rank, world_ - 1));
   int first = rank;
   std::vector<int> members{0};
   for (std::size_t i = 0; i < axes_.size(); ++i) {
@@ -150,11 +161,13 @@ MeshLayout MeshLayout::flatten(std::span<const std::string_view> axes, std::stri
   if (last - first + 1 != indices.size()) {
     for (std::size_t k = 1; k < indices.size(); ++k)
       if (indices[k] != indices[k - 1] + 1)
-        fail(Fault::input, where, fmt::format("flatten: '{}' and '{}' are not neighbours; '{}' lies between them", axes_[indices[k - 1]].name,
-                                              axes_[indices[k]].name, axes_[indices[k - 1] + 1].name));
+        fail(Fault::input, where,
+             fmt::format("flatten: '{}' and '{}' are not neighbours; '{}' lies between them", axes_[indices[k - 1]].name,
+                         axes_[indices[k]].name, axes_[indices[k - 1] + 1].name));
   }
   std::vector<MeshAxis> fresh(axes_.begin(), axes_.begin() + static_cast<std::ptrdiff_t>(first));
-  const std::vector<MeshAxis> taken(axes_.begin() + static_cast<std::ptrdiff_t>(first), axes_.begin() + static_cast<std::ptrdiff_t>(last) + 1);
+  const std::vector<MeshAxis> taken(axes_.begin() + static_cast<std::ptrdiff_t>(first),
+                                    axes_.begin() + static_cast<std::ptrdiff_t>(last) + 1);
   fresh.push_back({std::move(name), product(taken)});
   fresh.insert(fresh.end(), axes_.begin() + static_cast<std::ptrdiff_t>(last) + 1, axes_.end());
   return make(std::move(fresh), world_);
@@ -178,14 +191,16 @@ MeshLayout MeshLayout::expert_view(int expert) const {
   for (const MeshAxis& a : axes_) {
     const auto at = std::find(std::begin(order) + from, std::end(order), a.name);
     if (at == std::end(order))
-      fail(Fault::input, where, fmt::format("the expert view of {}: expected the axes {}, in this order", describe(), fmt::join(order, ", ")));
+      fail(Fault::input, where,
+           fmt::format("the expert view of {}: expected the axes {}, in this order", describe(), fmt::join(order, ", ")));
     from = static_cast<std::size_t>(at - std::begin(order)) + 1;
   }
   const int inner = size("shard") * size("context") * size("tensor");
   const std::vector<MeshAxis> view{{"expert_shard", -1}, {"expert", expert}};
   if (const auto fault = check(view, inner))
-    fail(Fault::input, where, fmt::format("expert {}: it must divide shard {} x context {} x tensor {} = {} ranks; {}", expert, size("shard"),
-                                          size("context"), size("tensor"), inner, fault->message));
+    fail(Fault::input, where,
+         fmt::format("expert {}: it must divide shard {} x context {} x tensor {} = {} ranks; {}", expert, size("shard"),
+                     size("context"), size("tensor"), inner, fault->message));
   return make({{"pp", size("pp")}, {"replicate", size("replicate")}, {"expert_shard", -1}, {"expert", expert}}, world_);
 }
 

@@ -73,7 +73,8 @@ std::string rank_words(int world) {
 /// are none, one that differs in several. The nearest first.
 std::vector<std::vector<MeshAxis>> fixes_for(const std::vector<MeshAxis>& asked, int world) {
   std::vector<std::vector<MeshAxis>> found;
-  const auto rest_at = std::find_if(asked.begin(), asked.end(), [](const MeshAxis& a) { return a.size == -1; }) - asked.begin();
+  const auto rest_at =
+      std::find_if(asked.begin(), asked.end(), [](const MeshAxis& a) { return a.size == -1; }) - asked.begin();
   const auto rest = static_cast<std::size_t>(rest_at);
   for (std::size_t i = 0; i < asked.size(); ++i) {
     if (asked[i].size == -1) continue;
@@ -85,7 +86,8 @@ std::vector<std::vector<MeshAxis>> fixes_for(const std::vector<MeshAxis>& asked,
     }
     if (!good || world % others != 0) continue;
     const int left = static_cast<int>(world / others);
-    for (const int size : rest < asked.size() ? nearest_divisors(left, std::max(1, asked[i].size)) : std::vector<int>{left}) {
+    for (const int size :
+         rest < asked.size() ? nearest_divisors(left, std::max(1, asked[i].size)) : std::vector<int>{left}) {
       std::vector<MeshAxis> fix = asked;
       fix[i].size = size;
       if (rest < asked.size()) fix[rest].size = left / size;
@@ -96,7 +98,8 @@ std::vector<std::vector<MeshAxis>> fixes_for(const std::vector<MeshAxis>& asked,
     // Every axis takes the divisor of what the inner ones left that is nearest; one axis takes the remainder.
     std::size_t taker = rest;
     if (taker == asked.size()) {
-      for (taker = 0; taker < asked.size() && asked[taker].name != "shard"; ++taker) {}
+      for (taker = 0; taker < asked.size() && asked[taker].name != "shard"; ++taker) {
+      }
       if (taker == asked.size()) taker = 0;
     }
     std::vector<MeshAxis> fix = asked;
@@ -111,7 +114,8 @@ std::vector<std::vector<MeshAxis>> fixes_for(const std::vector<MeshAxis>& asked,
     fix[taker].size = left;
     found.push_back(std::move(fix));
   }
-  std::stable_sort(found.begin(), found.end(), [&](const auto& a, const auto& b) { return distance(asked, a) < distance(asked, b); });
+  std::stable_sort(found.begin(), found.end(),
+                   [&](const auto& a, const auto& b) { return distance(asked, a) < distance(asked, b); });
   found.erase(std::unique(found.begin(), found.end()), found.end());
   if (found.size() > most_fixes) found.resize(most_fixes);
   return found;
@@ -121,7 +125,8 @@ std::vector<std::vector<MeshAxis>> fixes_for(const std::vector<MeshAxis>& asked,
 std::string words(const std::vector<MeshAxis>& axes) {
   std::string text;
   for (const MeshAxis& a : axes)
-    if (a.size != 1) text += fmt::format("{}{} {}", text.empty() ? "" : " x ", a.name, a.size == -1 ? "auto" : std::to_string(a.size));
+    if (a.size != 1)
+      text += fmt::format("{}{} {}", text.empty() ? "" : " x ", a.name, a.size == -1 ? "auto" : std::to_string(a.size));
   return text.empty() ? "all axes of 1" : text;
 }
 
@@ -153,23 +158,29 @@ std::optional<MeshFault> MeshLayout::check(const std::vector<MeshAxis>& axes, in
   std::int64_t product = 1;
   for (std::size_t i = 0; i < axes.size(); ++i) {
     const MeshAxis& a = axes[i];
-    if (!is_name(a.name)) return MeshFault{a.name, fmt::format("axis name '{}': expected lower-case letters, digits and _", a.name), {}};
+    if (!is_name(a.name))
+      return MeshFault{a.name, fmt::format("axis name '{}': expected lower-case letters, digits and _", a.name), {}};
     for (std::size_t k = 0; k < i; ++k)
-      if (axes[k].name == a.name) return MeshFault{a.name, fmt::format("axis '{}' is there twice: expected each name once", a.name), {}};
+      if (axes[k].name == a.name)
+        return MeshFault{a.name, fmt::format("axis '{}' is there twice: expected each name once", a.name), {}};
   }
   for (const MeshAxis& a : axes) {
     if (a.size == -1 && !rest.empty())
-      return MeshFault{a.name, fmt::format("both {} and {} are to take the ranks that are left: expected one such axis at most", rest, a.name), {}};
+      return MeshFault{
+          a.name,
+          fmt::format("both {} and {} are to take the ranks that are left: expected one such axis at most", rest, a.name),
+          {}};
     if (a.size == -1) rest = a.name;
   }
   for (const MeshAxis& a : axes) {
     if (a.size < 1 && a.size != -1) {
       MeshFault fault{a.name, "", fixes_for(axes, world)};
-      fault.message = fmt::format("{} ranks along {}: expected 1 or more, or -1 for what the other axes leave; {}", a.size, a.name,
-                                  fix_words(fault.fixes, world));
+      fault.message = fmt::format("{} ranks along {}: expected 1 or more, or -1 for what the other axes leave; {}", a.size,
+                                  a.name, fix_words(fault.fixes, world));
       return fault;
     }
-    if (a.size > 0) product = std::min<std::int64_t>(product * a.size, std::int64_t{1} << 40);  // no need to know more than: too many
+    if (a.size > 0)
+      product = std::min<std::int64_t>(product * a.size, std::int64_t{1} << 40);  // no need to know more than: too many
   }
   if (rest.empty() ? product == world : world % product == 0) return std::nullopt;
   if (axes.empty()) return MeshFault{"", fmt::format("a mesh without axes has 1 rank, but the job has {}", world), {}};
@@ -180,14 +191,18 @@ std::optional<MeshFault> MeshLayout::check(const std::vector<MeshAxis>& axes, in
   for (const MeshAxis& a : axes)
     if (a.size > 0) given.push_back(a);
   const std::string many = product >= (std::int64_t{1} << 40) ? "far more" : std::to_string(product);
-  fault.message = rest.empty() ? fmt::format("{} makes {} {}, but the job has {}", words(given), many, product == 1 ? "rank" : "ranks", rank_words(world))
-                               : fmt::format("{} ({} ranks) does not divide the job's {}, so {} cannot take what is left", words(given), many,
-                                             rank_words(world), rest);
+  fault.message = rest.empty() ? fmt::format("{} makes {} {}, but the job has {}", words(given), many,
+                                             product == 1 ? "rank" : "ranks", rank_words(world))
+                               : fmt::format("{} ({} ranks) does not divide the job's {}, so {} cannot take what is left",
+                                             words(given), many, rank_words(world), rest);
   fault.message += "; " + fix_words(fault.fixes, world);
   if (product > 1 && product < (1 << 30)) {
     const std::int64_t below = world / product * product, above = below + product;
-    if (rest.empty()) fault.message += fmt::format("; or start {} ranks", product);
-    else fault.message += below > 0 ? fmt::format("; or start {} or {} ranks", below, above) : fmt::format("; or start {} ranks", above);
+    if (rest.empty())
+      fault.message += fmt::format("; or start {} ranks", product);
+    else
+      fault.message +=
+          below > 0 ? fmt::format("; or start {} or {} ranks", below, above) : fmt::format("; or start {} ranks", above);
   }
   return fault;
 }

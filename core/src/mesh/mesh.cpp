@@ -63,12 +63,15 @@ void compare_layouts(Communicator& comm, const MeshLayout& layout) {
   // What most ranks mean comes first: the others are to be mended.
   std::vector<std::vector<int>> sides;
   for (auto& [digest, ranks] : by_digest) sides.push_back(ranks);
-  std::stable_sort(sides.begin(), sides.end(), [](const auto& a, const auto& b) { return a.size() != b.size() ? a.size() > b.size() : a < b; });
+  std::stable_sort(sides.begin(), sides.end(),
+                   [](const auto& a, const auto& b) { return a.size() != b.size() ? a.size() > b.size() : a < b; });
   std::string text;
   for (std::size_t i = 0; i < sides.size() && i < 8; ++i)
-    text += fmt::format("{}{}: {}", i == 0 ? "" : "; ", rank_words(sides[i]), &names[static_cast<std::size_t>(sides[i].front()) * name_bytes]);
+    text += fmt::format("{}{}: {}", i == 0 ? "" : "; ", rank_words(sides[i]),
+                        &names[static_cast<std::size_t>(sides[i].front()) * name_bytes]);
   if (sides.size() > 8) text += fmt::format("; and {} other meshes", sides.size() - 8);
-  fail(Fault::input, "mesh", "the ranks do not mean the same mesh: " + text + ". Start all ranks with the same recipe, overrides and build");
+  fail(Fault::input, "mesh",
+       "the ranks do not mean the same mesh: " + text + ". Start all ranks with the same recipe, overrides and build");
 }
 
 bool is_training_axis(std::string_view name) {
@@ -81,7 +84,9 @@ bool is_training_axis(std::string_view name) {
 Mesh::Mesh(std::shared_ptr<World> world, MeshLayout layout) : world_(std::move(world)), layout_(std::move(layout)) {
   compare_layouts(made("world", "control", all_ranks(world_->size())), layout_);
   if (layout_.world() != world_->size())
-    fail(Fault::input, "mesh", fmt::format("a mesh of {} over a job of {} ranks: expected one that covers the job", layout_.describe(), world_->size()));
+    fail(Fault::input, "mesh",
+         fmt::format("a mesh of {} over a job of {} ranks: expected one that covers the job", layout_.describe(),
+                     world_->size()));
 }
 
 Mesh::~Mesh() = default;
@@ -109,7 +114,8 @@ Communicator& Mesh::comm(std::string_view axes, std::string_view lane) {
 Communicator& Mesh::tensor_replicas(int ways, std::string_view lane) {
   const int size = layout_.size("tensor");
   if (ways < 1 || size % ways != 0)
-    fail(Fault::programming, "mesh", fmt::format("a cut {} ways over {} tensor ranks: expected a divisor of {}", ways, size, size));
+    fail(Fault::programming, "mesh",
+         fmt::format("a cut {} ways over {} tensor ranks: expected a divisor of {}", ways, size, size));
   const std::vector<int> tensor = layout_.group(rank(), "tensor");
   const int length = size / ways, first = coordinate("tensor") / length * length;
   return made(fmt::format("tensor/{}", ways), lane, {tensor.begin() + first, tensor.begin() + first + length});

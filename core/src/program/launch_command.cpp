@@ -5,8 +5,8 @@
 
 #include <capstan/error.h>
 
-#include <CLI/CLI.hpp>
 #include <fmt/format.h>
+#include <CLI/CLI.hpp>
 
 #include <algorithm>
 #include <memory>
@@ -34,11 +34,13 @@ int launch_job(const LaunchWords& words, const std::string& executable) {
   if (const auto at = std::find(command.begin(), command.end(), "--ranks"); at != command.end())
     refuse("--ranks belongs ahead of --: capstan launch --ranks N -- train RECIPE");
   if (command.empty()) refuse("train what? Expected a recipe behind `train`");
-  if (const auto at = std::find_if(command.begin(), command.end(), [](const std::string& w) { return w.starts_with("-"); }); at != command.end())
+  if (const auto at = std::find_if(command.begin(), command.end(), [](const std::string& w) { return w.starts_with("-"); });
+      at != command.end())
     refuse("unknown option '" + *at + "' behind train");
   const launch::Launch here = launch::Launch::detect(ranks);
   if (here.by.launcher != "itself" && here.by.launcher != "--ranks")
-    refuse(fmt::format("this is a rank already: {}. Start `capstan launch` itself once, or train without it", here.describe()));
+    refuse(
+        fmt::format("this is a rank already: {}. Start `capstan launch` itself once, or train without it", here.describe()));
   const std::string recipe = command.front();
   command.erase(command.begin());
   if (words.timeout > 0) command.push_back(fmt::format("mesh.timeout_seconds={}", words.timeout));
@@ -52,14 +54,22 @@ int launch_job(const LaunchWords& words, const std::string& executable) {
 }  // namespace
 
 void add_launch(CLI::App& app, Program& program) {
-  CLI::App* command = app.add_subcommand("launch", "Supervise a training job: start it again from its newest good checkpoint when a rank fails");
+  CLI::App* command = app.add_subcommand(
+      "launch", "Supervise a training job: start it again from its newest good checkpoint when a rank fails");
   auto words = std::make_shared<LaunchWords>();
   command->add_option("--ranks", words->ranks, "processes on this machine; 1 without it");
-  command->add_option("--max-restarts", words->max_restarts, "restarts after a fault; bad input and signals end the job at once")
-      ->check(CLI::Range(0, 1000000))->capture_default_str();
-  command->add_option("--timeout", words->timeout, "seconds that a rank is waited for: mesh.timeout_seconds of the recipe")->check(CLI::PositiveNumber);
-  command->add_option("--backoff", words->backoff, "seconds before the first restart; each further one waits twice as long, a minute at most")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
+  command
+      ->add_option("--max-restarts", words->max_restarts,
+                   "restarts after a fault; bad input and signals end the job at once")
+      ->check(CLI::Range(0, 1000000))
+      ->capture_default_str();
+  command->add_option("--timeout", words->timeout, "seconds that a rank is waited for: mesh.timeout_seconds of the recipe")
+      ->check(CLI::PositiveNumber);
+  command
+      ->add_option("--backoff", words->backoff,
+                   "seconds before the first restart; each further one waits twice as long, a minute at most")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command->add_option("command", words->command, "-- train RECIPE [key.path=value ...]")->required();
   command->footer("Exit codes: those of `capstan train`.");
   command->callback([words, &program] { program.exit_code = launch_job(*words, program.executable); });

@@ -62,16 +62,21 @@ void set_columns(int columns) {
 }
 
 void say(const RankWork& work, int rank, const Ending& ending) {
-  if (work.supervised) write_record({Record::Event::failed, rank, ending.code, ending.message});
-  else fmt::print(stderr, "capstan: {}\n", ending.message);
+  if (work.supervised)
+    write_record({Record::Event::failed, rank, ending.code, ending.message});
+  else
+    fmt::print(stderr, "capstan: {}\n", ending.message);
   std::fflush(stderr);
 }
 
-int train(const launch::Launch& launch, const RankWork& work, std::shared_ptr<World> world, std::unique_ptr<train::Trainer>& trainer) {
-  trainer = std::make_unique<train::Trainer>(train::open_session(work.recipe, work.overrides, work.executable, train::Placement::gradients, std::move(world)),
-                                             [] { return static_cast<int>(pending_signal); });
+int train(const launch::Launch& launch, const RankWork& work, std::shared_ptr<World> world,
+          std::unique_ptr<train::Trainer>& trainer) {
+  trainer = std::make_unique<train::Trainer>(
+      train::open_session(work.recipe, work.overrides, work.executable, train::Placement::gradients, std::move(world)),
+      [] { return static_cast<int>(pending_signal); });
   const bool stopped = trainer->run() != 0;
-  if (work.supervised && launch.rank == 0) write_record({stopped ? Record::Event::stopped : Record::Event::done, 0, stopped ? 1 : 0, ""});
+  if (work.supervised && launch.rank == 0)
+    write_record({stopped ? Record::Event::stopped : Record::Event::done, 0, stopped ? 1 : 0, ""});
   return stopped ? 1 : 0;
 }
 
@@ -119,7 +124,8 @@ int run_rank(const launch::Launch& launch, const RankWork& work) {
     const Ending ending = ending_of(std::current_exception());
     if (trainer) trainer->log("ended: " + ending.message);
     if (!world) {
-      say(work, launch.rank, {ending.code, launch.rank == 0 ? ending.message : fmt::format("[rank {}] {}", launch.rank, ending.message)});
+      say(work, launch.rank,
+          {ending.code, launch.rank == 0 ? ending.message : fmt::format("[rank {}] {}", launch.rank, ending.message)});
       std::fflush(nullptr);
       _exit(ending.code);
     }

@@ -15,7 +15,8 @@
 
 namespace capstan::program {
 
-launch::Job training_job(const std::string& executable, int ranks, const std::string& recipe, const std::vector<std::string>& overrides) {
+launch::Job training_job(const std::string& executable, int ranks, const std::string& recipe,
+                         const std::vector<std::string>& overrides) {
   launch::Job job;
   job.executable = executable;
   job.ranks = ranks;
@@ -34,13 +35,16 @@ void add_train(CLI::App& app, Program& program) {
   auto ranks = std::make_shared<std::optional<int>>();
   command->add_option("recipe", work->recipe, "YAML file (see recipes/ and `capstan recipe keys`)")->required();
   command->add_option("overrides", work->overrides, "key.path=value: beats the recipe, run.dir=PATH for instance");
-  command->add_option("--ranks", *ranks, "processes that share the work as the recipe's mesh says; started on this machine unless mpirun, srun or torchrun did");
+  command->add_option("--ranks", *ranks,
+                      "processes that share the work as the recipe's mesh says; started on this machine unless mpirun, srun "
+                      "or torchrun did");
   // Between a supervisor and the ranks that it starts.
   command->add_flag("--supervised", work->supervised)->group("");
   command->add_option("--columns", work->columns)->group("");
-  command->footer("SIGINT and SIGTERM finish the step, save a checkpoint and stop; a second one stops at once.\n"
-                  "Exit codes: 0 done, 2 bad input, 1 anything else (stopped by a signal included).\n"
-                  "Several ranks: docs/mesh.md.");
+  command->footer(
+      "SIGINT and SIGTERM finish the step, save a checkpoint and stop; a second one stops at once.\n"
+      "Exit codes: 0 done, 2 bad input, 1 anything else (stopped by a signal included).\n"
+      "Several ranks: docs/mesh.md.");
   command->callback([work, ranks, &program] {
     work->executable = program.executable;
     const launch::Launch launch = launch::Launch::detect(*ranks);

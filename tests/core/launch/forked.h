@@ -56,7 +56,8 @@ class Forked {
   }
   /// The exit code; 128 + the signal that ended it.
   int wait() {
-    while (read_some(-1)) {}
+    while (read_some(-1)) {
+    }
     int status = 0;
     waitpid(pid_, &status, 0);
     pid_ = -1;

@@ -42,9 +42,18 @@ Variables operator+(Variables a, const Variables& b) {
   return a;
 }
 
-const Variables open_mpi{{"OMPI_COMM_WORLD_RANK", "5"}, {"OMPI_COMM_WORLD_SIZE", "8"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "1"}, {"OMPI_COMM_WORLD_LOCAL_SIZE", "4"}};
-const Variables slurm{{"SLURM_PROCID", "5"}, {"SLURM_NTASKS", "8"}, {"SLURM_LOCALID", "1"}, {"SLURM_JOB_ID", "17"}, {"SLURM_STEP_ID", "0"}};
-const Variables torchrun{{"RANK", "1"}, {"WORLD_SIZE", "2"}, {"LOCAL_RANK", "1"}, {"LOCAL_WORLD_SIZE", "2"}, {"MASTER_ADDR", "localhost"}, {"MASTER_PORT", "29500"}};
+const Variables open_mpi{{"OMPI_COMM_WORLD_RANK", "5"},
+                         {"OMPI_COMM_WORLD_SIZE", "8"},
+                         {"OMPI_COMM_WORLD_LOCAL_RANK", "1"},
+                         {"OMPI_COMM_WORLD_LOCAL_SIZE", "4"}};
+const Variables slurm{
+    {"SLURM_PROCID", "5"}, {"SLURM_NTASKS", "8"}, {"SLURM_LOCALID", "1"}, {"SLURM_JOB_ID", "17"}, {"SLURM_STEP_ID", "0"}};
+const Variables torchrun{{"RANK", "1"},
+                         {"WORLD_SIZE", "2"},
+                         {"LOCAL_RANK", "1"},
+                         {"LOCAL_WORLD_SIZE", "2"},
+                         {"MASTER_ADDR", "localhost"},
+                         {"MASTER_PORT", "29500"}};
 
 TEST(Detect, NothingMeansOneRank) {
   const Launch l = detect({});
@@ -71,7 +80,8 @@ TEST(Detect, OpenMpi) {
   EXPECT_EQ(l.local_rank, 1);
   EXPECT_EQ(l.local_size, 4);
   EXPECT_THAT(l.describe(), AllOf(HasSubstr("8 ranks, started by mpirun"), HasSubstr("OMPI_COMM_WORLD_RANK=5")));
-  EXPECT_EQ(detect({{"OMPI_COMM_WORLD_RANK", "0"}, {"OMPI_COMM_WORLD_SIZE", "1"}}).bootstrap, Bootstrap::single);  // mpirun -np 1
+  EXPECT_EQ(detect({{"OMPI_COMM_WORLD_RANK", "0"}, {"OMPI_COMM_WORLD_SIZE", "1"}}).bootstrap,
+            Bootstrap::single);  // mpirun -np 1
 }
 
 TEST(Detect, OtherMpis) {
@@ -100,13 +110,15 @@ TEST(Detect, Torchrun) {
   EXPECT_EQ(l.size, 2);
   EXPECT_EQ(l.meeting, "localhost:29500");
   // Started again after a fault, it does not meet its dead self.
-  EXPECT_NE(detect(torchrun + Variables{{"TORCHELASTIC_RESTART_COUNT", "1"}}).meeting, detect(torchrun + Variables{{"TORCHELASTIC_RESTART_COUNT", "2"}}).meeting);
+  EXPECT_NE(detect(torchrun + Variables{{"TORCHELASTIC_RESTART_COUNT", "1"}}).meeting,
+            detect(torchrun + Variables{{"TORCHELASTIC_RESTART_COUNT", "2"}}).meeting);
   // By hand: no LOCAL_WORLD_SIZE.
   Variables by_hand = torchrun;
   by_hand.erase("LOCAL_WORLD_SIZE");
   EXPECT_EQ(detect(by_hand).bootstrap, Bootstrap::shared);
   // mpirun under the same numbers carries the ranks.
-  EXPECT_EQ(detect(torchrun + Variables{{"OMPI_COMM_WORLD_RANK", "1"}, {"OMPI_COMM_WORLD_SIZE", "2"}}).bootstrap, Bootstrap::mpi);
+  EXPECT_EQ(detect(torchrun + Variables{{"OMPI_COMM_WORLD_RANK", "1"}, {"OMPI_COMM_WORLD_SIZE", "2"}}).bootstrap,
+            Bootstrap::mpi);
 }
 
 TEST(Detect, TorchrunOverHostsSaysWhatToDo) {
@@ -128,26 +140,32 @@ TEST(Detect, TorchrunNeedsAMeetingPoint) {
 }
 
 TEST(Detect, DisagreementsNameBothValues) {
-  EXPECT_THAT(refusal(open_mpi + torchrun), AllOf(HasSubstr("OMPI_COMM_WORLD_RANK=5"), HasSubstr("RANK=1"), HasSubstr("mpirun says rank 5"), HasSubstr("torchrun says 1")));
+  EXPECT_THAT(refusal(open_mpi + torchrun), AllOf(HasSubstr("OMPI_COMM_WORLD_RANK=5"), HasSubstr("RANK=1"),
+                                                  HasSubstr("mpirun says rank 5"), HasSubstr("torchrun says 1")));
   EXPECT_THAT(refusal(open_mpi, 4), AllOf(HasSubstr("--ranks says number of ranks 4"), HasSubstr("mpirun says 8")));
   EXPECT_THAT(refusal(slurm + torchrun), AllOf(HasSubstr("SLURM_PROCID=5"), HasSubstr("RANK=1")));
   EXPECT_THAT(refusal(torchrun, 3), AllOf(HasSubstr("--ranks 3"), HasSubstr("WORLD_SIZE=2")));
-  EXPECT_THAT(refusal(open_mpi + Variables{{"RANK", "5"}, {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "2"}}), HasSubstr("rank on this host 1"));
-  EXPECT_THAT(refusal(slurm + Variables{{"PMI_RANK", "5"}, {"PMI_SIZE", "6"}}), AllOf(HasSubstr("PMI_SIZE=6"), HasSubstr("SLURM_NTASKS=8")));
+  EXPECT_THAT(refusal(open_mpi + Variables{{"RANK", "5"}, {"WORLD_SIZE", "8"}, {"LOCAL_RANK", "2"}}),
+              HasSubstr("rank on this host 1"));
+  EXPECT_THAT(refusal(slurm + Variables{{"PMI_RANK", "5"}, {"PMI_SIZE", "6"}}),
+              AllOf(HasSubstr("PMI_SIZE=6"), HasSubstr("SLURM_NTASKS=8")));
   EXPECT_THAT(refusal(open_mpi + slurm + Variables{{"SLURM_PROCID", "4"}}), HasSubstr("SLURM_PROCID=4"));
 }
 
 TEST(Detect, MpirunInsideAnAllocation) {
   // The daemon of mpirun is a task of Slurm, its ranks inherit that task's variables: they are about another process.
-  const Launch l = detect(open_mpi + slurm + Variables{{"SLURM_PROCID", "1"}, {"SLURM_NTASKS", "2"}, {"SLURM_TASK_PID", "1"}});
+  const Launch l =
+      detect(open_mpi + slurm + Variables{{"SLURM_PROCID", "1"}, {"SLURM_NTASKS", "2"}, {"SLURM_TASK_PID", "1"}});
   EXPECT_EQ(l.rank, 5);
   EXPECT_EQ(l.size, 8);
-  EXPECT_THAT(refusal(open_mpi + slurm + Variables{{"SLURM_PROCID", "1"}, {"SLURM_TASK_PID", std::to_string(getpid())}}), HasSubstr("SLURM_PROCID=1"));
+  EXPECT_THAT(refusal(open_mpi + slurm + Variables{{"SLURM_PROCID", "1"}, {"SLURM_TASK_PID", std::to_string(getpid())}}),
+              HasSubstr("SLURM_PROCID=1"));
 }
 
 TEST(Detect, AJobScriptIsNoTask) {
   const Variables script{{"SLURM_NTASKS", "8"}, {"SLURM_JOB_ID", "17"}, {"SLURM_PROCID", "0"}, {"SLURM_LOCALID", "0"}};
-  EXPECT_THAT(refusal(script), AllOf(HasSubstr("SLURM_NTASKS=8"), HasSubstr("job script"), HasSubstr("srun, mpirun or --ranks N")));
+  EXPECT_THAT(refusal(script),
+              AllOf(HasSubstr("SLURM_NTASKS=8"), HasSubstr("job script"), HasSubstr("srun, mpirun or --ranks N")));
   EXPECT_EQ(detect(script, 1).bootstrap, Bootstrap::single);
   EXPECT_EQ(detect(script, 4).bootstrap, Bootstrap::spawn);
   EXPECT_EQ(detect(script + Variables{{"SLURM_NTASKS", "1"}}).bootstrap, Bootstrap::single);

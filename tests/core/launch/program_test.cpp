@@ -12,12 +12,12 @@ namespace {
 
 using namespace capstan::train::testing;  // Project, Child, metrics ...
 using capstan::testing::Forked;
+using std::chrono::steady_clock;
 using ::testing::AllOf;
 using ::testing::ContainsRegex;
 using ::testing::HasSubstr;
 using ::testing::Not;
 using ::testing::StartsWith;
-using std::chrono::steady_clock;
 
 double seconds_since(steady_clock::time_point t) { return std::chrono::duration<double>(steady_clock::now() - t).count(); }
 
@@ -36,12 +36,19 @@ std::vector<std::string> steps_of(const fs::path& run) {
   return all;
 }
 
-/// The training tests' project with ten short steps, a checkpoint every second one, and the optimizer that may have an accident.
+/// The training tests' project with ten short steps, a checkpoint every second one, and the optimizer that may have an
+/// accident.
 class Ranks : public ::testing::Test {
  protected:
   std::vector<std::string> words(const std::string& run, std::vector<std::string> more = {}) const {
-    std::vector<std::string> all{project_.recipe(), project_.dir(run), "train.steps=10", "checkpoint.every_steps=2", "checkpoint.asynchronous=false", "mesh.timeout_seconds=20",
-                                 "train.validate_every=0", std::string("optimizer={plugin: ") + CAPSTAN_FAULTY + "}"};
+    std::vector<std::string> all{project_.recipe(),
+                                 project_.dir(run),
+                                 "train.steps=10",
+                                 "checkpoint.every_steps=2",
+                                 "checkpoint.asynchronous=false",
+                                 "mesh.timeout_seconds=20",
+                                 "train.validate_every=0",
+                                 std::string("optimizer={plugin: ") + CAPSTAN_FAULTY + "}"};
     all.insert(all.end(), more.begin(), more.end());
     return all;
   }
@@ -55,7 +62,9 @@ class Ranks : public ::testing::Test {
     return Child(all).wait();
   }
   Exit launch_on(int ranks, int restarts, const std::vector<std::string>& recipe_words) const {
-    std::vector<std::string> all{"launch", "--ranks", std::to_string(ranks), "--max-restarts", std::to_string(restarts), "--backoff", "0.1", "--", "train"};
+    std::vector<std::string> all{
+        "launch", "--ranks", std::to_string(ranks), "--max-restarts", std::to_string(restarts), "--backoff", "0.1",
+        "--",     "train"};
     all.insert(all.end(), recipe_words.begin(), recipe_words.end());
     return Child(all).wait();
   }
@@ -96,7 +105,8 @@ TEST_F(Ranks, BadInputIsToldOnce) {
   EXPECT_EQ(count(unknown.err, "unknown key 'tensors'"), 1) << unknown.err;
   const Exit misfit = train_on(2, words("run", {"mesh.tensor=3"}));
   EXPECT_EQ(misfit.code, 2);
-  EXPECT_EQ(count(misfit.err, "[command line, mesh.tensor] tensor 3 (3 ranks) does not divide the job's 2 ranks"), 1) << misfit.err;
+  EXPECT_EQ(count(misfit.err, "[command line, mesh.tensor] tensor 3 (3 ranks) does not divide the job's 2 ranks"), 1)
+      << misfit.err;
   EXPECT_EQ(count(misfit.err, "capstan: "), 1) << misfit.err;
   const Exit restarted = launch_on(2, 5, words("run", {"mesh.tensor=3"}));
   EXPECT_EQ(restarted.code, 2);
@@ -111,10 +121,14 @@ struct Accident {
 
 class Accidents : public Ranks, public ::testing::WithParamInterface<Accident> {};
 INSTANTIATE_TEST_SUITE_P(Ranks, Accidents,
-                         ::testing::Values(Accident{"kill", 1, "is gone (killed or crashed)"}, Accident{"stop", 1, "is stopped"},
-                                           Accident{"throw", 1, "the optimizer had an accident"}, Accident{"kill", 0, "is gone (killed or crashed)"},
+                         ::testing::Values(Accident{"kill", 1, "is gone (killed or crashed)"},
+                                           Accident{"stop", 1, "is stopped"},
+                                           Accident{"throw", 1, "the optimizer had an accident"},
+                                           Accident{"kill", 0, "is gone (killed or crashed)"},
                                            Accident{"throw", 0, "the optimizer had an accident"}),
-                         [](const auto& info) { return std::string(info.param.fault) + "_rank" + std::to_string(info.param.rank); });
+                         [](const auto& info) {
+                           return std::string(info.param.fault) + "_rank" + std::to_string(info.param.rank);
+                         });
 
 TEST_P(Accidents, EndTheJobInTimeWithOneMessage) {
   // A stopped rank is one that may yet come: it is waited for. A dead one and one that throws are noticed at once.
@@ -129,8 +143,8 @@ TEST_P(Accidents, EndTheJobInTimeWithOneMessage) {
   EXPECT_LT(seconds_since(broken), waited ? 3 + 10 : 10);
   EXPECT_EQ(exit.code, 1) << exit.err;
   EXPECT_EQ(count(exit.err, "\n"), 1) << exit.err;
-  EXPECT_THAT(exit.err, AllOf(StartsWith("capstan: [rank " + std::to_string(GetParam().rank) + "] "), HasSubstr("step 5"), HasSubstr(GetParam().said),
-                              HasSubstr("expected in "), HasSubstr(" of communicator '")));
+  EXPECT_THAT(exit.err, AllOf(StartsWith("capstan: [rank " + std::to_string(GetParam().rank) + "] "), HasSubstr("step 5"),
+                              HasSubstr(GetParam().said), HasSubstr("expected in "), HasSubstr(" of communicator '")));
   EXPECT_EQ(latest(project_ / "run"), 4);
 }
 
@@ -144,8 +158,10 @@ TEST_F(Ranks, ARestartFinishesTheRunBitForBit) {
     const Exit broken = launch_on(2, 2, all);
     ASSERT_EQ(broken.code, 0) << broken.err;
     EXPECT_EQ(count(broken.err, "\n"), 1) << broken.err;
-    EXPECT_THAT(broken.err, AllOf(StartsWith("capstan launch: [rank " + std::to_string(a.rank) + "] "), HasSubstr("step 6"), HasSubstr(" of communicator '"),
-                                  HasSubstr("starting again from the newest good checkpoint"), HasSubstr("(restart 1 of 2)")));
+    EXPECT_THAT(broken.err,
+                AllOf(StartsWith("capstan launch: [rank " + std::to_string(a.rank) + "] "), HasSubstr("step 6"),
+                      HasSubstr(" of communicator '"), HasSubstr("starting again from the newest good checkpoint"),
+                      HasSubstr("(restart 1 of 2)")));
     EXPECT_THAT(broken.out, ContainsRegex("resuming .* at step 4 of 10"));
     EXPECT_EQ(steps_of(project_ / run), steps_of(project_ / "whole"));
     const auto got = weights(project_ / run, 10);

@@ -1,7 +1,8 @@
-// Ranks that are processes of one host without MPI, as torchrun starts them: they meet, compute together, and name who is missing.
+// Ranks that are processes of one host without MPI, as torchrun starts them: they meet, compute together, and name who is
+// missing.
+#include "launch/shared_memory_world.h"
 #include "comm/failure.h"
 #include "forked.h"
-#include "launch/shared_memory_world.h"
 
 #include <capstan/error.h>
 
@@ -17,12 +18,14 @@
 namespace capstan::launch {
 namespace {
 
+using capstan::testing::Forked;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
-using capstan::testing::Forked;
 using Ranks = std::vector<std::unique_ptr<Forked>>;
 
-std::string meeting() { return "test " + std::to_string(getpid()) + " " + ::testing::UnitTest::GetInstance()->current_test_info()->name(); }
+std::string meeting() {
+  return "test " + std::to_string(getpid()) + " " + ::testing::UnitTest::GetInstance()->current_test_info()->name();
+}
 
 /// A rank as the program runs it: an error is told to the world, one rank prints it, all end.
 Ranks start(int size, double timeout, const std::function<void(World&)>& body, int absent = -1) {
@@ -88,12 +91,14 @@ TEST(SharedMemoryWorld, TheNameIsFreeOnceAllHaveCome) {
   for (auto& rank : first) EXPECT_EQ(rank->wait(), 0) << rank->out();
   for (auto& rank : second) EXPECT_EQ(rank->wait(), 0) << rank->out();
   for (const auto& entry : std::filesystem::directory_iterator("/dev/shm"))
-    EXPECT_EQ(entry.path().filename().string().find("capstan-" + std::to_string(getuid())), std::string::npos) << entry.path();
+    EXPECT_EQ(entry.path().filename().string().find("capstan-" + std::to_string(getuid())), std::string::npos)
+        << entry.path();
 }
 
 TEST(SharedMemoryWorld, WhatADeadJobLeftIsNotJoined) {
   {
-    Ranks dead = start(2, 20, [](World&) {}, 1);  // rank 1 never comes; rank 0 has laid out the memory by then
+    Ranks dead = start(
+        2, 20, [](World&) {}, 1);  // rank 1 never comes; rank 0 has laid out the memory by then
     usleep(200000);
     kill(dead[0]->pid(), SIGKILL);
     dead[0]->wait();
@@ -112,9 +117,11 @@ TEST(SharedMemoryWorld, WhatADeadJobLeftIsNotJoined) {
 }
 
 TEST(SharedMemoryWorld, ARankThatDoesNotComeIsNamed) {
-  Ranks without_last = start(3, 1, [](World& world) { add(world, 1); }, 2);
+  Ranks without_last = start(
+      3, 1, [](World& world) { add(world, 1); }, 2);
   EXPECT_THAT(all_said(without_last), HasSubstr("rank 2 did not come"));
-  Ranks without_first = start(2, 1, [](World& world) { add(world, 1); }, 0);
+  Ranks without_first = start(
+      2, 1, [](World& world) { add(world, 1); }, 0);
   EXPECT_THAT(all_said(without_first), HasSubstr("rank 0 did not come"));
 }
 
@@ -145,7 +152,8 @@ class Mishaps : public ::testing::TestWithParam<Mishap> {};
 INSTANTIATE_TEST_SUITE_P(SharedMemoryWorld, Mishaps,
                          ::testing::Values(Mishap{"killed", [] { raise(SIGKILL); }, "is gone (killed or crashed)"},
                                            Mishap{"stopped", [] { raise(SIGSTOP); }, "is stopped"},
-                                           Mishap{"thrown", [] { throw std::runtime_error("no more beans"); }, "no more beans"}),
+                                           Mishap{"thrown", [] { throw std::runtime_error("no more beans"); },
+                                                  "no more beans"}),
                          [](const auto& info) { return info.param.name; });
 
 TEST_P(Mishaps, EndTheJobInTimeWithOneMessage) {
@@ -160,7 +168,8 @@ TEST_P(Mishaps, EndTheJobInTimeWithOneMessage) {
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   EXPECT_LT(seconds, 2 + 6);
   EXPECT_EQ(count(text, "said: "), 1) << text;
-  EXPECT_THAT(text, AllOf(HasSubstr("rank 2"), HasSubstr("step 7"), HasSubstr(GetParam().said), HasSubstr("all_reduce 1 of communicator 'all'")));
+  EXPECT_THAT(text, AllOf(HasSubstr("rank 2"), HasSubstr("step 7"), HasSubstr(GetParam().said),
+                          HasSubstr("all_reduce 1 of communicator 'all'")));
 }
 
 }  // namespace

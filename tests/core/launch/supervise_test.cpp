@@ -1,7 +1,7 @@
 // The supervisor over jobs that are shell scripts: records, restarts, signals, what is left of a job at its end.
+#include "launch/supervise.h"
 #include "forked.h"
 #include "launch/record.h"
-#include "launch/supervise.h"
 
 #include <gmock/gmock.h>
 
@@ -12,10 +12,10 @@ namespace capstan::launch {
 namespace {
 
 namespace fs = std::filesystem;
+using capstan::testing::Forked;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
-using capstan::testing::Forked;
 
 TEST(Records, RoundTrip) {
   const Record r{Record::Event::failed, 3, 2, "two\nlines, \"quotes\" and \x01 a byte \xff"};
@@ -31,7 +31,8 @@ TEST(Records, RoundTrip) {
 }
 
 TEST(Records, OtherLinesAreNone) {
-  for (const char* line : {"", "hello", "\x1e", "\x1e{", "\x1e[1]", "\x1e{\"event\": 1}", "\x1e{\"event\": \"asleep\"}", "{\"event\": \"done\"}"})
+  for (const char* line : {"", "hello", "\x1e", "\x1e{", "\x1e[1]", "\x1e{\"event\": 1}", "\x1e{\"event\": \"asleep\"}",
+                           "{\"event\": \"done\"}"})
     EXPECT_FALSE(Record::parse(line).has_value()) << line;
   EXPECT_EQ(Record::parse("\x1e{\"event\": \"failed\", \"rank\": \"x\"}")->rank, 0);
 }
@@ -52,11 +53,13 @@ class Supervisor : public ::testing::Test {
   Job job(const std::string& script, int ranks = 1, int restarts = 0) const {
     Job j;
     j.executable = "/bin/bash";
-    const std::string start =
-        "cd '" + folder_ + "'; R=${OMPI_COMM_WORLD_RANK:-0}\n"
-        "record() { printf '\\036{\"event\":\"%s\",\"rank\":%d,\"code\":%d,\"message\":\"%s\"}\\n' \"$1\" $R \"$2\" \"$3\" >&2; }\n"
-        "done_() { record done 0 ''; exit 0; }; stopped() { record stopped 1 ''; exit 1; }; failed() { record failed $1 \"$2\"; exit $1; }\n"
-        "tries() { echo x >> tries; wc -l < tries; }\n";
+    const std::string start = "cd '" + folder_ +
+                              "'; R=${OMPI_COMM_WORLD_RANK:-0}\n"
+                              "record() { printf '\\036{\"event\":\"%s\",\"rank\":%d,\"code\":%d,\"message\":\"%s\"}\\n' "
+                              "\"$1\" $R \"$2\" \"$3\" >&2; }\n"
+                              "done_() { record done 0 ''; exit 0; }; stopped() { record stopped 1 ''; exit 1; }; failed() "
+                              "{ record failed $1 \"$2\"; exit $1; }\n"
+                              "tries() { echo x >> tries; wc -l < tries; }\n";
     j.words = {"-c", start + script};
     j.ranks = ranks, j.max_restarts = restarts, j.backoff_seconds = 0.05, j.patience_seconds = 1;
     return j;
@@ -100,8 +103,10 @@ TEST_F(Supervisor, RestartsUntilItIsDone) {
   auto job_run = run(job("n=$(tries); [ $n -lt 3 ] && failed 1 \"rank 2 at step $n\"; done_", 1, 5));
   EXPECT_EQ(job_run->wait(), 0);
   EXPECT_EQ(tries(), 3);
-  EXPECT_THAT(job_run->out(), AllOf(HasSubstr("rank 2 at step 1; starting again from the newest good checkpoint in 0.05 s (restart 1 of 5)"),
-                                    HasSubstr("rank 2 at step 2; starting again from the newest good checkpoint in 0.1 s (restart 2 of 5)")));
+  EXPECT_THAT(
+      job_run->out(),
+      AllOf(HasSubstr("rank 2 at step 1; starting again from the newest good checkpoint in 0.05 s (restart 1 of 5)"),
+            HasSubstr("rank 2 at step 2; starting again from the newest good checkpoint in 0.1 s (restart 2 of 5)")));
 }
 
 TEST_F(Supervisor, GivesUpAfterTheLastRestart) {
@@ -157,9 +162,11 @@ TEST_F(Supervisor, RanksUnderMpirunSpeakThroughOneStream) {
 
 TEST_F(Supervisor, MpirunsOwnWordsAreKeptForJobsWithoutOne) {
   // A rank that dies is told by the others; mpirun's account of it is left out.
-  auto told = run(job("[ $R = 1 ] && kill -9 $$; trap '' TERM; sleep 0.3; [ $R = 0 ] && failed 1 'rank 1 is gone'; sleep 1", 2));
+  auto told =
+      run(job("[ $R = 1 ] && kill -9 $$; trap '' TERM; sleep 0.3; [ $R = 0 ] && failed 1 'rank 1 is gone'; sleep 1", 2));
   EXPECT_EQ(told->wait(), 1);
-  EXPECT_THAT(told->out(), AllOf(HasSubstr("capstan: rank 1 is gone\n"), Not(HasSubstr("mpirun noticed")), Not(HasSubstr("-----"))));
+  EXPECT_THAT(told->out(),
+              AllOf(HasSubstr("capstan: rank 1 is gone\n"), Not(HasSubstr("mpirun noticed")), Not(HasSubstr("-----"))));
   EXPECT_EQ(left(), 0);
   Job j = job("", 2);
   j.executable = folder_ + "/nothing_here";
@@ -170,8 +177,10 @@ TEST_F(Supervisor, MpirunsOwnWordsAreKeptForJobsWithoutOne) {
 
 TEST_F(Supervisor, SignalsReachRanksUnderMpirun) {
   // mpirun forwards these two and would take SIGINT and SIGTERM for itself.
-  const std::string script = "trap 'echo $R was asked; [ $R = 0 ] && record stopped 1 \"\"; exit 1' USR1; trap 'echo $R was told; [ $R = 0 ] && record stopped 1 \"\"; exit 1' USR2\n"
-                             "echo up $R; while :; do sleep 0.05; done";
+  const std::string script =
+      "trap 'echo $R was asked; [ $R = 0 ] && record stopped 1 \"\"; exit 1' USR1; trap 'echo $R was told; [ $R = 0 ] && "
+      "record stopped 1 \"\"; exit 1' USR2\n"
+      "echo up $R; while :; do sleep 0.05; done";
   for (const auto& [signal, word] : {std::pair{SIGINT, " was asked"}, std::pair{SIGTERM, " was told"}}) {
     auto job_run = run(job(script, 2));
     ASSERT_TRUE(job_run->read_until("up 0"));

@@ -150,7 +150,8 @@ TEST_P(AnyMesh, FlattenedAndUnflattenedAxesHaveTheSameRanks) {
   for (const MeshLayout& m : all_meshes(GetParam())) {
     for (std::size_t first = 0; first < 5; ++first) {
       for (std::size_t last = first; last < 5; ++last) {
-        const Names axes(training.begin() + static_cast<std::ptrdiff_t>(first), training.begin() + static_cast<std::ptrdiff_t>(last) + 1);
+        const Names axes(training.begin() + static_cast<std::ptrdiff_t>(first),
+                         training.begin() + static_cast<std::ptrdiff_t>(last) + 1);
         const MeshLayout flat = m.flatten(axes, "one");
         EXPECT_EQ(flat.axes().size(), 5 - (last - first));
         EXPECT_EQ(flat.groups(Names{"one"}), m.groups(axes));
@@ -169,7 +170,8 @@ TEST_P(AnyMesh, ExpertViewUnflattensTheSameRanks) {
     const int inner = m.size("shard") * m.size("context") * m.size("tensor");
     for (int expert = 1; expert <= inner + 1; ++expert) {
       if (inner % expert != 0) {
-        EXPECT_THAT(refusal([&] { m.expert_view(expert); }), AllOf(HasSubstr("expert"), HasSubstr(std::to_string(inner) + " ranks")));
+        EXPECT_THAT(refusal([&] { m.expert_view(expert); }),
+                    AllOf(HasSubstr("expert"), HasSubstr(std::to_string(inner) + " ranks")));
         continue;
       }
       const MeshLayout view = m.expert_view(expert);
@@ -198,7 +200,9 @@ TEST_P(AnyMesh, DigestsTellMeshesApart) {
 }
 
 TEST(Layout, DigestCountsNamesAndOrder) {
-  const auto digest = [](std::vector<MeshAxis> axes, int world) { return MeshLayout::make(std::move(axes), world).digest(); };
+  const auto digest = [](std::vector<MeshAxis> axes, int world) {
+    return MeshLayout::make(std::move(axes), world).digest();
+  };
   EXPECT_NE(digest({{"shard", 2}, {"tensor", 2}}, 4), digest({{"tensor", 2}, {"shard", 2}}, 4));
   EXPECT_NE(digest({{"shard", 4}}, 4), digest({{"shards", 4}}, 4));
   EXPECT_NE(digest({{"shard", 4}}, 4), digest({{"shard", 4}, {"tensor", 1}}, 4));
@@ -209,14 +213,16 @@ TEST(Layout, DigestCountsNamesAndOrder) {
 
 TEST(LayoutRefusals, NameWhatWouldFit) {
   EXPECT_THAT(refusal_of({{"pp", 2}, {"shard", 3}, {"tensor", 1}}, 8),
-              AllOf(HasSubstr("[mesh.shard]"), HasSubstr("pp 2 x shard 3 makes 6 ranks, but the job has 8 ranks (2^3)"), HasSubstr("pp 2 x shard 4"),
-                    HasSubstr("start 6 ranks")));
+              AllOf(HasSubstr("[mesh.shard]"), HasSubstr("pp 2 x shard 3 makes 6 ranks, but the job has 8 ranks (2^3)"),
+                    HasSubstr("pp 2 x shard 4"), HasSubstr("start 6 ranks")));
   EXPECT_THAT(refusal_of({{"pp", 1}, {"shard", -1}, {"tensor", 3}}, 8),
-              AllOf(HasSubstr("[mesh.tensor]"), HasSubstr("tensor 3 (3 ranks) does not divide the job's 8 ranks (2^3)"), HasSubstr("shard 2 x tensor 4"),
-                    HasSubstr("shard 4 x tensor 2"), HasSubstr("start 6 or 9 ranks")));
+              AllOf(HasSubstr("[mesh.tensor]"), HasSubstr("tensor 3 (3 ranks) does not divide the job's 8 ranks (2^3)"),
+                    HasSubstr("shard 2 x tensor 4"), HasSubstr("shard 4 x tensor 2"), HasSubstr("start 6 or 9 ranks")));
   EXPECT_THAT(refusal_of({{"shard", -1}, {"tensor", 16}}, 8), AllOf(HasSubstr("tensor 8"), HasSubstr("start 16 ranks")));
-  EXPECT_THAT(refusal_of({{"shard", 0}}, 8), AllOf(HasSubstr("[mesh.shard]"), HasSubstr("0 ranks along shard: expected 1 or more"), HasSubstr("shard 8")));
-  EXPECT_THAT(refusal_of({{"pp", 2}, {"tensor", -7}}, 8), AllOf(HasSubstr("-7 ranks along tensor"), HasSubstr("pp 2 x tensor 4")));
+  EXPECT_THAT(refusal_of({{"shard", 0}}, 8),
+              AllOf(HasSubstr("[mesh.shard]"), HasSubstr("0 ranks along shard: expected 1 or more"), HasSubstr("shard 8")));
+  EXPECT_THAT(refusal_of({{"pp", 2}, {"tensor", -7}}, 8),
+              AllOf(HasSubstr("-7 ranks along tensor"), HasSubstr("pp 2 x tensor 4")));
   EXPECT_THAT(refusal_of({{"shard", -1}, {"context", -1}}, 8), HasSubstr("both shard and context"));
   EXPECT_THAT(refusal_of({{"shard", 2}, {"shard", 4}}, 8), HasSubstr("'shard' is there twice"));
   EXPECT_THAT(refusal_of({{"Shard", 8}}, 8), HasSubstr("axis name 'Shard'"));
@@ -224,8 +230,10 @@ TEST(LayoutRefusals, NameWhatWouldFit) {
   EXPECT_THAT(refusal_of({}, 8), HasSubstr("has 1 rank, but the job has 8"));
   EXPECT_THAT(refusal_of({{"shard", 1}}, 0), HasSubstr("a job of 0 ranks"));
   EXPECT_THAT(refusal_of({{"shard", 100000}, {"tensor", 100000}, {"pp", 100000}}, 8), HasSubstr("far more"));
-  EXPECT_THAT(refusal_of({{"pp", 2}, {"shard", 2}}, 1), AllOf(HasSubstr("1 rank has no axis above 1"), HasSubstr("start 4 ranks")));
-  EXPECT_THAT(refusal_of({{"pp", 1}, {"shard", 4}, {"tensor", 1}}, 8), AllOf(HasSubstr("[mesh.shard]"), HasSubstr("8 ranks make shard 8, or")));
+  EXPECT_THAT(refusal_of({{"pp", 2}, {"shard", 2}}, 1),
+              AllOf(HasSubstr("1 rank has no axis above 1"), HasSubstr("start 4 ranks")));
+  EXPECT_THAT(refusal_of({{"pp", 1}, {"shard", 4}, {"tensor", 1}}, 8),
+              AllOf(HasSubstr("[mesh.shard]"), HasSubstr("8 ranks make shard 8, or")));
   EXPECT_THAT(refusal_of({{"shard", 7}}, 100000), HasSubstr("2^5 x 5^5"));
 }
 
@@ -275,14 +283,21 @@ TEST(LayoutRefusals, EveryFixIsAMeshAndNothingIsNearer) {
 TEST(LayoutRefusals, SlicesAndFlattenings) {
   const MeshLayout m = train_mesh(2, 1, 2, 1, 2);
   const auto slice = [&](Names axes) { return refusal([&] { m.slice(axes); }); };
-  EXPECT_THAT(slice({"shrad"}), AllOf(HasSubstr("no axis 'shrad'"), HasSubstr("did you mean 'shard'"), HasSubstr("pp, replicate, shard, context, tensor")));
+  EXPECT_THAT(slice({"shrad"}), AllOf(HasSubstr("no axis 'shrad'"), HasSubstr("did you mean 'shard'"),
+                                      HasSubstr("pp, replicate, shard, context, tensor")));
   EXPECT_THAT(slice({"tensor", "pp"}), HasSubstr("'pp' comes before 'tensor'"));
   EXPECT_THAT(slice({"pp", "pp"}), HasSubstr("named twice"));
   EXPECT_THAT(slice({}), HasSubstr("no axes"));
-  EXPECT_THAT(refusal([&] { m.flatten(Names{"pp", "shard"}, "x"); }), AllOf(HasSubstr("not neighbours"), HasSubstr("'replicate' lies between")));
+  EXPECT_THAT(refusal([&] {
+                m.flatten(Names{"pp", "shard"}, "x");
+              }),
+              AllOf(HasSubstr("not neighbours"), HasSubstr("'replicate' lies between")));
   EXPECT_THAT(refusal([&] { m.flatten(Names{"shard", "context"}, "tensor"); }), HasSubstr("'tensor' is there twice"));
   EXPECT_EQ(m.flatten(Names{"shard", "context"}, "shard").size("shard"), 2);  // the name of one that goes is free
-  EXPECT_THAT(refusal([&] { m.unflatten("shard", {{"a", 3}, {"b", 1}}); }), AllOf(HasSubstr("unflatten 'shard' of 2 ranks"), HasSubstr("makes 3 ranks")));
+  EXPECT_THAT(refusal([&] {
+                m.unflatten("shard", {{"a", 3}, {"b", 1}});
+              }),
+              AllOf(HasSubstr("unflatten 'shard' of 2 ranks"), HasSubstr("makes 3 ranks")));
   EXPECT_THAT(refusal([&] { m.unflatten("shard", {{"a", 2}, {"tensor", 1}}); }), HasSubstr("'tensor' is there twice"));
   EXPECT_THAT(refusal([&] { m.unflatten("shard", {}); }), HasSubstr("into no axes"));
   EXPECT_THAT(refusal([&] { MeshLayout::make({{"tensor", 2}, {"pp", 2}}, 4).expert_view(2); }), HasSubstr("in this order"));
@@ -296,7 +311,12 @@ TEST(LayoutRefusals, RanksOutside) {
     EXPECT_THAT(refusal([&] { m.coordinate(rank, "pp"); }, Fault::programming), HasSubstr("expected 0 to 7"));
     EXPECT_THAT(refusal([&] { m.group(rank, "pp"); }, Fault::programming), HasSubstr("expected 0 to 7"));
   }
-  EXPECT_THAT(refusal([&] { m.rank_at(std::vector<int>{0, 0, 2, 0, 0}); }, Fault::programming), HasSubstr("along shard: expected 0 to 1"));
+  EXPECT_THAT(refusal(
+                  [&] {
+                    m.rank_at(std::vector<int>{0, 0, 2, 0, 0});
+                  },
+                  Fault::programming),
+              HasSubstr("along shard: expected 0 to 1"));
   EXPECT_THAT(refusal([&] { m.rank_at(std::vector<int>{0, 0}); }, Fault::programming), HasSubstr("expected 5"));
 }
 
@@ -304,7 +324,8 @@ TEST(LayoutRefusals, RanksOutside) {
 
 TEST(Layout, AHundredThousandRanksTakeMilliseconds) {
   const auto begin = std::chrono::steady_clock::now();
-  const MeshLayout m = MeshLayout::make({{"pp", 10}, {"replicate", 5}, {"shard", -1}, {"context", 5}, {"tensor", 8}}, 100000);
+  const MeshLayout m =
+      MeshLayout::make({{"pp", 10}, {"replicate", 5}, {"shard", -1}, {"context", 5}, {"tensor", 8}}, 100000);
   const auto tensor = m.groups(Names{"tensor"});
   const auto state = m.groups(Names{"shard", "context"});
   std::int64_t sum = 0;

@@ -57,7 +57,8 @@ void expect_all_well(const std::vector<std::string>& thrown) {
 }
 
 TEST(Mesh, EveryAxisHasTheGroupsOfItsLayout) {
-  for (const MeshLayout& layout : {train_mesh(1, 1, 8, 1, 1), train_mesh(2, 1, 2, 1, 2), train_mesh(1, 2, 1, 2, 2), train_mesh(1, 1, 1, 1, 6)}) {
+  for (const MeshLayout& layout :
+       {train_mesh(1, 1, 8, 1, 1), train_mesh(2, 1, 2, 1, 2), train_mesh(1, 2, 1, 2, 2), train_mesh(1, 1, 1, 1, 6)}) {
     expect_all_well(on_ranks(layout.world(), [&](std::shared_ptr<World> world) {
       Mesh mesh(world, layout);
       const int rank = mesh.rank();
@@ -131,7 +132,8 @@ TEST(Mesh, RanksThatMeanAnotherMeshAreNamed) {
     Mesh mesh(world, rank == 3 || rank == 5 ? other : one);
   });
   for (const std::string& text : thrown) {  // all say the same, so that whichever is printed will do
-    EXPECT_THAT(text, AllOf(HasSubstr("ranks 0 to 2, 4, 6 to 7: shard 8 (8 ranks)"), HasSubstr("ranks 3, 5: shard 4 x tensor 2 (8 ranks)")));
+    EXPECT_THAT(text, AllOf(HasSubstr("ranks 0 to 2, 4, 6 to 7: shard 8 (8 ranks)"),
+                            HasSubstr("ranks 3, 5: shard 4 x tensor 2 (8 ranks)")));
     EXPECT_EQ(text, thrown.front());
   }
 }
@@ -141,7 +143,8 @@ TEST(Mesh, EqualWordsWithOtherAxesAreToldApart) {
     const bool first = world->rank() == 0;
     Mesh mesh(world, first ? MeshLayout::make({{"shard", 2}}, 2) : train_mesh(1, 1, 2, 1, 1));
   });
-  for (const std::string& text : thrown) EXPECT_THAT(text, AllOf(HasSubstr("rank 0: shard 2 (2 ranks) ["), HasSubstr("rank 1: shard 2 (2 ranks) [")));
+  for (const std::string& text : thrown)
+    EXPECT_THAT(text, AllOf(HasSubstr("rank 0: shard 2 (2 ranks) ["), HasSubstr("rank 1: shard 2 (2 ranks) [")));
 }
 
 TEST(Mesh, AMeshOfAnotherSizeThanTheJobIsRefusedOnAllRanks) {
@@ -151,15 +154,18 @@ TEST(Mesh, AMeshOfAnotherSizeThanTheJobIsRefusedOnAllRanks) {
 
 TEST(Mesh, TheFirstRankMayTakeLongerThanTheTimeout) {
   std::atomic<int> done{0};
-  expect_all_well(on_ranks(3, [&](std::shared_ptr<World> world) {
-    Mesh mesh(world, train_mesh(1, 1, 3, 1, 1));
-    mesh.on_first_rank([&] {
-      std::this_thread::sleep_for(std::chrono::milliseconds(4000));
-      done = 1 + mesh.rank();
-    });
-    EXPECT_EQ(done, 1);  // on every rank: none goes on before it is done
-    mesh.on_first_rank([] {});
-  }, 2));
+  expect_all_well(on_ranks(
+      3,
+      [&](std::shared_ptr<World> world) {
+        Mesh mesh(world, train_mesh(1, 1, 3, 1, 1));
+        mesh.on_first_rank([&] {
+          std::this_thread::sleep_for(std::chrono::milliseconds(4000));
+          done = 1 + mesh.rank();
+        });
+        EXPECT_EQ(done, 1);  // on every rank: none goes on before it is done
+        mesh.on_first_rank([] {});
+      },
+      2));
 }
 
 TEST(Mesh, WhatTheFirstRankThrowsEndsAll) {
@@ -168,7 +174,8 @@ TEST(Mesh, WhatTheFirstRankThrowsEndsAll) {
     mesh.on_first_rank([] { throw std::runtime_error("the disk is full"); });
   });
   EXPECT_EQ(thrown[0], "the disk is full");
-  for (const int r : {1, 2}) EXPECT_THAT(thrown[static_cast<std::size_t>(r)], AllOf(HasSubstr("rank 0"), HasSubstr("the disk is full")));
+  for (const int r : {1, 2})
+    EXPECT_THAT(thrown[static_cast<std::size_t>(r)], AllOf(HasSubstr("rank 0"), HasSubstr("the disk is full")));
 }
 
 }  // namespace
