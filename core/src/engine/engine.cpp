@@ -571,12 +571,10 @@ std::vector<LossEntry> Engine::evaluate(std::span<const Batch> batches) {
 }
 
 void Engine::on_whole_model(const std::function<void()>& work) {
-  const bool scattered = mesh_ && (options_.sharding.parameter || tensor_ > 1 || mesh_->size("context") > 1 || mesh_->size("pp") > 1);
-  const bool first = !mesh_ || mesh_->rank() == 0;
-  if (!scattered) {
-    if (first) work();
-    return;
-  }
+  if (!mesh_) return work();
+  const bool scattered = options_.sharding.parameter || tensor_ > 1 || mesh_->size("context") > 1 || pp_ > 1;
+  const bool first = mesh_->rank() == 0;
+  if (!scattered) return mesh_->on_first_rank(work);
   discard();
   std::vector<Tensor> whole;
   const std::vector<Parameter*> all = model_->parameters();
@@ -595,7 +593,7 @@ void Engine::on_whole_model(const std::function<void()>& work) {
     }
     if (first) whole.push_back(value.to(options_.compute));
   }
-  if (first) {
+  mesh_->on_first_rank([&] {  // as long as it takes: no timeout runs
     model_->set_runtime(nullptr);
     for (std::size_t i = 0; i < all.size(); ++i) {
       all[i]->set_placement(nullptr);
@@ -610,7 +608,7 @@ void Engine::on_whole_model(const std::function<void()>& work) {
       }
     } restore{*this};
     work();
-  }
+  });
 }
 
 // --- checkpoints -----------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <mutex>
 #include <stdexcept>
 #include <thread>
@@ -129,6 +130,26 @@ TEST_P(SaveAndLoad, AnyOtherMeshGoesOn) {
   fs::copy(project / "saved", project / "loaded", fs::copy_options::recursive);
   EXPECT_EQ(run(project, from, "loaded", 6, more), straight) << from.name();
 }
+
+std::string text_of(const fs::path& file) {
+  std::ifstream in(file, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+class Sample : public ::testing::TestWithParam<Layout> {};
+
+TEST_P(Sample, IsThatOfOneRank) {
+  const std::vector<std::string> more{"train.sample_every=2", "train.sample_tokens=12", "train.sample_prompt=ab", "checkpoint.at_end=false", "checkpoint.every_steps=0"};
+  const Project project;
+  const Values one = run(project, {}, "one", 4, more), mesh = run(project, GetParam(), "mesh", 4, more);
+  for (const char* file : {"samples/step_000002.txt", "samples/step_000004.txt"}) {
+    EXPECT_GT(text_of(project / "one" / file).size(), 2u);
+    EXPECT_EQ(text_of(project / "mesh" / file), text_of(project / "one" / file)) << file;
+  }
+  EXPECT_LT(difference(mesh, one), 1e-9) << "training goes on as if nobody had looked";
+}
+
+INSTANTIATE_TEST_SUITE_P(Meshes, Sample, ::testing::ValuesIn(meshes()), [](const auto& info) { return info.param.name(); });
 
 std::string name_of(const ::testing::TestParamInfo<std::tuple<Layout, std::string>>& info) {
   return std::get<0>(info.param).name() + "_" + std::get<1>(info.param);
