@@ -68,17 +68,21 @@ __global__ void sum_columns_kernel(std::int64_t n, std::int64_t inner, std::int6
   using C = Compute<T>;
   __shared__ C part[4][64];
   const int x = threadIdx.x % 64, y = threadIdx.x / 64;
-  const std::int64_t col = static_cast<std::int64_t>(blockIdx.x) * 64 + x;
-  const std::int64_t o = blockIdx.y / chunks, chunk = blockIdx.y - o * chunks, begin = chunk * length, end = ::min(n, begin + length);
-  C sum = 0;
-  if (col < inner)
-    for (std::int64_t i = begin + y; i < end; i += 4) sum += static_cast<C>(a[o * outer_stride + i * stride + col]);
-  part[y][x] = sum;
-  __syncthreads();
-  if (y != 0 || col >= inner) return;
-  const C total = (((part[0][x] + part[1][x]) + part[2][x]) + part[3][x]) * factor;
-  Out& to = out[static_cast<std::int64_t>(blockIdx.y) * inner + col];
-  to = accumulate ? Out(static_cast<C>(to) + total) : Out(total);
+  const std::int64_t o = blockIdx.x / chunks, chunk = blockIdx.x - o * chunks, begin = chunk * length, end = ::min(n, begin + length);
+  for (std::int64_t first = static_cast<std::int64_t>(blockIdx.y) * 64; first < inner; first += static_cast<std::int64_t>(gridDim.y) * 64) {
+    const std::int64_t col = first + x;
+    C sum = 0;
+    if (col < inner)
+      for (std::int64_t i = begin + y; i < end; i += 4) sum += static_cast<C>(a[o * outer_stride + i * stride + col]);
+    part[y][x] = sum;
+    __syncthreads();
+    if (y == 0 && col < inner) {
+      const C total = (((part[0][x] + part[1][x]) + part[2][x]) + part[3][x]) * factor;
+      Out& to = out[static_cast<std::int64_t>(blockIdx.x) * inner + col];
+      to = accumulate ? Out(static_cast<C>(to) + total) : Out(total);
+    }
+    __syncthreads();
+  }
 }
 
 template <class T>
@@ -167,9 +171,8 @@ void sum_columns(Context& ctx, std::int64_t outer, std::int64_t n, std::int64_t 
   using C = Compute<T>;
   const ReducePlan plan = reduce_plan(outer, n, inner);
   const auto grid = [&](std::int64_t rows) {
-    if (rows > most_blocks_yz) throw std::invalid_argument("[cuda sum] more than 65535 groups of columns: " + std::to_string(rows));
     Launch l;
-    l.grid_x = static_cast<unsigned>(blocks_for(inner, 64)), l.grid_y = static_cast<unsigned>(rows), l.block = threads;
+    l.grid_x = static_cast<unsigned>(rows), l.grid_y = static_cast<unsigned>(std::min(blocks_for(inner, 64), most_blocks_yz)), l.block = threads;
     return l;
   };
   if (plan.chunks == 1) {

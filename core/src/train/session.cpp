@@ -48,12 +48,12 @@ std::string Session::run_folder() const {
 
 namespace {
 
-/// run.device: with several ranks on a machine, each takes the GPU of its number.
-std::shared_ptr<Device> device_of(const Options& run, int threads, int local_rank) {
+/// run.device; collectives know host memory only.
+std::shared_ptr<Device> device_of(const Options& run, int threads, int ranks) {
   const std::string& device = run.text("device");
   if (device == "cpu") return make_cpu_device(threads);
-  const std::string problem = cuda_problem();
-  if (problem.empty()) return make_cuda_device(local_rank, threads);
+  const std::string problem = ranks > 1 ? "several ranks run on CPUs only: there is no communicator for GPUs yet; expected cpu, or one rank" : cuda_problem();
+  if (problem.empty()) return make_cuda_device(0, threads);
   if (device == "cuda") run.refuse("device", problem);
   return make_cpu_device(threads);
 }
@@ -78,7 +78,7 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
   }
   if (s->world->size() > 1) s->mesh = std::make_shared<Mesh>(s->world, mesh_from(s->options(), s->world->size()));
   else mesh_from(s->options(), 1);  // a mesh that asks for more ranks is refused
-  s->device = device_of(s->options().group("run"), launch::threads_of_rank(static_cast<int>(s->options().group("run").integer("threads")), s->world->local_size()), s->world->local_rank());
+  s->device = device_of(s->options().group("run"), launch::threads_of_rank(static_cast<int>(s->options().group("run").integer("threads")), s->world->local_size()), s->world->size());
   s->model = s->make_model();
   if (s->model->vocabulary() < s->tokenizer->vocabulary())
     fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
