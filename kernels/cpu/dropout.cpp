@@ -4,19 +4,22 @@
 #include <kernels/cpu/rows.h>
 
 #include <cmath>
-#include <cstring>
 
 namespace capstan::kernels::cpu {
 
 namespace {
 
-typedef std::uint64_t U64x8 __attribute__((vector_size(64)));
+using detail::U64x8;
 
 // The product of the lower halves of the lanes; upper halves of x are zero.
 CAPSTAN_INLINE U64x8 multiply32(U64x8 x, std::uint32_t by) {
 #if defined(CAPSTAN_AVX512)
   return reinterpret_cast<U64x8>(_mm512_maskz_mul_epu32(detail::all8, reinterpret_cast<__m512i>(x),
                                                         reinterpret_cast<__m512i>(U64x8{} + std::uint64_t{by})));
+#elif defined(__AVX2__)
+  const __m256i y = _mm256_set1_epi64x(by);
+  return {reinterpret_cast<detail::U64x4>(_mm256_mul_epu32(reinterpret_cast<__m256i>(x.lo), y)),
+          reinterpret_cast<detail::U64x4>(_mm256_mul_epu32(reinterpret_cast<__m256i>(x.hi), y))};
 #else
   return x * std::uint64_t{by};
 #endif
@@ -26,13 +29,11 @@ CAPSTAN_INLINE U64x8 multiply32(U64x8 x, std::uint32_t by) {
 template <class C>
 CAPSTAN_INLINE Vec<C> kept(Vec<C> x, const std::uint32_t* bits, std::uint32_t threshold, Vec<C> by) {
   if constexpr (std::is_same_v<C, float>) {
-    detail::U32x16 b;
-    std::memcpy(&b, bits, sizeof b);
-    return Vec<float>(b >= threshold ? (x * by).v : detail::F32x16{});
+    return Vec<float>(detail::choose(detail::load_lanes<detail::U32x16>(bits) >= threshold, (x * by).v, detail::F32x16{}));
   } else {
-    Vec<double> r(0.0);
-    for (int i = 0; i < 8; ++i) r.v[i] = bits[i] >= threshold ? x.v[i] * by.v[i] : 0.0;
-    return r;
+    double r[8];
+    for (int i = 0; i < 8; ++i) r[i] = bits[i] >= threshold ? x.v[i] * by.v[i] : 0.0;
+    return Vec<double>::load(r);
   }
 }
 
@@ -40,7 +41,8 @@ CAPSTAN_INLINE Vec<C> kept(Vec<C> x, const std::uint32_t* bits, std::uint32_t th
 
 void philox_32(std::uint64_t key, std::uint64_t step, std::uint64_t block, std::uint32_t* out) {
   constexpr std::uint64_t low = 0xffffffffull;
-  const U64x8 counter = U64x8{0, 1, 2, 3, 4, 5, 6, 7} + block;
+  const std::uint64_t neighbours[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+  const U64x8 counter = detail::load_lanes<U64x8>(neighbours) + block;
   U64x8 c0 = counter & low, c1 = counter >> 32, c2 = U64x8{} + (step & low), c3 = U64x8{} + (step >> 32);
   std::uint32_t k0 = static_cast<std::uint32_t>(key), k1 = static_cast<std::uint32_t>(key >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -51,10 +53,16 @@ void philox_32(std::uint64_t key, std::uint64_t step, std::uint64_t block, std::
     k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
   }
   const U64x8 front = c0 | (c1 << 32), back = c2 | (c3 << 32);  // numbers 0, 1 and 2, 3 of each block
+#if defined(CAPSTAN_AVX512)
   const U64x8 first = __builtin_shuffle(front, back, U64x8{0, 8, 1, 9, 2, 10, 3, 11});
   const U64x8 second = __builtin_shuffle(front, back, U64x8{4, 12, 5, 13, 6, 14, 7, 15});
-  std::memcpy(out, &first, sizeof first);
-  std::memcpy(out + 16, &second, sizeof second);
+#else
+  using detail::U64x4;
+  const U64x8 first{__builtin_shuffle(front.lo, back.lo, U64x4{0, 4, 1, 5}), __builtin_shuffle(front.lo, back.lo, U64x4{2, 6, 3, 7})};
+  const U64x8 second{__builtin_shuffle(front.hi, back.hi, U64x4{0, 4, 1, 5}), __builtin_shuffle(front.hi, back.hi, U64x4{2, 6, 3, 7})};
+#endif
+  detail::store_lanes(out, first);
+  detail::store_lanes(out + 16, second);
 }
 
 template <class T>

@@ -1,6 +1,7 @@
-// Products in tiles of 6 x 64: 24 accumulators, B in packed panels of 64 columns that stay in the second-level cache.
-// While a tile is summed, what comes next is asked for: rows of A, lines of C that will be written, the source of the
-// next panels. Operands in a training step are cold, and waiting for them is what products otherwise lose.
+// Products in register tiles, 6 x 64 with AVX-512 (24 accumulators of 16) and 6 x 16 with AVX2 (12 of 8), B in packed panels
+// of that many columns that stay in the second-level cache. While a tile is summed, what comes next is asked for: rows of
+// A, lines of C that will be written, the source of the next panels. Operands in a training step are cold, and waiting for
+// them is what products otherwise lose.
 #include <kernels/cpu/panel_gemm.h>
 #include <kernels/cpu/tile_gemm.h>
 
@@ -11,12 +12,42 @@
 
 namespace capstan::kernels::cpu {
 
-#if defined(CAPSTAN_AVX512)
+#if defined(CAPSTAN_AVX512) || (defined(__AVX2__) && defined(__FMA__))
 
 namespace {
 
-using V = Vec<float>;
-constexpr std::int64_t tile_m = 6, tile_n = 64, chunk = 16;
+/// One vector register of floats.
+struct V {
+#if defined(CAPSTAN_AVX512)
+  using Raw = __m512;
+  static constexpr int lanes = 16;
+  static CAPSTAN_INLINE V load(const float* p) { return {_mm512_maskz_loadu_ps(detail::all16, p)}; }
+  CAPSTAN_INLINE void store(float* p) const { _mm512_mask_storeu_ps(p, detail::all16, v); }
+  static CAPSTAN_INLINE V broadcast(float x) { return {_mm512_set1_ps(x)}; }
+  static CAPSTAN_INLINE V fma(V a, V b, V c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+#else
+  using Raw = __m256;
+  static constexpr int lanes = 8;
+  static CAPSTAN_INLINE V load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  CAPSTAN_INLINE void store(float* p) const { _mm256_storeu_ps(p, v); }
+  static CAPSTAN_INLINE V broadcast(float x) { return {_mm256_set1_ps(x)}; }
+  static CAPSTAN_INLINE V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+#endif
+  Raw v;
+  friend CAPSTAN_INLINE V operator+(V a, V b) { return {a.v + b.v}; }
+};
+
+// Registers decide the tile; the caches decide blocks: the most of k that is summed at once with A as stored and with A
+// transposed, and how many panels are packed at once for each. A panel group is half of the second-level cache or less
+// (2 MiB with AVX-512 here, 512 KiB without), and with A transposed a panel and a tile of A fit the first level.
+#if defined(CAPSTAN_AVX512)
+constexpr int across = 4;
+constexpr std::int64_t rows_k = 768, rows_group = 4, columns_k = 512, columns_group = 6;
+#else
+constexpr int across = 2;
+constexpr std::int64_t rows_k = 256, rows_group = 16, columns_k = 256, columns_group = 16;
+#endif
+constexpr std::int64_t tile_m = 6, tile_n = across * V::lanes, chunk = 16;
 
 /// What to ask for: one line per chunk of k and list, `step` floats apart; and the next tile of C.
 struct Next {
@@ -31,16 +62,16 @@ struct Into {
   float* c;
   std::int64_t ldc;
   const float* add;  ///< rows ldc apart: what is there, a residual, or null
-  const float* bias;  ///< of these 64 columns, or null
+  const float* bias;  ///< of the tile's columns, or null
 };
 
-/// R x 64 over k of one block; A as stored (rows lda apart) or packed (k runs of 6), B a panel [k][64].
+/// R x tile_n over k of one block; A as stored (rows lda apart) or packed (k runs of 6), B a panel [k][tile_n].
 template <bool Packed, int R>
 __attribute__((noinline)) void tile(std::int64_t k, const float* a, std::int64_t lda, const float* b, const Into& into, const Next& next) {
   const std::int64_t row = Packed ? 1 : lda, col = Packed ? tile_m : 1;
-  V sum[R][4];
+  V sum[R][across];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 4; ++v) sum[r][v] = V(0.f);
+    for (int v = 0; v < across; ++v) sum[r][v] = V::broadcast(0.f);
   const float *first = next.first, *second = next.second, *c_line = next.c, *add_line = into.add != nullptr ? into.add : into.c;
   int in_row = 0;
   for (; k > 0; k -= chunk, a += chunk * col, b += chunk * tile_n) {
@@ -48,28 +79,33 @@ __attribute__((noinline)) void tile(std::int64_t k, const float* a, std::int64_t
     __builtin_prefetch(second, 0, 2), second += next.second_step;
     __builtin_prefetch(c_line, 1, 3), c_line += 16;
     __builtin_prefetch(add_line, 0, 2), add_line += 16;
-    if (++in_row == 4) in_row = 0, c_line += next.ldc - tile_n, add_line += into.ldc - tile_n;
-    const int n = k < chunk ? static_cast<int>(k) : static_cast<int>(chunk);
-    for (int p = 0; p < n; ++p) {
-      V y[4];
-      for (int v = 0; v < 4; ++v) y[v] = V::load(b + p * tile_n + v * 16);
+    if (++in_row == tile_n / 16) in_row = 0, c_line += next.ldc - tile_n, add_line += into.ldc - tile_n;
+    const auto step = [&](int p) __attribute__((always_inline)) {
+      V y[across];
+      for (int v = 0; v < across; ++v) y[v] = V::load(b + p * tile_n + v * V::lanes);
       for (int r = 0; r < R; ++r) {
-        const V x(a[r * row + p * col]);
-        for (int v = 0; v < 4; ++v) sum[r][v] = fma(x, y[v], sum[r][v]);
+        const V x = V::broadcast(a[r * row + p * col]);
+        for (int v = 0; v < across; ++v) sum[r][v] = V::fma(x, y[v], sum[r][v]);
       }
+    };
+    if (k >= chunk) {
+#pragma GCC unroll 4
+      for (int p = 0; p < chunk; ++p) step(p);
+    } else {
+      for (int p = 0; p < k; ++p) step(p);
     }
   }
   float* c = into.c;
   if (into.add != nullptr)
     for (int r = 0; r < R; ++r)
-      for (int v = 0; v < 4; ++v) sum[r][v] = V::load(into.add + r * into.ldc + v * 16) + sum[r][v];
+      for (int v = 0; v < across; ++v) sum[r][v] = V::load(into.add + r * into.ldc + v * V::lanes) + sum[r][v];
   if (into.bias != nullptr)
-    for (int v = 0; v < 4; ++v) {
-      const V y = V::load(into.bias + v * 16);
+    for (int v = 0; v < across; ++v) {
+      const V y = V::load(into.bias + v * V::lanes);
       for (int r = 0; r < R; ++r) sum[r][v] = sum[r][v] + y;
     }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < 4; ++v) sum[r][v].store(c + r * into.ldc + v * 16);
+    for (int v = 0; v < across; ++v) sum[r][v].store(c + r * into.ldc + v * V::lanes);
 }
 
 template <bool Packed>
@@ -84,7 +120,7 @@ void tile_of(std::int64_t m, std::int64_t k, const float* a, std::int64_t lda, c
   }
 }
 
-/// m <= 6 rows and n <= 64 columns of C; fewer columns go by way of a tile of their own.
+/// m <= 6 rows and n <= tile_n columns of C; fewer columns go by way of a tile of their own.
 template <bool Packed>
 void any_tile(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, std::int64_t lda, const float* b, const Into& into, const Next& next) {
   if (n == tile_n) return tile_of<Packed>(m, k, a, lda, b, into, next);
@@ -102,7 +138,7 @@ std::int64_t block_of(std::int64_t k, std::int64_t most) {
   return ((k + blocks - 1) / blocks + chunk - 1) / chunk * chunk;
 }
 
-/// Columns [j, j + n) of B over k rows as a panel [k][64], zeros beyond n.
+/// Columns [j, j + n) of B over k rows as a panel [k][tile_n], zeros beyond n.
 void pack_panel(const Gemm& g, const float* b, std::int64_t k0, std::int64_t k, std::int64_t j, float* to) {
   const std::int64_t n = std::min(tile_n, g.n - j);
   if (g.trans_b) load_tile_transposed<float, float>(n, k, tile_n, b + j * g.ldb + k0, g.ldb, to);
@@ -126,10 +162,10 @@ Grid grid_of(std::int64_t tiles, std::int64_t panels, int threads) {
 /// Waking a team costs more than a small product.
 int threads_for(const Context& context, const Gemm& g) { return g.m * g.n * g.k < 262144 ? 1 : context.threads(); }
 
-/// A as stored: 4 panels at a time against all rows.
+/// A as stored: a few panels at a time against all rows.
 void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias, const float* residual) {
-  constexpr std::int64_t group = 4;
-  const std::int64_t kc = block_of(g.k, 768), tiles = (g.m + tile_m - 1) / tile_m, panels = (g.n + tile_n - 1) / tile_n;
+  constexpr std::int64_t group = rows_group;
+  const std::int64_t kc = block_of(g.k, rows_k), tiles = (g.m + tile_m - 1) / tile_m, panels = (g.n + tile_n - 1) / tile_n;
   const int threads = threads_for(context, g);
   const Grid grid = grid_of(tiles, panels, threads);
 #pragma omp parallel num_threads(threads)
@@ -177,8 +213,8 @@ void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, 
 /// A transposed (gradients of weights): a few panels of one block of k at a time, against strips of 96 rows of C that are
 /// packed from the columns of A as stored, 6 by 6.
 void columns_of_a(Context& context, const Gemm& g, const float* a, const float* b, float* c) {
-  constexpr std::int64_t strip = 96, strip_tiles = strip / tile_m, group = 6, grain = 48;  // a grain: whole tiles, whole lines
-  const std::int64_t kc = block_of(g.k, 512), panels = (g.n + tile_n - 1) / tile_n, grains = (g.m + grain - 1) / grain;
+  constexpr std::int64_t strip = 96, strip_tiles = strip / tile_m, group = columns_group, grain = 48;  // a grain: whole tiles, whole lines
+  const std::int64_t kc = block_of(g.k, columns_k), panels = (g.n + tile_n - 1) / tile_n, grains = (g.m + grain - 1) / grain;
   // A tile's pad takes what its last store writes too much, and keeps tiles from falling on the same cache sets.
   const std::int64_t tile_floats = tile_m * kc + 16, need = strip_tiles * tile_floats + group * tile_n * kc;
   const std::int64_t lines = (strip * 4 + 63) / 64 + (g.lda % 16 != 0 || reinterpret_cast<std::uintptr_t>(a) % 64 != 0 ? 1 : 0);
@@ -201,7 +237,7 @@ void columns_of_a(Context& context, const Gemm& g, const float* a, const float* 
           const bool more_k = k0 + kc < g.k, more_p = p + group < p1, whole = !more_k || k0 + 2 * kc <= g.k;
           const float* next_rows_a = more_k ? a + (k0 + kc) * g.lda : a;
           const float* next_b = !whole ? nullptr : more_k ? b + (k0 + kc) * g.ldb + p * tile_n : more_p ? b + (p + group) * tile_n : nullptr;
-          const std::int64_t b_lines = next_b == nullptr ? 0 : 4 * (more_k ? count : std::min(group, p1 - p - group));
+          const std::int64_t b_lines = next_b == nullptr ? 0 : tile_n / 16 * (more_k ? count : std::min(group, p1 - p - group));
           std::int64_t asked_b = 0;
           for (std::int64_t i = i0; i < i1; i += strip) {
             const std::int64_t m = std::min(strip, i1 - i);
@@ -211,7 +247,7 @@ void columns_of_a(Context& context, const Gemm& g, const float* a, const float* 
                 for (std::int64_t t = 0; t < strip_tiles; ++t)  // 8 are stored, of which the next k overwrites the last two
                   _mm256_storeu_ps(strip_of + t * tile_floats + r * tile_m,
                                    t + 1 < strip_tiles ? _mm256_loadu_ps(from + r * g.lda + t * tile_m)
-                                                       : _mm256_maskz_loadu_ps(0x3f, from + r * g.lda + t * tile_m));
+                                                       : _mm256_maskload_ps(from + r * g.lda + t * tile_m, _mm256_setr_epi32(-1, -1, -1, -1, -1, -1, 0, 0)));
             } else {
               for (std::int64_t t = 0; t * tile_m < m; ++t)
                 for (std::int64_t r = 0; r < k; ++r)

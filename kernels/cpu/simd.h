@@ -1,24 +1,16 @@
 // defines: Vec<float> (16 lanes), Vec<double> (8 lanes), Mask, and their loads, stores, arithmetic,
-// fixed-order reductions and element functions. AVX-512 where there is, AVX2 pairs or plain vector
-// extensions elsewhere: the same bits on all of them. A row's tail is a masked vector, never a scalar
+// fixed-order reductions and element functions. AVX-512 where there is, pairs of half as wide vectors
+// elsewhere (lanes.h): the same bits on all of them. A row's tail is a masked vector, never a scalar
 // loop, so that an element's rounding does not depend on where it lies.
 #pragma once
 #include <capstan/kernels/bf16.h>
+#include <kernels/cpu/lanes.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
-
-#if defined(__AVX2__) || defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
-#define CAPSTAN_AVX512 1
-#endif
-
-#define CAPSTAN_INLINE inline __attribute__((always_inline))
 
 namespace capstan::kernels::cpu {
 
@@ -35,42 +27,32 @@ template <class T> struct Vec;
 template <class T> struct Mask;
 
 namespace detail {
-typedef float F32x16 __attribute__((vector_size(64)));
-typedef std::int32_t I32x16 __attribute__((vector_size(64)));
-typedef std::uint32_t U32x16 __attribute__((vector_size(64)));
-typedef std::uint16_t U16x16 __attribute__((vector_size(32)));
-typedef double F64x8 __attribute__((vector_size(64)));
-typedef std::int64_t I64x8 __attribute__((vector_size(64)));
-
-#if defined(CAPSTAN_AVX512)
-// The zero-masking forms with every lane on are the plain instructions; the plain intrinsics of GCC 12 read
-// an undefined register, and warn about it.
-constexpr __mmask16 all16 = 0xffff;
-constexpr __mmask8 all8 = 0xff;
-CAPSTAN_INLINE __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
-CAPSTAN_INLINE __mmask8 first8(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
-#endif
-
 // bf16 is the upper half of a float; rounding to nearest even works on the bits and keeps denormals,
 // which the hardware conversion flushes.
 CAPSTAN_INLINE U16x16 narrow_to_bf16(F32x16 f) {
-  const U32x16 u = reinterpret_cast<U32x16>(f);
+  const U32x16 u = bits<U32x16>(f);
   const U32x16 rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const U32x16 quiet = (u >> 16) | 0x40u;
-  const U32x16 r = (u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded;
+  const U32x16 r = choose((u & 0x7fffffffu) > 0x7f800000u, quiet, rounded);
 #if defined(CAPSTAN_AVX512)
   return reinterpret_cast<U16x16>(_mm512_maskz_cvtepi32_epi16(all16, reinterpret_cast<__m512i>(r)));
+#elif defined(__AVX2__)
+  const __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(reinterpret_cast<__m256i>(r.lo), reinterpret_cast<__m256i>(r.hi)), 0xd8);
+  return {reinterpret_cast<U16x8>(_mm256_castsi256_si128(both)), reinterpret_cast<U16x8>(_mm256_extracti128_si256(both, 1))};
 #else
-  return __builtin_convertvector(r, U16x16);
+  return convert<U16x16>(r);
 #endif
 }
 CAPSTAN_INLINE F32x16 widen_bf16(U16x16 h) {
 #if defined(CAPSTAN_AVX512)
   const U32x16 u = reinterpret_cast<U32x16>(_mm512_maskz_cvtepu16_epi32(all16, reinterpret_cast<__m256i>(h)));
+#elif defined(__AVX2__)
+  const U32x16 u{reinterpret_cast<U32x8>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h.lo))),
+                 reinterpret_cast<U32x8>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(h.hi)))};
 #else
-  const U32x16 u = __builtin_convertvector(h, U32x16);
+  const U32x16 u = convert<U32x16>(h);
 #endif
-  return reinterpret_cast<F32x16>(u << 16);
+  return bits<F32x16>(u << 16);
 }
 }  // namespace detail
 
@@ -93,28 +75,22 @@ template <> struct Vec<float> {
 
   Vec() = default;
   CAPSTAN_INLINE Vec(detail::F32x16 x) : v(x) {}
-  CAPSTAN_INLINE Vec(float x) : v(x - detail::F32x16{}) {}  // x - 0 is x for every x, -0 included
+  CAPSTAN_INLINE Vec(float x) : v(detail::splat<detail::F32x16>(x)) {}
   static CAPSTAN_INLINE Vec broadcast(float x) { return Vec(x); }
 
-  static CAPSTAN_INLINE Vec load(const float* p, Full = {}) {
-    Vec r;
-    std::memcpy(&r.v, p, sizeof r.v);
-    return r;
-  }
-  static CAPSTAN_INLINE Vec load(const bf16* p, Full = {}) {
-    detail::U16x16 h;
-    std::memcpy(&h, p, sizeof h);
-    return detail::widen_bf16(h);
-  }
-  CAPSTAN_INLINE void store(float* p, Full = {}) const { std::memcpy(p, &v, sizeof v); }
-  CAPSTAN_INLINE void store(bf16* p, Full = {}) const {
-    const detail::U16x16 h = detail::narrow_to_bf16(v);
-    std::memcpy(static_cast<void*>(p), &h, sizeof h);
-  }
+  static CAPSTAN_INLINE Vec load(const float* p, Full = {}) { return Vec(detail::load_lanes<detail::F32x16>(p)); }
+  static CAPSTAN_INLINE Vec load(const bf16* p, Full = {}) { return detail::widen_bf16(detail::load_lanes<detail::U16x16>(p)); }
+  CAPSTAN_INLINE void store(float* p, Full = {}) const { detail::store_lanes(p, v); }
+  CAPSTAN_INLINE void store(bf16* p, Full = {}) const { detail::store_lanes(p, detail::narrow_to_bf16(v)); }
   /// The first n lanes from memory, `fill` in the rest; touches no byte past them. 0 <= n <= 16.
   static CAPSTAN_INLINE Vec load_partial(const float* p, int n, float fill = 0) {
 #if defined(CAPSTAN_AVX512)
     return Vec(reinterpret_cast<detail::F32x16>(_mm512_mask_loadu_ps(_mm512_set1_ps(fill), detail::first16(n), p)));
+#elif defined(__AVX2__)
+    const __m256i a = detail::first_of_8(n), b = detail::first_of_8(n - 8);
+    const __m256 f = _mm256_set1_ps(fill);
+    return Vec(detail::F32x16{_mm256_blendv_ps(f, _mm256_maskload_ps(p, a), _mm256_castsi256_ps(a)),
+                              _mm256_blendv_ps(f, _mm256_maskload_ps(p + 8, b), _mm256_castsi256_ps(b))});
 #else
     Vec r(fill);
     std::memcpy(&r.v, p, static_cast<std::size_t>(n) * sizeof(float));
@@ -130,14 +106,18 @@ template <> struct Vec<float> {
         _mm512_mask_mov_ps(_mm512_set1_ps(fill), detail::first16(n), reinterpret_cast<__m512>(wide))));
 #else
     std::memcpy(&h, p, static_cast<std::size_t>(n) * sizeof(bf16));
-    Vec r = detail::widen_bf16(h);
-    for (int i = n; i < lanes; ++i) r.v[i] = fill;
-    return r;
+    float wide[lanes];
+    Vec(detail::widen_bf16(h)).store(wide);
+    for (int i = n; i < lanes; ++i) wide[i] = fill;
+    return load(wide);
 #endif
   }
   CAPSTAN_INLINE void store_partial(float* p, int n) const {
 #if defined(CAPSTAN_AVX512)
     _mm512_mask_storeu_ps(p, detail::first16(n), reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__)
+    _mm256_maskstore_ps(p, detail::first_of_8(n), v.lo);
+    _mm256_maskstore_ps(p + 8, detail::first_of_8(n - 8), v.hi);
 #else
     std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(float));
 #endif
@@ -173,18 +153,19 @@ template <> struct Vec<double> {
 
   Vec() = default;
   CAPSTAN_INLINE Vec(detail::F64x8 x) : v(x) {}
-  CAPSTAN_INLINE Vec(double x) : v(x - detail::F64x8{}) {}
+  CAPSTAN_INLINE Vec(double x) : v(detail::splat<detail::F64x8>(x)) {}
   static CAPSTAN_INLINE Vec broadcast(double x) { return Vec(x); }
 
-  static CAPSTAN_INLINE Vec load(const double* p, Full = {}) {
-    Vec r;
-    std::memcpy(&r.v, p, sizeof r.v);
-    return r;
-  }
-  CAPSTAN_INLINE void store(double* p, Full = {}) const { std::memcpy(p, &v, sizeof v); }
+  static CAPSTAN_INLINE Vec load(const double* p, Full = {}) { return Vec(detail::load_lanes<detail::F64x8>(p)); }
+  CAPSTAN_INLINE void store(double* p, Full = {}) const { detail::store_lanes(p, v); }
   static CAPSTAN_INLINE Vec load_partial(const double* p, int n, double fill = 0) {
 #if defined(CAPSTAN_AVX512)
     return Vec(reinterpret_cast<detail::F64x8>(_mm512_mask_loadu_pd(_mm512_set1_pd(fill), detail::first8(n), p)));
+#elif defined(__AVX2__)
+    const __m256i a = detail::first_of_4(n), b = detail::first_of_4(n - 4);
+    const __m256d f = _mm256_set1_pd(fill);
+    return Vec(detail::F64x8{_mm256_blendv_pd(f, _mm256_maskload_pd(p, a), _mm256_castsi256_pd(a)),
+                             _mm256_blendv_pd(f, _mm256_maskload_pd(p + 4, b), _mm256_castsi256_pd(b))});
 #else
     Vec r(fill);
     std::memcpy(&r.v, p, static_cast<std::size_t>(n) * sizeof(double));
@@ -194,6 +175,9 @@ template <> struct Vec<double> {
   CAPSTAN_INLINE void store_partial(double* p, int n) const {
 #if defined(CAPSTAN_AVX512)
     _mm512_mask_storeu_pd(p, detail::first8(n), reinterpret_cast<__m512d>(v));
+#elif defined(__AVX2__)
+    _mm256_maskstore_pd(p, detail::first_of_4(n), v.lo);
+    _mm256_maskstore_pd(p + 4, detail::first_of_4(n - 4), v.hi);
 #else
     std::memcpy(p, &v, static_cast<std::size_t>(n) * sizeof(double));
 #endif
@@ -215,8 +199,8 @@ template <> struct Vec<double> {
 };
 
 /// yes where the mask holds, no elsewhere.
-CAPSTAN_INLINE Vec<float> select(Mask<float> m, Vec<float> yes, Vec<float> no) { return Vec<float>(m.v ? yes.v : no.v); }
-CAPSTAN_INLINE Vec<double> select(Mask<double> m, Vec<double> yes, Vec<double> no) { return Vec<double>(m.v ? yes.v : no.v); }
+CAPSTAN_INLINE Vec<float> select(Mask<float> m, Vec<float> yes, Vec<float> no) { return Vec<float>(detail::choose(m.v, yes.v, no.v)); }
+CAPSTAN_INLINE Vec<double> select(Mask<double> m, Vec<double> yes, Vec<double> no) { return Vec<double>(detail::choose(m.v, yes.v, no.v)); }
 
 /// The second operand where either is NaN.
 template <class T> CAPSTAN_INLINE Vec<T> max(Vec<T> a, Vec<T> b) { return select(a > b, a, b); }
@@ -227,71 +211,66 @@ CAPSTAN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(CAPSTAN_AVX512)
   return Vec<float>(reinterpret_cast<detail::F32x16>(_mm512_fmadd_ps(
       reinterpret_cast<__m512>(a.v), reinterpret_cast<__m512>(b.v), reinterpret_cast<__m512>(c.v))));
-#elif defined(__FMA__)
-  union Halves { detail::F32x16 all; __m256 half[2]; } x{a.v}, y{b.v}, z{c.v};
-  for (int i = 0; i < 2; ++i) z.half[i] = _mm256_fmadd_ps(x.half[i], y.half[i], z.half[i]);
-  return Vec<float>(z.all);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return Vec<float>(detail::F32x16{_mm256_fmadd_ps(a.v.lo, b.v.lo, c.v.lo), _mm256_fmadd_ps(a.v.hi, b.v.hi, c.v.hi)});
 #else
-  Vec<float> r;
-  for (int i = 0; i < 16; ++i) r.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
-  return r;
+  float r[16];
+  for (int i = 0; i < 16; ++i) r[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]);
+  return Vec<float>::load(r);
 #endif
 }
 CAPSTAN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #if defined(CAPSTAN_AVX512)
   return Vec<double>(reinterpret_cast<detail::F64x8>(_mm512_fmadd_pd(
       reinterpret_cast<__m512d>(a.v), reinterpret_cast<__m512d>(b.v), reinterpret_cast<__m512d>(c.v))));
-#elif defined(__FMA__)
-  union Halves { detail::F64x8 all; __m256d half[2]; } x{a.v}, y{b.v}, z{c.v};
-  for (int i = 0; i < 2; ++i) z.half[i] = _mm256_fmadd_pd(x.half[i], y.half[i], z.half[i]);
-  return Vec<double>(z.all);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return Vec<double>(detail::F64x8{_mm256_fmadd_pd(a.v.lo, b.v.lo, c.v.lo), _mm256_fmadd_pd(a.v.hi, b.v.hi, c.v.hi)});
 #else
-  Vec<double> r;
-  for (int i = 0; i < 8; ++i) r.v[i] = __builtin_fma(a.v[i], b.v[i], c.v[i]);
-  return r;
+  double r[8];
+  for (int i = 0; i < 8; ++i) r[i] = __builtin_fma(a.v[i], b.v[i], c.v[i]);
+  return Vec<double>::load(r);
 #endif
 }
 
 CAPSTAN_INLINE Vec<float> sqrt(Vec<float> a) {
 #if defined(CAPSTAN_AVX512)
   return Vec<float>(reinterpret_cast<detail::F32x16>(_mm512_maskz_sqrt_ps(detail::all16, reinterpret_cast<__m512>(a.v))));
+#elif defined(__AVX2__)
+  return Vec<float>(detail::F32x16{_mm256_sqrt_ps(a.v.lo), _mm256_sqrt_ps(a.v.hi)});
 #else
-  Vec<float> r;
-  for (int i = 0; i < 16; ++i) r.v[i] = __builtin_sqrtf(a.v[i]);
-  return r;
+  float r[16];
+  for (int i = 0; i < 16; ++i) r[i] = __builtin_sqrtf(a.v[i]);
+  return Vec<float>::load(r);
 #endif
 }
 CAPSTAN_INLINE Vec<double> sqrt(Vec<double> a) {
 #if defined(CAPSTAN_AVX512)
   return Vec<double>(reinterpret_cast<detail::F64x8>(_mm512_maskz_sqrt_pd(detail::all8, reinterpret_cast<__m512d>(a.v))));
+#elif defined(__AVX2__)
+  return Vec<double>(detail::F64x8{_mm256_sqrt_pd(a.v.lo), _mm256_sqrt_pd(a.v.hi)});
 #else
-  Vec<double> r;
-  for (int i = 0; i < 8; ++i) r.v[i] = __builtin_sqrt(a.v[i]);
-  return r;
+  double r[8];
+  for (int i = 0; i < 8; ++i) r[i] = __builtin_sqrt(a.v[i]);
+  return Vec<double>::load(r);
 #endif
 }
 CAPSTAN_INLINE Vec<float> abs(Vec<float> a) {
-  return Vec<float>(reinterpret_cast<detail::F32x16>(reinterpret_cast<detail::I32x16>(a.v) & 0x7fffffff));
+  return Vec<float>(detail::bits<detail::F32x16>(detail::bits<detail::I32x16>(a.v) & 0x7fffffff));
 }
 CAPSTAN_INLINE Vec<double> abs(Vec<double> a) {
-  return Vec<double>(reinterpret_cast<detail::F64x8>(reinterpret_cast<detail::I64x8>(a.v) & 0x7fffffffffffffffll));
+  return Vec<double>(detail::bits<detail::F64x8>(detail::bits<detail::I64x8>(a.v) & 0x7fffffffffffffffll));
 }
 
 namespace detail {
-typedef float F32x8 __attribute__((vector_size(32)));
-typedef float F32x4 __attribute__((vector_size(16)));
-typedef double F64x4 __attribute__((vector_size(32)));
-typedef double F64x2 __attribute__((vector_size(16)));
 // The upper half of the lanes meets the lower half until one is left: lane i with i + 8, then 4, 2, 1.
 template <class F> CAPSTAN_INLINE float fold(Vec<float> a, F f) {
-  const F32x8 e = f(__builtin_shufflevector(a.v, a.v, 0, 1, 2, 3, 4, 5, 6, 7),
-                    __builtin_shufflevector(a.v, a.v, 8, 9, 10, 11, 12, 13, 14, 15));
+  const F32x8 e = f(lower(a.v), upper(a.v));
   const F32x4 q = f(__builtin_shufflevector(e, e, 0, 1, 2, 3), __builtin_shufflevector(e, e, 4, 5, 6, 7));
   const F32x4 d = f(q, __builtin_shufflevector(q, q, 2, 3, 2, 3));
   return f(d, __builtin_shufflevector(d, d, 1, 1, 1, 1))[0];
 }
 template <class F> CAPSTAN_INLINE double fold(Vec<double> a, F f) {
-  const F64x4 q = f(__builtin_shufflevector(a.v, a.v, 0, 1, 2, 3), __builtin_shufflevector(a.v, a.v, 4, 5, 6, 7));
+  const F64x4 q = f(lower(a.v), upper(a.v));
   const F64x2 d = f(__builtin_shufflevector(q, q, 0, 1), __builtin_shufflevector(q, q, 2, 3));
   return f(d, __builtin_shufflevector(d, d, 1, 1))[0];
 }
@@ -311,10 +290,10 @@ CAPSTAN_INLINE Vec<float> round_to_int(Vec<float> a) {  // |a| < 2^22; ties to e
   return (a + magic) - magic;
 }
 CAPSTAN_INLINE I32x16 to_int(Vec<float> a) {  // integral a
-  return __builtin_convertvector(a.v, I32x16);
+  return convert<I32x16>(a.v);
 }
 CAPSTAN_INLINE Vec<float> to_float(I32x16 a) {
-  return Vec<float>(__builtin_convertvector(a, F32x16));
+  return Vec<float>(convert<F32x16>(a));
 }
 // a * 2^n, rounded once. n in [-160, 130].
 CAPSTAN_INLINE Vec<float> scale2(Vec<float> a, Vec<float> n) {
@@ -323,13 +302,13 @@ CAPSTAN_INLINE Vec<float> scale2(Vec<float> a, Vec<float> n) {
                                                                      reinterpret_cast<__m512>(n.v))));
 #else
   const I32x16 k = to_int(n), first = k >> 1, second = k - first;
-  const Vec<float> f(reinterpret_cast<F32x16>((first + 127) << 23)), s(reinterpret_cast<F32x16>((second + 127) << 23));
+  const Vec<float> f(bits<F32x16>((first + 127) << 23)), s(bits<F32x16>((second + 127) << 23));
   return (a * f) * s;
 #endif
 }
 template <class F> CAPSTAN_INLINE Vec<double> each_lane(Vec<double> a, F f) {
   double x[8];
-  std::memcpy(x, &a.v, sizeof x);
+  a.store(x);
   for (double& e : x) e = f(e);
   return Vec<double>::load(x);
 }
@@ -365,12 +344,11 @@ CAPSTAN_INLINE Vec<float> log(Vec<float> a) {
   using V = Vec<float>;
   const Mask<float> tiny = a < V(std::numeric_limits<float>::min());
   const V x = select(tiny, a * V(8388608.f), a);  // denormals times 2^23
-  const detail::I32x16 bits = reinterpret_cast<detail::I32x16>(x.v);
-  // Splits x = m 2^e with m in [sqrt(1/2), sqrt(2)).
-  const detail::I32x16 shifted = bits - 0x3f3504f3;
+    // Splits x = m 2^e with m in [sqrt(1/2), sqrt(2)).
+  const detail::I32x16 shifted = detail::bits<detail::I32x16>(x.v) - 0x3f3504f3;
   const detail::I32x16 e_bits = shifted >> 23;
   const V e = detail::to_float(e_bits) + select(tiny, V(-23.f), V(0.f));
-  const V m(reinterpret_cast<detail::F32x16>((shifted & 0x007fffff) + 0x3f3504f3));
+  const V m(detail::bits<detail::F32x16>((shifted & 0x007fffff) + 0x3f3504f3));
   const V f = m - V(1.f), z = f * f;
   // log(1 + f) = f - f^2/2 + f^3 P(f): minimax weighted by f^2, 7.3e-10.
   V p = fma(V(0.0691558081164f), f, V(-0.117898789487f));
@@ -411,8 +389,8 @@ CAPSTAN_INLINE Vec<float> tanh(Vec<float> a) {
   const V small = fma(p * z, x, x);
   const V large = V(1.f) - V(2.f) / (exp(x + x) + V(1.f));
   const V r = select(x < V(0.625f), small, large);
-  const detail::I32x16 sign = reinterpret_cast<detail::I32x16>(a.v) & static_cast<std::int32_t>(0x80000000u);
-  return V(reinterpret_cast<detail::F32x16>(reinterpret_cast<detail::I32x16>(r.v) | sign));
+  const detail::I32x16 sign = detail::bits<detail::I32x16>(a.v) & static_cast<std::int32_t>(0x80000000u);
+  return V(detail::bits<detail::F32x16>(detail::bits<detail::I32x16>(r.v) | sign));
 }
 CAPSTAN_INLINE Vec<double> tanh(Vec<double> a) { return detail::each_lane(a, [](double x) { return std::tanh(x); }); }
 

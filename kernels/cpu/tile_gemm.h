@@ -34,7 +34,7 @@ void tile_rows(std::int64_t m, std::int64_t k, const A* a, std::int64_t a_row, s
 #if defined(CAPSTAN_AVX512)
   constexpr int R = NV >= 4 ? 6 : 8;
 #else
-  constexpr int R = 4;
+  constexpr int R = 6;
 #endif
   std::int64_t r = 0;
   for (; r + R <= m; r += R) tile_kernel<A, R, NV>(k, a + r * a_row, a_row, a_col, b, ldb, c + r * ldc, ldc, accumulate);
@@ -93,6 +93,20 @@ CAPSTAN_INLINE void transpose_in_registers(__m512 (&r)[16]) {
 }
 #endif
 
+#if defined(__AVX2__)
+/// Rows of 8 become columns: r[i][j] <-> r[j][i], in 24 shuffles.
+CAPSTAN_INLINE void transpose_in_registers(__m256 (&r)[8]) {
+  __m256 t[8];
+  for (int i = 0; i < 8; i += 4) {
+    const __m256 a = _mm256_unpacklo_ps(r[i], r[i + 1]), b = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    const __m256 c = _mm256_unpacklo_ps(r[i + 2], r[i + 3]), d = _mm256_unpackhi_ps(r[i + 2], r[i + 3]);
+    t[i] = _mm256_shuffle_ps(a, c, 0x44), t[i + 1] = _mm256_shuffle_ps(a, c, 0xee);
+    t[i + 2] = _mm256_shuffle_ps(b, d, 0x44), t[i + 3] = _mm256_shuffle_ps(b, d, 0xee);
+  }
+  for (int i = 0; i < 4; ++i) r[i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x20), r[4 + i] = _mm256_permute2f128_ps(t[i], t[4 + i], 0x31);
+}
+#endif
+
 /// The same, transposed: to[c * padded + r] = from[r, c]; rows up to `padded` are zero.
 template <class A, class T>
 void load_tile_transposed(std::int64_t rows, std::int64_t cols, std::int64_t padded, const T* from, std::int64_t stride, A* to) {
@@ -112,6 +126,22 @@ void load_tile_transposed(std::int64_t rows, std::int64_t cols, std::int64_t pad
       }
       for (; c < cols; ++c)
         for (int i = 0; i < 16; ++i) to[c * padded + r + i] = static_cast<A>(from[(r + i) * stride + c]);
+    }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<A, float> && std::is_same_v<T, float>)
+    for (; r + 8 <= rows; r += 8) {
+      const bool wide = cols > 128;  // then within these rows, not the next ones whole
+      if (!wide && r + 16 <= rows) for (int i = 8; i < 16; ++i) prefetch_row(from + (r + i) * stride, cols);
+      std::int64_t c = 0;
+      for (; c + 8 <= cols; c += 8) {
+        if (wide) for (int i = 0; i < 8; ++i) __builtin_prefetch(from + (r + i) * stride + c + 128, 0, 2);
+        __m256 block[8];
+        for (int i = 0; i < 8; ++i) block[i] = _mm256_loadu_ps(from + (r + i) * stride + c);
+        transpose_in_registers(block);
+        for (int i = 0; i < 8; ++i) _mm256_storeu_ps(to + (c + i) * padded + r, block[i]);
+      }
+      for (; c < cols; ++c)
+        for (int i = 0; i < 8; ++i) to[c * padded + r + i] = static_cast<A>(from[(r + i) * stride + c]);
     }
 #endif
   for (; r < rows; ++r) {
