@@ -1,4 +1,4 @@
-// Matrix products: own panels for f32 forward products with AVX-512, oneDNN for the others, a plain loop for the f64
+// Matrix products: own panels for f32 forward products with AVX-512 or AVX2, oneDNN for the others, a plain loop for the f64
 // reference. Why which path: see
 // docs/maintainers/numerics.md (row invariance) and performance.md (rates).
 #include <kernels/cpu/gemm.h>
@@ -244,8 +244,14 @@ void gemm(Context& context, const Gemm& g, const void* a, const void* b, void* c
       if (g.m == 1 && g.batch == 1) return run_single_row(cache, g, a, b, c, bias);
       return run_matmul(cache, g, a, b, c, bias);
     }
-    // The head's weight gradient: an output of hundreds of megabytes, which the library waits for.
-    if (g.trans_a && g.m * g.n >= (1 << 23) && has_panel_gemm(g)) return panel_gemm(context, g, static_cast<const float*>(a), static_cast<const float*>(b), static_cast<float*>(c), nullptr);
+    Gemm one = g;
+    one.batch = 1;
+    if (panels_are_better(one)) {
+      for (std::int64_t z = 0; z < g.batch; ++z)
+        panel_gemm(context, one, static_cast<const float*>(a) + z * g.stride_a, static_cast<const float*>(b) + z * g.stride_b,
+                   static_cast<float*>(c) + z * g.stride_c, static_cast<const float*>(bias));
+      return;
+    }
     // sgemm is the faster path where A is read along its rows (gradients of activations), and where rows of B a
     // multiple of 4 KiB apart would fall on the same cache sets (it packs B). The choice hangs on the shape
     // alone: the same run gives the same bits.

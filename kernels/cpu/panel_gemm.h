@@ -1,4 +1,4 @@
-// defines: panel_gemm(): f32 products from packed panels of B, for CPUs with AVX-512. Internal to kernels/cpu.
+// defines: panel_gemm(): f32 products from packed panels of B, for CPUs with AVX-512 or AVX2. Internal to kernels/cpu.
 #pragma once
 #include <kernels/cpu/gemm.h>
 
@@ -6,9 +6,12 @@ namespace capstan::kernels::cpu {
 
 /// Whether this build has it and it serves `g`: f32, one product, A as stored or (without bias) A transposed.
 bool has_panel_gemm(const Gemm& g);
+/// Whether to prefer it to the library where rows need not be invariant.
+bool panels_are_better(const Gemm& g);
 
-/// C = op(A) op(B) (+ C, or without `accumulate` and with A as stored + residual, its rows ldc apart) (+ bias). Every element is summed over k by fma in blocks whose bounds depend on k alone; the
-/// blocks' sums are added in order: its bits depend on its row of A and its column of B only, not on m, n or the threads.
+/// C = op(A) op(B) (+ C, or without `accumulate` and with A as stored + residual, its rows ldc apart) (+ bias). Every
+/// element is summed over k by fma in blocks whose bounds depend on k alone; the blocks' sums are added in order: its bits
+/// depend on its row of A and its column of B only, not on m, n or the threads.
 void panel_gemm(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias,
                 const float* residual = nullptr);
 
