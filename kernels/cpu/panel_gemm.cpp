@@ -236,7 +236,7 @@ void columns_of_a(Context& context, const Gemm& g, const float* a, const float* 
           // The next block: the columns of its first strip, its panels. One line of many rows at a time.
           const bool more_k = k0 + kc < g.k, more_p = p + group < p1, whole = !more_k || k0 + 2 * kc <= g.k;
           const float* next_rows_a = more_k ? a + (k0 + kc) * g.lda : a;
-          const float* next_b = !whole ? nullptr : more_k ? b + (k0 + kc) * g.ldb + p * tile_n : more_p ? b + (p + group) * tile_n : nullptr;
+          const float* next_b = !whole || g.trans_b ? nullptr : more_k ? b + (k0 + kc) * g.ldb + p * tile_n : more_p ? b + (p + group) * tile_n : nullptr;
           const std::int64_t b_lines = next_b == nullptr ? 0 : tile_n / 16 * (more_k ? count : std::min(group, p1 - p - group));
           std::int64_t asked_b = 0;
           for (std::int64_t i = i0; i < i1; i += strip) {
@@ -283,7 +283,7 @@ void columns_of_a(Context& context, const Gemm& g, const float* a, const float* 
 }  // namespace
 
 bool has_panel_gemm(const Gemm& g) {
-  return g.a == Num::f32 && g.b == Num::f32 && g.c == Num::f32 && g.batch == 1 && (!g.trans_a || (!g.trans_b && !g.bias));
+  return g.a == Num::f32 && g.b == Num::f32 && g.c == Num::f32 && g.batch == 1 && !(g.trans_a && g.bias);
 }
 
 // Measured beside oneDNN in steps of training, on Emerald Rapids and on Zen 3. The choice hangs on the shape alone.
