@@ -37,15 +37,13 @@ struct V {
   friend CAPSTAN_INLINE V operator+(V a, V b) { return {a.v + b.v}; }
 };
 
-// Registers decide the tile; the caches decide blocks: the most of k that is summed at once with A as stored and with A
-// transposed, and how many panels are packed at once for each. A panel group is half of the second-level cache or less
-// (2 MiB with AVX-512 here, 512 KiB without), and with A transposed a panel and a tile of A fit the first level.
+// Registers decide the tile, caches the blocks: the most of k that is summed at once, and how many panels are packed at once.
 #if defined(CAPSTAN_AVX512)
 constexpr int across = 4;
 constexpr std::int64_t rows_k = 768, rows_group = 4, columns_k = 512, columns_group = 6;
 #else
 constexpr int across = 2;
-constexpr std::int64_t rows_k = 384, rows_group = 12, columns_k = 256, columns_group = 16;
+constexpr std::int64_t strips_k = 384, group_floats = 1 << 20;
 #endif
 constexpr std::int64_t tile_m = 6, tile_n = across * V::lanes, chunk = 16;
 
@@ -161,6 +159,8 @@ Grid grid_of(std::int64_t tiles, std::int64_t panels, int threads) {
 
 /// Waking a team costs more than a small product.
 int threads_for(const Context& context, const Gemm& g) { return g.m * g.n * g.k < 262144 ? 1 : context.threads(); }
+
+#if defined(CAPSTAN_AVX512)
 
 /// A as stored: a few panels at a time against all rows.
 void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias, const float* residual) {
@@ -280,6 +280,98 @@ void columns_of_a(Context& context, const Gemm& g, const float* a, const float* 
   }
 }
 
+#else
+
+/// Rows [i, i + m) of A over columns [k0, k0 + k) as tiles [k][6], `apart` floats from one to the next, zeros beyond m.
+void pack_rows(const float* a, std::int64_t lda, std::int64_t m, std::int64_t k, float* to, std::int64_t apart) {
+  for (std::int64_t t = 0; t * tile_m < m; ++t, to += apart) {
+    const std::int64_t rows = std::min(tile_m, m - t * tile_m);
+    const float* from = a + t * tile_m * lda;
+    std::int64_t p = 0;
+    for (; p + 8 <= k; p += 8) {
+      __m256 block[8];
+      for (int r = 0; r < 8; ++r) block[r] = r < rows ? _mm256_loadu_ps(from + r * lda + p) : _mm256_setzero_ps();
+      transpose_in_registers(block);
+      for (int x = 0; x < 8; ++x) _mm256_storeu_ps(to + (p + x) * tile_m, block[x]);  // the next one overwrites the last two
+    }
+    for (; p < k; ++p)
+      for (std::int64_t r = 0; r < tile_m; ++r) to[p * tile_m + r] = r < rows ? from[r * lda + p] : 0.f;
+  }
+}
+
+/// The same of A transposed: columns [i, i + m) of A as stored.
+void pack_columns(const float* a, std::int64_t lda, std::int64_t m, std::int64_t k, float* to, std::int64_t apart) {
+  const std::int64_t whole = m / tile_m;
+  for (std::int64_t p = 0; p < k; ++p) {
+    const float* from = a + p * lda;
+    for (std::int64_t t = 0; t < whole; ++t)  // 8 are stored, of which the next k overwrites the last two
+      _mm256_storeu_ps(to + t * apart + p * tile_m,
+                       (t + 1) * tile_m + 2 <= m ? _mm256_loadu_ps(from + t * tile_m)
+                                                 : _mm256_maskload_ps(from + t * tile_m, _mm256_setr_epi32(-1, -1, -1, -1, -1, -1, 0, 0)));
+    if (whole * tile_m < m)
+      for (std::int64_t r = 0; r < tile_m; ++r) to[whole * apart + p * tile_m + r] = whole * tile_m + r < m ? from[whole * tile_m + r] : 0.f;
+  }
+}
+
+/// Strips of 144 rows of A, packed 6 by 6, against all panels of one block of k (or as many as `group_floats` holds): a
+/// strip stays in the second-level cache, panels come from the third, each asked for while the one before is summed with.
+void in_strips(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias, const float* residual) {
+  constexpr std::int64_t strip = 144, strip_tiles = strip / tile_m, grain = 48;  // a grain: whole tiles, whole lines
+  const std::int64_t kc = block_of(g.k, strips_k), panels = (g.n + tile_n - 1) / tile_n, grains = (g.m + grain - 1) / grain;
+  // A tile's pad takes what its last store writes too much, and keeps tiles from falling on the same cache sets.
+  const std::int64_t tile_floats = tile_m * kc + 16, a_row = g.trans_a ? 1 : g.lda, a_col = g.trans_a ? g.lda : 1;
+  const int threads = threads_for(context, g);
+  const Grid grid = grid_of(grains * (grain / tile_m), panels, threads);
+#pragma omp parallel num_threads(threads)
+  {
+    const int team = omp_get_num_threads(), wanted = grid.rows * grid.cols;
+    for (int me = omp_get_thread_num(); me < wanted; me += team) {  // a smaller team does all the shares
+      const std::int64_t row = me / grid.cols, col = me % grid.cols;
+      const std::int64_t i0 = std::min(g.m, grains * row / grid.rows * grain), i1 = std::min(g.m, grains * (row + 1) / grid.rows * grain);
+      const std::int64_t p0 = panels * col / grid.cols, p1 = panels * (col + 1) / grid.cols;
+      const std::int64_t group = std::min(std::max<std::int64_t>(1, p1 - p0), std::max<std::int64_t>(1, group_floats / (kc * tile_n)));
+      float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>(strip_tiles * tile_floats + group * tile_n * kc) * sizeof(float)));
+      float* strip_of = packed + group * tile_n * kc;
+      for (std::int64_t p = p0; p < p1; p += group)
+        for (std::int64_t k0 = 0; k0 < g.k; k0 += kc) {
+          const std::int64_t k = std::min(kc, g.k - k0), chunks = (k + chunk - 1) / chunk, count = std::min(group, p1 - p);
+          for (std::int64_t q = 0; q < count; ++q) pack_panel(g, b, k0, k, (p + q) * tile_n, packed + q * k * tile_n);
+          const bool first_k = k0 == 0, last_k = k0 + kc >= g.k;
+          for (std::int64_t i = i0; i < i1; i += strip) {
+            const std::int64_t m = std::min(strip, i1 - i);
+            const float* from = a + i * a_row + k0 * a_col;
+            if (g.trans_a) pack_columns(from, g.lda, m, k, strip_of, tile_floats);
+            else pack_rows(from, g.lda, m, k, strip_of, tile_floats);
+            // The next strip, one line of many rows (A transposed) or many lines of one row at a time.
+            const std::int64_t next_m = std::max<std::int64_t>(0, std::min(strip, i1 - i - strip)), asks = g.trans_a ? (next_m + 15) / 16 * chunk : next_m;
+            const float* next_a = from + strip * a_row;
+            std::int64_t asked = 0;
+            for (std::int64_t q = 0; q < count; ++q) {
+              const std::int64_t j = (p + q) * tile_n, n = std::min(tile_n, g.n - j);
+              const float* panel = packed + q * k * tile_n;
+              const float* next_panel = packed + (q + 1 < count ? q + 1 : 0) * k * tile_n;
+              for (std::int64_t t = 0; t * tile_m < m; ++t) {
+                float* to = c + (i + t * tile_m) * g.ldc + j;
+                const float* own = strip_of + t * tile_floats;
+                const bool last = (t + 1) * tile_m >= m;
+                Next next{own, next_panel + t * chunks * 16, 0, 16, !last ? to + tile_m * g.ldc : q + 1 < count ? c + i * g.ldc + j + tile_n : to, g.ldc};
+                if (asked < asks) {
+                  if (g.trans_a) next.first = next_a + asked / chunk * 16 + asked % chunk * chunks * g.lda, next.first_step = g.lda;
+                  else next.first = next_a + asked * g.lda, next.first_step = chunk;
+                  ++asked;
+                }
+                const float* add = !first_k || g.accumulate ? to : residual != nullptr ? residual + (i + t * tile_m) * g.ldc + j : nullptr;
+                any_tile<true>(std::min(tile_m, m - t * tile_m), n, k, own, tile_m, panel, {to, g.ldc, add, last_k && bias != nullptr ? bias + j : nullptr}, next);
+              }
+            }
+          }
+        }
+    }
+  }
+}
+
+#endif
+
 }  // namespace
 
 bool has_panel_gemm(const Gemm& g) {
@@ -288,17 +380,20 @@ bool has_panel_gemm(const Gemm& g) {
 
 // Measured beside oneDNN in steps of training, on Emerald Rapids and on Zen 3. The choice hangs on the shape alone.
 bool panels_are_better(const Gemm& g) {
-  if (!has_panel_gemm(g)) return false;
 #if defined(CAPSTAN_AVX512)
-  return g.trans_a && g.m * g.n >= (1 << 23);  // the head's weight gradient: the library waits for an output of hundreds of megabytes
+  return has_panel_gemm(g) && g.trans_a && g.m * g.n >= (1 << 23);  // the head's weight gradient: the library waits for an output of hundreds of megabytes
 #else
-  return g.m * g.n <= (1 << 18);  // the library cuts the sums of small outputs among its threads: slower, and other bits for other counts
+  return has_panel_gemm(g);  // about as fast, faster where a small output has a long sum, and the same bits for any number of threads
 #endif
 }
 
 void panel_gemm(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias, const float* residual) {
+#if defined(CAPSTAN_AVX512)
   if (g.trans_a) columns_of_a(context, g, a, b, c);
   else rows_of_a(context, g, a, b, c, bias, residual);
+#else
+  in_strips(context, g, a, b, c, bias, residual);
+#endif
 }
 
 #else
