@@ -1,6 +1,7 @@
 // Matrix products: own panels for f32 forward products with AVX-512 or AVX2, oneDNN for the others, a plain loop for the f64
 // reference. Why which path: see
 // docs/maintainers/numerics.md (row invariance) and performance.md (rates).
+#include <kernels/cpu/copy.h>
 #include <kernels/cpu/gemm.h>
 #include <kernels/cpu/gemm_cache.h>
 #include <kernels/cpu/panel_gemm.h>
@@ -31,6 +32,8 @@ memory::desc matrix(const Gemm& g, Num num, std::int64_t rows, std::int64_t cols
   if (g.batch == 1) return memory::desc({rows, cols}, type_of(num), memory::dims{row_stride, col_stride});
   return memory::desc({g.batch, rows, cols}, type_of(num), memory::dims{batch_stride, row_stride, col_stride});
 }
+
+const char* at(const void* p, Num num, std::int64_t elements) { return static_cast<const char*>(p) + static_cast<std::size_t>(elements) * (num == Num::bf16 ? 2 : 4); }
 
 const GemmCache::Entry& matmul_for(GemmCache& cache, const Gemm& g) {
   const GemmCache::Key key{static_cast<int>(g.a) * 16 + static_cast<int>(g.b) * 4 + static_cast<int>(g.c),
@@ -70,15 +73,10 @@ const GemmCache::Entry& matmul_for(GemmCache& cache, const Gemm& g) {
 void run_matmul(GemmCache& cache, const Gemm& g, const void* a, const void* b, void* c, const void* bias) {
   const GemmCache::Entry& e = matmul_for(cache, g);
   if (e.packed) {
-    const std::size_t need = e.primitive_b.get_size();
-    if (cache.packed_bytes < need) {
-      cache.packed.reset(std::aligned_alloc(64, (need + 4095) / 4096 * 4096));
-      cache.packed_bytes = cache.packed ? need : 0;
-      if (!cache.packed) throw std::bad_alloc();
-    }
-    memory from(e.b, cache.engine, const_cast<void*>(b)), to(e.primitive_b, cache.engine, cache.packed.get());
+    void* const packed = cache.packed.of(e.primitive_b.get_size());
+    memory from(e.b, cache.engine, const_cast<void*>(b)), to(e.primitive_b, cache.engine, packed);
     e.pack.execute(cache.stream, from, to);
-    b = cache.packed.get();
+    b = packed;
   }
   std::unordered_map<int, memory> args{{DNNL_ARG_SRC, memory(e.a, cache.engine, const_cast<void*>(a))},
                                        {DNNL_ARG_WEIGHTS, memory(e.primitive_b, cache.engine, const_cast<void*>(b))},
@@ -211,11 +209,53 @@ void run_in_tiles(Context& context, const Gemm& g, const void* a, const void* b,
   }
 }
 
+/// The product of widened operands in own panels, every element rounded once at the end; some rows of A at a time. For CPUs
+/// without bf16 products.
+void run_widened(Context& context, GemmCache& cache, const Gemm& g, const void* a, const void* b, void* c, const float* bias) {
+  constexpr std::int64_t most_rows = 2048;
+  const auto matrix = [](std::int64_t rows, std::int64_t cols, std::int64_t to, std::int64_t from) {
+    Strided s;
+    s.rank = 2;
+    s.shape[0] = rows, s.shape[1] = cols, s.to[0] = to, s.from[0] = from, s.to[1] = s.from[1] = 1;
+    return s;
+  };
+  const auto room = [](GemmCache::Room& r, std::int64_t elements) { return static_cast<float*>(r.of(static_cast<std::size_t>(elements) * sizeof(float))); };
+    Gemm f = g;
+  f.a = f.b = f.c = Num::f32;
+  const float* wide_b = static_cast<const float*>(b);
+  if (g.b == Num::bf16) {
+    const std::int64_t rows = g.trans_b ? g.n : g.k, cols = g.trans_b ? g.k : g.n;
+    float* to = room(cache.wide_b, rows * cols);
+    copy(context, matrix(rows, cols, cols, g.ldb), Num::f32, to, Num::bf16, b);
+    wide_b = to, f.ldb = cols;
+  }
+  for (std::int64_t i = 0; i < g.m; i += most_rows) {
+    f.m = std::min(most_rows, g.m - i);
+    const void* part_a = at(a, g.a, g.trans_a ? i : i * g.lda);
+    void* part_c = const_cast<char*>(at(c, g.c, i * g.ldc));
+    f.lda = g.lda, f.ldc = g.ldc;
+    if (g.a == Num::bf16) {
+      const std::int64_t rows = g.trans_a ? g.k : f.m, cols = g.trans_a ? f.m : g.k;
+      float* to = room(cache.wide_a, rows * cols);
+      copy(context, matrix(rows, cols, cols, g.lda), Num::f32, to, Num::bf16, part_a);
+      part_a = to, f.lda = cols;
+    }
+    if (g.c != Num::bf16) {
+      panel_gemm(context, f, static_cast<const float*>(part_a), wide_b, static_cast<float*>(part_c), bias);
+      continue;
+    }
+    float* out = room(cache.wide_c, f.m * g.n);
+    f.ldc = g.n;
+    if (g.accumulate) copy(context, matrix(f.m, g.n, g.n, g.ldc), Num::f32, out, Num::bf16, part_c);
+    panel_gemm(context, f, static_cast<const float*>(part_a), wide_b, out, bias);
+    copy(context, matrix(f.m, g.n, g.ldc, g.n), Num::bf16, part_c, Num::f32, out);
+  }
+}
+
 void run_batch_in_tiles(Context& context, const Gemm& whole, const void* a, const void* b, void* c, const void* bias) {
   Gemm g = whole;
   g.batch = 1;
-  const auto at = [](const void* p, Num num, std::int64_t elements) { return static_cast<const char*>(p) + static_cast<std::size_t>(elements) * (num == Num::bf16 ? 2 : 4); };
-  for (std::int64_t z = 0; z < whole.batch; ++z)
+    for (std::int64_t z = 0; z < whole.batch; ++z)
     run_in_tiles(context, g, at(a, g.a, z * whole.stride_a), at(b, g.b, z * whole.stride_b), const_cast<char*>(at(c, g.c, z * whole.stride_c)), static_cast<const float*>(bias));
 }
 
@@ -234,7 +274,16 @@ void gemm(Context& context, const Gemm& g, const void* a, const void* b, void* c
   struct Restore { int n; ~Restore() { omp_set_num_threads(n); } } restore{before};
   try {
     if (g.k == 0) throw std::invalid_argument("an inner dimension of 0");
-    if ((g.a == Num::bf16 || g.b == Num::bf16) && !has_bf16(cache)) return run_batch_in_tiles(context, g, a, b, c, bias);
+    if ((g.a == Num::bf16 || g.b == Num::bf16) && !has_bf16(cache)) {
+      Gemm one = g;
+      one.batch = 1;
+      Gemm wide = one;
+      wide.a = wide.b = wide.c = Num::f32;
+      if (!has_panel_gemm(wide)) return run_batch_in_tiles(context, g, a, b, c, bias);
+            for (std::int64_t z = 0; z < g.batch; ++z)
+        run_widened(context, cache, one, at(a, g.a, z * g.stride_a), at(b, g.b, z * g.stride_b), const_cast<char*>(at(c, g.c, z * g.stride_c)), static_cast<const float*>(bias));
+      return;
+    }
     const bool f32 = g.a == Num::f32 && g.b == Num::f32 && g.c == Num::f32;
     if (g.invariant) {
       // Padded rows select another implementation, whose bits depend on the row count.

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <tuple>
 
 namespace capstan::kernels::cpu {
@@ -23,8 +24,21 @@ struct GemmCache {
     bool packed = false;
   };
   struct Free { void operator()(void* p) const { std::free(p); } };
-  std::unique_ptr<void, Free> packed;  ///< one B at a time
-  std::size_t packed_bytes = 0;
+  /// Memory that is kept from call to call and grows.
+  struct Room {
+    std::unique_ptr<void, Free> data;
+    std::size_t bytes = 0;
+    void* of(std::size_t need) {
+      if (bytes < need) {
+        data.reset(std::aligned_alloc(64, (need + 4095) / 4096 * 4096));
+        bytes = data ? need : 0;
+        if (!data) throw std::bad_alloc();
+      }
+      return data.get();
+    }
+  };
+  Room packed;              ///< one B at a time
+  Room wide_a, wide_b, wide_c;  ///< bf16 operands as f32, where products run in f32
   dnnl::engine engine{dnnl::engine::kind::cpu, 0};
   dnnl::stream stream{engine};
   std::map<Key, Entry> entries;
