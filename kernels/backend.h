@@ -30,6 +30,9 @@ class Backend {
   virtual void unary(UnaryOp op, Num num, std::int64_t n, const void* x, void* y) = 0;
   /// dx = g * slope; `saved` is the output for exp and sqrt, the input for the others.
   virtual void unary_backward(UnaryOp op, Num num, std::int64_t n, const void* saved, const void* g, void* dx) = 0;
+  /// unary_backward of gelu over [rows, cols], and the column_sum of dx into `sum`, in one pass where that pays.
+  virtual void gelu_backward_sum(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* g, void* dx, Num sum_num,
+                                 void* sum, bool accumulate) = 0;
   virtual void scale(Num num, std::int64_t n, const void* x, double factor, double shift, void* y) = 0;  ///< fma
   /// out = x + y; out may be x.
   virtual void add(Num num, std::int64_t n, const void* x, const void* y, void* out) = 0;

@@ -36,6 +36,9 @@ struct Gemm {
   bool accumulate = false;
   bool bias = false;  ///< f32 (f64 in f64 products) on the CPU; Backend::gemm takes c's type
   bool invariant = false;
+  /// Not null (one product, nothing added to it but a bias): what the product comes to goes here, in c's type, rows ldc apart,
+  /// and C is its GELU.
+  void* before_gelu = nullptr;
 };
 
 enum class BinaryOp : std::uint8_t { add, sub, mul, div };

@@ -2,6 +2,8 @@
 #include <kernels/cpu/activation.h>
 #include <kernels/cpu/elementwise.h>
 
+#include <algorithm>
+
 namespace capstan::kernels::cpu {
 
 template <class T> void gelu(Context& ctx, std::int64_t n, const T* x, T* y) {
@@ -9,6 +11,30 @@ template <class T> void gelu(Context& ctx, std::int64_t n, const T* x, T* y) {
 }
 template <class T> void gelu_backward(Context& ctx, std::int64_t n, const T* x, const T* g, T* dx) {
   map2(ctx, n, x, g, dx, [](auto v, auto grad) { return grad * gelu_slope(v); });
+}
+template <class T>
+void gelu_backward_sum(Context& ctx, std::int64_t rows, std::int64_t cols, const T* x, const T* g, T* dx, Compute<T>* sum, bool accumulate) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  constexpr std::int64_t most = 16, block = most * V::lanes;
+#pragma omp parallel for num_threads(ctx.threads()) schedule(static)
+  for (std::int64_t c0 = 0; c0 < cols; c0 += block) {
+    const std::int64_t n = std::min(block, cols - c0);
+    V sums[most];
+    for (V& s : sums) s = V(C(0));
+    for (std::int64_t r = 0; r < rows; ++r) {
+      const std::int64_t at = r * cols + c0;
+      for_blocks<C>(n, [&](std::int64_t i, auto m) {
+        const V d = V::load(g + at + i, m) * gelu_slope(V::load(x + at + i, m));
+        d.store(dx + at + i, m);
+        sums[i / V::lanes] = sums[i / V::lanes] + V::load(dx + at + i, m);  // what was stored: bf16 is summed rounded
+      });
+    }
+    for_blocks<C>(n, [&](std::int64_t i, auto m) {
+      const V s = sums[i / V::lanes];
+      (accumulate ? V::load(sum + c0 + i, m) + s : s).store(sum + c0 + i, m);
+    });
+  }
 }
 template <class T> void silu(Context& ctx, std::int64_t n, const T* x, T* y) {
   map1(ctx, n, x, y, [](auto v) { return silu_of(v); });
@@ -50,6 +76,8 @@ void swiglu_backward(Context& ctx, std::int64_t rows, std::int64_t width, const 
 #define INSTANTIATE(T)                                                                            \
   template void gelu(Context&, std::int64_t, const T*, T*);                                       \
   template void gelu_backward(Context&, std::int64_t, const T*, const T*, T*);                    \
+  template void gelu_backward_sum(Context&, std::int64_t, std::int64_t, const T*, const T*, T*,   \
+                                  Compute<T>*, bool);                                             \
   template void silu(Context&, std::int64_t, const T*, T*);                                       \
   template void silu_backward(Context&, std::int64_t, const T*, const T*, T*);                    \
   template void swiglu(Context&, std::int64_t, std::int64_t, const T*, T*);                       \

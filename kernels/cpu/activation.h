@@ -11,6 +11,9 @@ namespace capstan::kernels::cpu {
 // T: double, float, bf16; n elements.
 template <class T> void gelu(Context& ctx, std::int64_t n, const T* x, T* y);
 template <class T> void gelu_backward(Context& ctx, std::int64_t n, const T* x, const T* g, T* dx);
+/// dx = g * gelu'(x) over [rows, cols] and sum[c] (+)= sum_r dx[r, c], rows added in order whatever the number of threads.
+template <class T>
+void gelu_backward_sum(Context& ctx, std::int64_t rows, std::int64_t cols, const T* x, const T* g, T* dx, Compute<T>* sum, bool accumulate);
 template <class T> void silu(Context& ctx, std::int64_t n, const T* x, T* y);
 template <class T> void silu_backward(Context& ctx, std::int64_t n, const T* x, const T* g, T* dx);
 

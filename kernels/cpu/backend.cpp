@@ -161,6 +161,13 @@ void CpuBackend::column_sum(Num num, const void* from, std::int64_t rows, std::i
     cpu::column_sum(ctx_, to<T>(from), rows, cols, stride, to<Compute<T>>(target), accumulate);
   });
 }
+void CpuBackend::gelu_backward_sum(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* g, void* dx, Num sum_num,
+                                   void* sum, bool accumulate) {
+  visit(num, [&]<class T>() {
+    if (sum_num != compute_of_num(num)) throw std::invalid_argument("[gelu_backward_sum] sums are kept in the compute type");
+    cpu::gelu_backward_sum(ctx_, rows, cols, to<T>(x), to<T>(g), to<T>(dx), to<Compute<T>>(sum), accumulate);
+  });
+}
 double CpuBackend::sum_of_squares(std::span<const Piece> pieces) { return cpu::sum_of_squares(ctx_, pieces); }
 std::int64_t CpuBackend::first_nonfinite(std::span<const Piece> pieces) { return cpu::first_nonfinite(ctx_, pieces); }
 void CpuBackend::normalize(Num num, std::int64_t n, void* x, double least) {
@@ -240,6 +247,14 @@ void CpuBackend::store_pages(Num num, std::int64_t tokens, std::int64_t heads, s
 void CpuBackend::gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) {
   Gemm product = g;
   product.bias = bias != nullptr;
+  if (g.before_gelu != nullptr) {
+    if (g.batch != 1 || g.accumulate || residual != nullptr || g.ldc != g.n) throw std::invalid_argument("[gemm] GELU follows one product and its bias, in rows that lie close together");
+    if (g.invariant && !g.trans_a && g.m > 0 && g.n > 0 && g.k > 0 && has_panel_gemm(product))  // as tiles are stored
+      return panel_gemm(ctx_, product, to<float>(a), to<float>(b), to<float>(c), to<float>(bias));
+    product.before_gelu = nullptr;
+    gemm(product, a, b, g.before_gelu, bias, nullptr);
+    return unary(UnaryOp::gelu, g.c, g.m * g.n, g.before_gelu, c);
+  }
   if (residual != nullptr && g.invariant && g.m > 0 && g.n > 0 && g.k > 0 && has_panel_gemm(product))  // it adds as it stores
     return panel_gemm(ctx_, product, to<float>(a), to<float>(b), to<float>(c), to<float>(bias), to<float>(residual));
   if (residual != nullptr) {

@@ -19,6 +19,8 @@ class CpuBackend final : public Backend {
   void binary(BinaryOp op, const Broadcast& shape, Num num, const void* a, const void* b, void* out) override;
   void unary(UnaryOp op, Num num, std::int64_t n, const void* x, void* y) override;
   void unary_backward(UnaryOp op, Num num, std::int64_t n, const void* saved, const void* g, void* dx) override;
+  void gelu_backward_sum(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* g, void* dx, Num sum_num, void* sum,
+                         bool accumulate) override;
   void scale(Num num, std::int64_t n, const void* x, double factor, double shift, void* y) override;
   void add(Num num, std::int64_t n, const void* x, const void* y, void* out) override;
   void swiglu(Num num, std::int64_t rows, std::int64_t width, const void* gate_up, void* y) override;

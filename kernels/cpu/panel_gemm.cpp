@@ -4,6 +4,7 @@
 // them is what products otherwise lose.
 #include <kernels/cpu/panel_gemm.h>
 #include <kernels/cpu/tile_gemm.h>
+#include <kernels/shared/elements.h>
 
 #include <omp.h>
 
@@ -130,6 +131,22 @@ void any_tile(std::int64_t m, std::int64_t n, std::int64_t k, const float* a, st
   for (std::int64_t r = 0; r < m; ++r) std::copy_n(out + r * tile_n, n, into.c + r * into.ldc);
 }
 
+/// What a tile of C came to, its first row at c, goes to `before` and becomes its GELU; the tile is still in the first-level cache.
+void gelu_of_tile(std::int64_t m, std::int64_t n, float* c, float* before, std::int64_t ldc) {
+  for (std::int64_t r = 0; r < m; ++r, c += ldc, before += ldc)
+    for_blocks<float>(n, [&](std::int64_t i, auto mask) {
+      const Vec<float> v = Vec<float>::load(c + i, mask);
+      v.store(before + i, mask);
+      gelu_of(v).store(c + i, mask);
+    });
+}
+
+/// Asks for the rows of `before` that the next tile will write.
+void ask_for_rows(std::int64_t m, const float* before, std::int64_t ldc) {
+  for (std::int64_t r = 0; r < m; ++r)
+    for (std::int64_t i = 0; i < tile_n; i += 16) __builtin_prefetch(before + r * ldc + i, 1, 3);
+}
+
 /// k's blocks: even ones of at most `most`; they depend on k alone.
 std::int64_t block_of(std::int64_t k, std::int64_t most) {
   const std::int64_t blocks = std::max<std::int64_t>(1, (k + most - 1) / most);
@@ -168,6 +185,7 @@ void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, 
   const std::int64_t kc = block_of(g.k, rows_k), tiles = (g.m + tile_m - 1) / tile_m, panels = (g.n + tile_n - 1) / tile_n;
   const int threads = threads_for(context, g);
   const Grid grid = grid_of(tiles, panels, threads);
+  float* const before = static_cast<float*>(g.before_gelu);
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads(), wanted = grid.rows * grid.cols;
@@ -203,6 +221,10 @@ void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, 
               any_tile<false>(m, std::min(tile_n, g.n - j), k, rows, g.lda, packed + q * k * tile_n,
                               {to, g.ldc, k0 > 0 || g.accumulate ? to : residual != nullptr ? residual + i * g.ldc + j : nullptr,
                                last && bias != nullptr ? bias + j : nullptr}, next);
+              if (last && before != nullptr) {
+                gelu_of_tile(m, std::min(tile_n, g.n - j), to, before + i * g.ldc + j, g.ldc);
+                if (q + 1 < count) ask_for_rows(m, before + i * g.ldc + j + tile_n, g.ldc);
+              }
             }
           }
         }
@@ -322,6 +344,7 @@ void in_strips(Context& context, const Gemm& g, const float* a, const float* b, 
   const std::int64_t tile_floats = tile_m * kc + 16, a_row = g.trans_a ? 1 : g.lda, a_col = g.trans_a ? g.lda : 1;
   const int threads = threads_for(context, g);
   const Grid grid = grid_of(grains * (grain / tile_m), panels, threads);
+  float* const before = static_cast<float*>(g.before_gelu);
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads(), wanted = grid.rows * grid.cols;
@@ -362,6 +385,11 @@ void in_strips(Context& context, const Gemm& g, const float* a, const float* b, 
                 }
                 const float* add = !first_k || g.accumulate ? to : residual != nullptr ? residual + (i + t * tile_m) * g.ldc + j : nullptr;
                 any_tile<true>(std::min(tile_m, m - t * tile_m), n, k, own, tile_m, panel, {to, g.ldc, add, last_k && bias != nullptr ? bias + j : nullptr}, next);
+                if (last_k && before != nullptr) {
+                  float* second = before + (i + t * tile_m) * g.ldc + j;
+                  gelu_of_tile(std::min(tile_m, m - t * tile_m), n, to, second, g.ldc);
+                  if (!last) ask_for_rows(std::min(tile_m, m - (t + 1) * tile_m), second + tile_m * g.ldc, g.ldc);
+                }
               }
             }
           }

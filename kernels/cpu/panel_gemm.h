@@ -11,7 +11,8 @@ bool panels_are_better(const Gemm& g);
 
 /// C = op(A) op(B) (+ C, or without `accumulate` and with A as stored + residual, its rows ldc apart) (+ bias). Every
 /// element is summed over k by fma in blocks whose bounds depend on k alone; the blocks' sums are added in order: its bits
-/// depend on its row of A and its column of B only, not on m, n or the threads.
+/// depend on its row of A and its column of B only, not on m, n or the threads. With g.before_gelu (A as stored) the sum goes
+/// there and C is its GELU.
 void panel_gemm(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias,
                 const float* residual = nullptr);
 

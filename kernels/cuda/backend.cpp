@@ -81,6 +81,11 @@ class CudaGpu final : public Gpu {
   void unary_backward(UnaryOp op, Num num, std::int64_t n, const void* saved, const void* g, void* dx) override {
     cuda::unary_backward(bound(), op, num, n, saved, g, dx);
   }
+  void gelu_backward_sum(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* g, void* dx, Num sum_num, void* sum,
+                         bool accumulate) override {
+    cuda::unary_backward(bound(), UnaryOp::gelu, num, rows * cols, x, g, dx);
+    cuda::column_sum(bound(), num, dx, rows, cols, cols, sum_num, sum, accumulate);
+  }
   void scale(Num num, std::int64_t n, const void* x, double factor, double shift, void* y) override { cuda::scale(bound(), num, n, x, factor, shift, y); }
   void add(Num num, std::int64_t n, const void* x, const void* y, void* out) override { cuda::add(bound(), num, n, x, y, out); }
   void swiglu(Num num, std::int64_t rows, std::int64_t width, const void* gate_up, void* y) override { cuda::swiglu(bound(), num, rows, width, gate_up, y); }
@@ -167,7 +172,10 @@ class CudaGpu final : public Gpu {
   }
 
   void gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) override {
-    cuda::gemm(bound(), g, a, b, c, bias, residual);
+    if (g.before_gelu == nullptr) return cuda::gemm(bound(), g, a, b, c, bias, residual);
+    if (g.batch != 1 || g.accumulate || residual != nullptr || g.ldc != g.n) throw std::invalid_argument("[gemm] GELU follows one product and its bias, in rows that lie close together");
+    cuda::gemm(bound(), g, a, b, g.before_gelu, bias, nullptr);
+    cuda::unary(bound(), UnaryOp::gelu, g.c, g.m * g.n, g.before_gelu, c);
   }
   double gemm_rate(Num num) override { return cuda::gemm_rate(bound(), num); }
   void attention(const Attention& a) override { cuda::attention(bound(), a); }

@@ -23,12 +23,14 @@ class CAPSTAN_API Linear : public Module {
   Tensor operator()(ForwardContext& context, const Tensor& x) const;
   /// y = residual + x W^T + b.
   Tensor add_to(ForwardContext& context, const Tensor& x, const Tensor& residual) const;
+  /// gelu(x W^T + b): the activation is taken as the product is stored.
+  Tensor gelu(ForwardContext& context, const Tensor& x) const;
   /// y in pieces, one for each segment of the out dimension, as wide as this rank has of it. Views of one tensor.
   std::vector<Tensor> parts(ForwardContext& context, const Tensor& x) const;
   Parameter& weight() const { return *weight_; }
 
  private:
-  Tensor apply(ForwardContext& context, const Tensor& x, const Tensor& residual) const;
+  Tensor apply(ForwardContext& context, const Tensor& x, const Tensor& residual, bool gelu) const;
   Parameter* weight_;
   Parameter* bias_ = nullptr;
 };

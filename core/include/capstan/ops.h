@@ -46,6 +46,8 @@ CAPSTAN_API Tensor cast(const Tensor& a, DType dtype);
 // Fused ops.
 /// x [T, in] W[out, in]^T (+ bias [out]) (+ residual [T, out]). Spec: matmul(x, transpose(W)) + ...
 CAPSTAN_API Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias = {}, const Tensor& residual = {});
+/// gelu(x [T, in] W[out, in]^T (+ bias [out])), the tanh form. Spec: gelu(linear(x, W, bias)).
+CAPSTAN_API Tensor linear_gelu(const Tensor& x, const Tensor& weight, const Tensor& bias = {});
 /// table [V, C] by i32 ids [T] -> [T, C]. Spec: gather.
 CAPSTAN_API Tensor embedding(const Tensor& table, const Tensor& ids);
 /// x / sqrt(mean(x^2) + eps) * w over the last dimension.

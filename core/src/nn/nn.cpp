@@ -29,15 +29,18 @@ Linear::Linear(std::string name, std::vector<Segment> out, std::vector<Segment> 
 }
 Linear::~Linear() = default;
 
-Tensor Linear::apply(ForwardContext& context, const Tensor& x, const Tensor& residual) const {
+Tensor Linear::apply(ForwardContext& context, const Tensor& x, const Tensor& residual, bool gelu) const {
   const Tensor w = local_values(context, *weight_), b = bias_ != nullptr ? local_values(context, *bias_) : Tensor();
   Communicator* comm = cut_over(context, *weight_);
-  if (comm == nullptr) return ops::linear(x, w, b, residual);
+  const auto product = [&](const ops::SharedRows& rows, const Tensor& bias, const Tensor& add) {
+    return gelu ? ops::linear_gelu_of_shared_rows(x, rows, w, bias) : ops::linear_of_shared_rows(x, rows, w, bias, add);
+  };
+  if (comm == nullptr) return product({}, b, residual);
   const TensorPlacement& placed = *weight_->placement();
   if (placed.dim == 0) {
     const ops::SharedRows rows{[comm](const Tensor& mine) { return parallel::gather_rows(mine, *comm); },
                                [comm](const Tensor& all) { return parallel::reduce_scatter_rows(all, *comm); }};
-    return ops::linear_of_shared_rows(x, rows, w, b, residual);
+    return product(rows, b, residual);
   }
   const int ways = placed.runs[0].ways;
   if (std::any_of(placed.runs.begin(), placed.runs.end(), [&](const Run& r) { return r.ways != ways; }))
@@ -48,13 +51,16 @@ Tensor Linear::apply(ForwardContext& context, const Tensor& x, const Tensor& res
   // Where nothing divides the axis, several ranks computed the same part: each counts for its share of it.
   if (ways != placed.size) y = ops::scale(y, static_cast<double>(ways) / placed.size);
   if (b.defined()) y = ops::add(y, b);
+  if (gelu) y = ops::gelu(y);
   return residual.defined() ? ops::add(residual, y) : y;
 }
 
-Tensor Linear::operator()(ForwardContext& context, const Tensor& x) const { return apply(context, x, Tensor()); }
+Tensor Linear::operator()(ForwardContext& context, const Tensor& x) const { return apply(context, x, Tensor(), false); }
+
+Tensor Linear::gelu(ForwardContext& context, const Tensor& x) const { return apply(context, x, Tensor(), true); }
 
 Tensor Linear::add_to(ForwardContext& context, const Tensor& x, const Tensor& residual) const {
-  return apply(context, x, residual);
+  return apply(context, x, residual, false);
 }
 
 std::vector<Tensor> Linear::parts(ForwardContext& context, const Tensor& x) const {

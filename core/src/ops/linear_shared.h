@@ -16,4 +16,7 @@ struct SharedRows {
 /// weight's gradient, since kept they would take as many times the memory as there are ranks.
 Tensor linear_of_shared_rows(const Tensor& x, const SharedRows& rows, const Tensor& weight, const Tensor& bias, const Tensor& residual);
 
+/// The same with GELU: gelu(rows.gather(x) W^T + bias).
+Tensor linear_gelu_of_shared_rows(const Tensor& x, const SharedRows& rows, const Tensor& weight, const Tensor& bias);
+
 }  // namespace capstan::ops

@@ -23,8 +23,8 @@ class Mlp : public Layer {
   }
 
   Tensor apply(ForwardContext& context, const Tensor& h) override {
-    const Tensor up = (*up_)(context, (*norm_)(context, h));
-    const Tensor inner = gated_ ? ops::swiglu(up) : ops::gelu(up);
+    const Tensor in = (*norm_)(context, h);
+    const Tensor inner = gated_ ? ops::swiglu((*up_)(context, in)) : up_->gelu(context, in);
     if (dropout_ == 0 || !context.training) return down_->add_to(context, inner, h);
     return ops::add(h, nn::dropout(context, (*down_)(context, inner), dropout_, name() + "/dropout"));
   }

@@ -24,6 +24,10 @@ std::vector<Case> linear_cases() {
                      [product](const Place&, Ins t) { return ops::add(product(t), t[2]); }, true, false});
     cases.push_back({"linear_bias_residual" + suffix, {x, w, b, r}, [](const Place&, Ins t) { return ops::linear(t[0], t[1], t[2], t[3]); },
                      [product](const Place&, Ins t) { return ops::add(ops::add(product(t), t[2]), t[3]); }, true, false});
+    cases.push_back({"linear_gelu" + suffix, {x, w}, [](const Place&, Ins t) { return ops::linear_gelu(t[0], t[1]); },
+                     [product](const Place&, Ins t) { return ops::gelu(product(t)); }, true, false});
+    cases.push_back({"linear_gelu_bias" + suffix, {x, w, b}, [](const Place&, Ins t) { return ops::linear_gelu(t[0], t[1], t[2]); },
+                     [product](const Place&, Ins t) { return ops::gelu(ops::add(product(t), t[2])); }, true, false});
   }
   cases.push_back({"linear_of_a_slice", {{{9, 40}}, {{7, 20}, -1, 1, false, true}},
                    [](const Place&, Ins t) { return ops::linear(ops::slice(t[0], 1, 3, 20), t[1]); },
@@ -62,6 +66,28 @@ TEST(Matmul, BatchesAreSingleProducts) {
     const Tensor one = ops::matmul(a.narrow(0, i, 1).view(Dims{3, 5}), b.narrow(0, i, 1).view(Dims{5, 4}));
     EXPECT_TRUE(near(c.narrow(0, i, 1).view(Dims{3, 4}), one, DType::f64));
   }
+}
+
+// Across strips, panels and blocks of k: the fused form has the bits of the two ops, gradients included.
+TEST(LinearGelu, IsGeluOfLinearToTheBit) {
+  auto device = make_cpu_device(2);
+  struct Shape { std::int64_t rows, in, out; };
+  for (auto [rows, in, out] : {Shape{1, 800, 70}, {150, 390, 300}, {301, 64, 257}})
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      const auto run = [&](bool fused) {
+        std::vector<Tensor> leaves;
+        for (const Dims& shape : {Dims{rows, in}, Dims{out, in}, Dims{out}})
+          leaves.push_back(make_leaf(make(*device, random_values(shape.product(), leaves.size() + 1), shape, dtype), true));
+        const Tensor y = fused ? ops::linear_gelu(leaves[0], leaves[1], leaves[2]) : ops::gelu(ops::linear(leaves[0], leaves[1], leaves[2]));
+        backward(ops::sum_all(ops::mul(y, y)));
+        std::vector<Tensor> all{y.detach()};
+        for (const Tensor& l : leaves) all.push_back(static_cast<Leaf*>(l.node().get())->grad());
+        return all;
+      };
+      const std::vector<Tensor> one = run(true), two = run(false);
+      for (std::size_t i = 0; i < one.size(); ++i)
+        EXPECT_TRUE(same_bits(one[i], two[i])) << rows << " x " << in << " x " << out << ", " << name_of(dtype) << ", value " << i;
+    }
 }
 
 TEST(Linear, AddsItsWeightGradientIntoTheLeaf) {
