@@ -56,7 +56,8 @@ struct Strided {
   std::int64_t shape[6] = {}, to[6] = {}, from[6] = {};
 };
 
-/// Causal attention over ragged sequences. Rows t of q, k, v, out, dout, dq and d(k, v) are `*_stride` elements
+/// Causal attention over ragged sequences, over the last `window` keys if that is above 0: the row at position i of its
+/// sequence sees keys max(0, i - window + 1) .. i. Rows t of q, k, v, out, dout, dq and d(k, v) are `*_stride` elements
 /// apart; head h starts at column h * head_size; query head h reads key/value head h / (heads / kv_heads).
 /// Sequence s has rows [starts[s], starts[s + 1]); rows past the last belong to nobody: out, dq, dk, dv are 0 there.
 struct Attention {
@@ -64,7 +65,7 @@ struct Attention {
   const void *q = nullptr, *k = nullptr, *v = nullptr;
   void* out = nullptr;
   std::int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0;
-  std::int64_t heads = 0, kv_heads = 0, head_size = 0;
+  std::int64_t heads = 0, kv_heads = 0, head_size = 0, window = 0;
   double scale = 1;
   const std::int32_t* host_starts = nullptr;    ///< [sequences + 1]
   const std::int32_t* starts = nullptr;         ///< the same on the device
@@ -75,6 +76,7 @@ struct Attention {
   const std::int32_t *host_key_begins = nullptr, *host_key_counts = nullptr;
   void* lse = nullptr;  ///< log-sum-exp of each row's scaled scores, [heads, rows], compute type; null: not kept
   // Backward:
+  bool any_order = false;  ///< sums may run in another order at every run, where that is faster; off: the same bits always
   const void* dout = nullptr;
   std::int64_t dout_stride = 0;
   void *dq = nullptr, *dk = nullptr, *dv = nullptr;
@@ -83,6 +85,7 @@ struct Attention {
 
 /// Keys and values in pages: [pages, kv_heads, page, head_size]. The rows of sequence s are its last
 /// starts[s + 1] - starts[s] tokens; it holds lengths[s] in all, token i in page blocks[s * blocks_stride + i / page].
+/// `window` as for Attention; pages outside every row's window are not read.
 struct PagedAttention {
   Num num = Num::f32;
   const void* q = nullptr;
@@ -92,7 +95,7 @@ struct PagedAttention {
   const std::int32_t *blocks = nullptr, *lengths = nullptr;  ///< on the device
   const std::int32_t *host_starts = nullptr, *starts = nullptr;
   std::int64_t blocks_stride = 0, sequences = 0, rows = 0;
-  std::int64_t heads = 0, kv_heads = 0, head_size = 0;
+  std::int64_t heads = 0, kv_heads = 0, head_size = 0, window = 0;
   double scale = 1;
 };
 

@@ -2,12 +2,18 @@
 #pragma once
 #include <kernels/cpu/context.h>
 
+#include <algorithm>
 #include <cstdint>
 
 namespace capstan::kernels::cpu {
 
 /// Keys are summed over in tiles of this many, counted from the sequence's start.
 inline constexpr std::int64_t attention_tile = 64;
+
+/// Keys that the row at `position` of its sequence sees begin here; window 0: all before it.
+inline std::int64_t first_seen(std::int64_t position, std::int64_t window) {
+  return window > 0 ? std::max<std::int64_t>(0, position - window + 1) : 0;
+}
 
 /// T: storage (double, float, bf16). Rows t of q, k, v and out are `*_stride` elements apart; head h starts
 /// at column h * head_size. Sequence s has rows [starts[s], starts[s + 1]); with key_begins its keys lie elsewhere
@@ -17,7 +23,7 @@ struct AttentionArgs {
   const T *q = nullptr, *k = nullptr, *v = nullptr;
   T* out = nullptr;
   std::int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0;
-  std::int64_t heads = 0, kv_heads = 0, head_size = 0;
+  std::int64_t heads = 0, kv_heads = 0, head_size = 0, window = 0;
   double scale = 1;
   const std::int32_t* starts = nullptr;
   const std::int32_t *key_begins = nullptr, *key_counts = nullptr;
@@ -46,7 +52,7 @@ struct PagedAttentionArgs {
   const T *k_pages = nullptr, *v_pages = nullptr;
   const std::int32_t *blocks = nullptr, *lengths = nullptr, *starts = nullptr;
   std::int64_t blocks_stride = 0, sequences = 0;
-  std::int64_t heads = 0, kv_heads = 0, head_size = 0;
+  std::int64_t heads = 0, kv_heads = 0, head_size = 0, window = 0;
   double scale = 1;
 };
 

@@ -38,7 +38,9 @@ void backward_head(const Buffers<A>& b, const AttentionArgs<T>& a, std::int64_t 
   if (length == 0) return;
   using V = Vec<A>;
   const std::int64_t d = a.head_size, dp = pad(d), tiles = (length + tile - 1) / tile;
-  const std::int64_t portion = (ahead.rows() + 25 * tiles * (tiles + 1) - 1) / (25 * tiles * (tiles + 1));  // 50 steps a tile
+  // Tiles of queries against one tile of keys; 50 steps each.
+  const std::int64_t across = a.window > 0 ? std::min(tiles, (a.window - 1) / tile + 2) : tiles, steps = 25 * across * (2 * tiles - across + 1);
+  const std::int64_t portion = (ahead.rows() + steps - 1) / steps;
   const A* lse = static_cast<const A*>(a.lse) + h * a.rows + begin;
   for (std::int64_t kt0 = 0; kt0 < held; kt0 += tile) {
     const std::int64_t keys = std::min(tile, held - kt0);
@@ -49,11 +51,14 @@ void backward_head(const Buffers<A>& b, const AttentionArgs<T>& a, std::int64_t 
     load_tile_transposed(keys, d, tile, v_rows, a.v_stride, b.vt);
     A* dk = b.dk + kt0 * dp;
     A* dv = b.dv + kt0 * dp;
-    for (std::int64_t q0 = kt0 > past ? (kt0 - past) / tile * tile : 0; q0 < length; q0 += tile) {
+    // Rows from that of the first key on, while they see the last.
+    const std::int64_t end = a.window > 0 ? std::min(length, kt0 + keys - 1 + a.window - past) : length;
+    for (std::int64_t q0 = kt0 > past ? (kt0 - past) / tile * tile : 0; q0 < end; q0 += tile) {
       const std::int64_t rows = std::min(tile, length - q0);
+      const bool first = first_seen(past + q0, a.window) / tile * tile == kt0;
       // On the diagonal, bands of 16 rows see only the keys up to their end: a third of the tile is left out.
       const bool diagonal = past + q0 == kt0;
-      if (kt0 == 0) {  // every tile is copied just before its first use
+      if (first) {  // every tile is copied just before its first use
         load_tile(rows, d, dp, a.q + (begin + q0) * a.q_stride + h * d, a.q_stride, b.q + q0 * dp);
         load_tile(rows, d, dp, a.dout + (begin + q0) * a.dout_stride + h * d, a.dout_stride, b.dout + q0 * dp);
         for (std::int64_t r = q0; r < q0 + rows; ++r) {
@@ -80,6 +85,8 @@ void backward_head(const Buffers<A>& b, const AttentionArgs<T>& a, std::int64_t 
           (e * (V::load(gr + c) - dl) * sc).store(gr + c);
         }
         for (std::int64_t c = valid; c < seen; ++c) pr[c] = A(0), gr[c] = A(0);
+        const std::int64_t hidden = std::min(seen, first_seen(past + q0 + r, a.window) - kt0);
+        for (std::int64_t c = 0; c < hidden; ++c) pr[c] = A(0), gr[c] = A(0);
       }
       for (std::int64_t c = 0; c < keys; c += diagonal ? band : tile) {
         const std::int64_t m = std::min(diagonal ? band : tile, keys - c), from = diagonal ? c : 0;
@@ -88,7 +95,7 @@ void backward_head(const Buffers<A>& b, const AttentionArgs<T>& a, std::int64_t 
       }
       for (std::int64_t r = 0; r < rows; r += diagonal ? band : tile) {
         const std::int64_t m = std::min(diagonal ? band : tile, rows - r);
-        tile_gemm<A>(ahead, portion, m, dp, diagonal ? std::min(keys, r + band) : keys, b.grad + r * tile, tile, 1, b.k, dp, b.dq + (q0 + r) * dp, dp, kt0 > 0);
+        tile_gemm<A>(ahead, portion, m, dp, diagonal ? std::min(keys, r + band) : keys, b.grad + r * tile, tile, 1, b.k, dp, b.dq + (q0 + r) * dp, dp, !first);
       }
       // With the tile of its own key a row's dq is whole.
       if (kt0 + tile >= past + q0 + rows) store_tile(rows, d, dp, b.dq + q0 * dp, a.dq + (begin + q0) * a.dq_stride + h * d, a.dq_stride);

@@ -300,7 +300,7 @@ AttentionArgs<T> typed(const Attention& s) {
   AttentionArgs<T> a;
   a.q = to<T>(s.q), a.k = to<T>(s.k), a.v = to<T>(s.v), a.out = to<T>(s.out);
   a.q_stride = s.q_stride, a.k_stride = s.k_stride, a.v_stride = s.v_stride, a.out_stride = s.out_stride;
-  a.heads = s.heads, a.kv_heads = s.kv_heads, a.head_size = s.head_size, a.scale = s.scale;
+  a.heads = s.heads, a.kv_heads = s.kv_heads, a.head_size = s.head_size, a.window = s.window, a.scale = s.scale;
   a.starts = s.host_starts, a.sequences = s.sequences, a.rows = s.rows, a.lse = s.lse;
   a.key_begins = s.host_key_begins, a.key_counts = s.host_key_counts;
   a.dout = to<T>(s.dout), a.dout_stride = s.dout_stride;
@@ -338,7 +338,7 @@ void CpuBackend::attention_paged(const PagedAttention& s) {
     a.k_pages = to<T>(s.k_pages), a.v_pages = to<T>(s.v_pages);
     a.blocks = s.blocks, a.lengths = s.lengths, a.starts = s.host_starts;
     a.blocks_stride = s.blocks_stride, a.sequences = s.sequences;
-    a.heads = s.heads, a.kv_heads = s.kv_heads, a.head_size = s.head_size, a.scale = s.scale;
+    a.heads = s.heads, a.kv_heads = s.kv_heads, a.head_size = s.head_size, a.window = s.window, a.scale = s.scale;
     cpu::attention_paged(ctx_, a);
   });
   clear_dead_rows(ctx_, s.num, s.out, s.host_starts[s.sequences], s.rows, s.heads * s.head_size, s.out_stride);

@@ -14,11 +14,18 @@ namespace capstan::kernels::cuda {
 
 namespace {
 
-void check_shape(const char* op, Num num, std::int64_t head_size, double scale) {
+void check_shape(const char* op, Num num, std::int64_t head_size, std::int64_t window, double scale) {
   if (attention_width(head_size) == 0)
     throw std::invalid_argument(std::string("[cuda] ") + op + ": head size: expected 1 to 256, got " + std::to_string(head_size));
   if (num != Num::f64 && num != Num::f32 && num != Num::bf16) throw std::invalid_argument(std::string("[cuda] ") + op + ": element type: expected f64, f32 or bf16");
+  if (window < 0) throw std::invalid_argument(std::string("[cuda] ") + op + ": window: expected a number of keys, or 0 for all, got " + std::to_string(window));
   if (!(scale > 0)) throw std::invalid_argument(std::string("[cuda] ") + op + ": scale: expected a number above 0, got " + std::to_string(scale));
+}
+
+Attention with_plain_window(const Attention& a) {
+  Attention b = a;
+  b.window = attention_window(a.window, a.host_starts, a.sequences);
+  return b;
 }
 
 /// Rows past the last sequence belong to nobody: they are zero.
@@ -64,7 +71,7 @@ bool forward_by_cudnn(Context& ctx, const Attention& a) {
 /// is allowed; others go to the own kernels, whose sums always have one order.
 bool backward_by_cudnn(Context& ctx, const Attention& a) {
 #if defined(CAPSTAN_CUDNN)
-  if (CudnnAttention* cudnn = cudnn_for(ctx, a, true)) return cudnn->backward(ctx, a, ctx.attention_choice.deterministic, ctx.attention_choice.workspace);
+  if (CudnnAttention* cudnn = cudnn_for(ctx, a, true)) return cudnn->backward(ctx, a, !a.any_order, ctx.attention_choice.workspace);
 #endif
   static_cast<void>(ctx), static_cast<void>(a);
   return false;
@@ -72,9 +79,10 @@ bool backward_by_cudnn(Context& ctx, const Attention& a) {
 
 }  // namespace
 
-void attention(Context& ctx, const Attention& a) {
-  check_shape("attention", a.num, a.head_size, a.scale);
-  if (a.rows == 0) return;
+void attention(Context& ctx, const Attention& asked) {
+  check_shape("attention", asked.num, asked.head_size, asked.window, asked.scale);
+  if (asked.rows == 0) return;
+  const Attention a = with_plain_window(asked);
   if (forward_by_cudnn(ctx, a)) {
   } else if (a.num == Num::bf16) {
     attention_forward_tensor(ctx, a);
@@ -84,9 +92,10 @@ void attention(Context& ctx, const Attention& a) {
   clear_dead(ctx, a, a.out, a.out_stride, a.heads);
 }
 
-void attention_backward(Context& ctx, const Attention& a) {
-  check_shape("attention_backward", a.num, a.head_size, a.scale);
-  if (a.rows == 0) return;
+void attention_backward(Context& ctx, const Attention& asked) {
+  check_shape("attention_backward", asked.num, asked.head_size, asked.window, asked.scale);
+  if (asked.rows == 0) return;
+  const Attention a = with_plain_window(asked);
   if (backward_by_cudnn(ctx, a)) {
   } else if (a.num == Num::bf16) {
     attention_backward_tensor(ctx, a);
@@ -99,7 +108,7 @@ void attention_backward(Context& ctx, const Attention& a) {
 }
 
 void attention_paged(Context& ctx, const PagedAttention& a) {
-  check_shape("attention_paged", a.num, a.head_size, a.scale);
+  check_shape("attention_paged", a.num, a.head_size, a.window, a.scale);
   if (a.page % attention_keys != 0)
     throw std::invalid_argument("[cuda] attention_paged: page size: expected a multiple of " + std::to_string(attention_keys) + ", got " + std::to_string(a.page));
   if (a.rows == 0) return;

@@ -14,6 +14,7 @@ struct BackwardArguments {
   std::int64_t q_stride, k_stride, v_stride, dout_stride, dq_stride, dkv_stride, rows;
   int heads, kv_heads, head_size, sequences, tiles;
   float scale;
+  Window window;
   const std::int32_t* starts;
   const float *lse, *delta;
   bool vector;
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 2 : 1) attention_dkv
   load_rows<keys, Width, threads>(v_tile, a.head_size, a.vector, [&](int r) {
     return r < live ? a.v + static_cast<std::int64_t>(found.begin + first + r) * a.v_stride + kv_head * a.head_size : nullptr;
   });
-  const int query_tiles = (found.length + queries - 1) / queries - found.tile, steps = query_tiles * group;
+  const int query_tiles = (a.window.end(first + live - 1, found.length) + queries - 1) / queries - found.tile, steps = query_tiles * group;
   const auto load_queries = [&](int step) {
     const int head = kv_head * group + step / query_tiles, row = (found.tile + step % query_tiles) * queries;
     const int count = min(queries, found.length - row);
@@ -72,14 +73,15 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 2 : 1) attention_dkv
     const float* lse = numbers + step % 2 * 2 * queries;
     float p[1][queries / 8][4] = {}, g[1][queries / 8][4] = {};
     product_rows<Width, 1, queries / 8>(p, k_tile + strip_bytes, q_tile + stage, offsets);  // [keys, queries]
-    const bool diagonal = step % query_tiles == 0;
+    const int apart = step % query_tiles * queries;
+    const bool masked = apart == 0 || a.window.cuts(apart + queries - 1);
 #pragma unroll
     for (int n = 0; n < queries / 8; ++n)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int query = n * 8 + lane % 4 * 2 + j % 2, key = strip + lane / 4 + j / 2 * 8;
         const float e = exp2_fast(fmaf(p[0][n][j], scale2, -lse[query]));
-        p[0][n][j] = diagonal && key > query ? 0.0f : e;
+        p[0][n][j] = masked && a.window.hides(apart + query - key) ? 0.0f : e;
       }
     unsigned left[1][queries / 16][4];
     pack_left<queries / 8>(left[0], p[0]);
@@ -129,7 +131,8 @@ __global__ void __launch_bounds__(128, Width <= 128 ? 2 : 1) attention_dq_kernel
                                     [&](int r) { return r < count ? a.v + (at + r) * a.v_stride + kv_head * a.head_size : nullptr; });
     commit_copies();
   };
-  load_keys(0);
+  const int first_tile = a.window.first_tile(first, keys), key_tiles = found.tile + 1;
+  load_keys(first_tile);
   const LaneOffsets offsets(lane, TileOf<Width>::row_bytes);
   const unsigned strip_bytes = static_cast<unsigned>(strip * TileOf<Width>::row_bytes);
   float dq[1][columns][4] = {}, lse[2], delta[2];
@@ -141,8 +144,7 @@ __global__ void __launch_bounds__(128, Width <= 128 ? 2 : 1) attention_dq_kernel
     delta[half] = r < live ? a.delta[at] : 0.0f;
   }
   const float scale2 = a.scale * 1.4426950408889634f;
-  const int key_tiles = found.tile + 1;
-  for (int t = 0; t < key_tiles; ++t) {
+  for (int t = first_tile; t < key_tiles; ++t) {
     wait_copies<0>();
     __syncthreads();
     if (t + 1 < key_tiles) load_keys(t + 1);
@@ -150,14 +152,15 @@ __global__ void __launch_bounds__(128, Width <= 128 ? 2 : 1) attention_dq_kernel
     float p[1][keys / 8][4] = {}, g[1][keys / 8][4] = {};
     product_rows<Width, 1, keys / 8>(p, q_tile + strip_bytes, k_tile + stage, offsets);
     product_rows<Width, 1, keys / 8>(g, d_tile + strip_bytes, v_tile + stage, offsets);
-    const bool diagonal = t == found.tile;
+    const int apart = (found.tile - t) * keys;
+    const bool masked = apart == 0 || a.window.cuts(apart + queries - 1);
 #pragma unroll
     for (int n = 0; n < keys / 8; ++n)
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int key = n * 8 + lane % 4 * 2 + j % 2, query = strip + lane / 4 + j / 2 * 8;
         const float e = exp2_fast(fmaf(p[0][n][j], scale2, -lse[j / 2]));
-        p[0][n][j] = diagonal && key > query ? 0.0f : e * (g[0][n][j] - delta[j / 2]);
+        p[0][n][j] = masked && a.window.hides(apart + query - key) ? 0.0f : e * (g[0][n][j] - delta[j / 2]);
       }
     unsigned left[1][keys / 16][4];
     pack_left<keys / 8>(left[0], p[0]);
@@ -215,7 +218,7 @@ void attention_backward_tensor(Context& ctx, const Attention& a) {
   b.q_stride = a.q_stride, b.k_stride = a.k_stride, b.v_stride = a.v_stride, b.dout_stride = a.dout_stride;
   b.dq_stride = a.dq_stride, b.dkv_stride = a.dkv_stride, b.rows = a.rows;
   b.heads = static_cast<int>(a.heads), b.kv_heads = static_cast<int>(a.kv_heads), b.head_size = static_cast<int>(a.head_size);
-  b.sequences = static_cast<int>(a.sequences), b.scale = static_cast<float>(a.scale), b.starts = a.starts;
+  b.sequences = static_cast<int>(a.sequences), b.scale = static_cast<float>(a.scale), b.window = window_of(a.window), b.starts = a.starts;
   b.lse = static_cast<const float*>(a.lse), b.delta = delta;
   b.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, 64));
   b.vector = (a.head_size | a.q_stride | a.k_stride | a.v_stride | a.dout_stride | a.dq_stride | a.dkv_stride) % 8 == 0 &&

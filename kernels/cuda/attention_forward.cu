@@ -14,6 +14,7 @@ struct ForwardArguments {
   std::int64_t q_stride, k_stride, v_stride, out_stride, rows;
   int heads, kv_heads, head_size, sequences, tiles;
   float scale;
+  Window window;
   const std::int32_t* starts;
   float* lse;
   bool vector;
@@ -41,7 +42,7 @@ __device__ __forceinline__ void attention_forward_tile(const ForwardArguments& a
   };
   const unsigned q_tile = shared_address(shared), k_tile = q_tile + rows * TileOf<Width>::row_bytes, v_tile = k_tile + 2 * tile_bytes;
   load_rows<rows, Width, threads>(q_tile, a.head_size, a.vector, [&](int r) -> const bf16* { return r < live ? a.q + offset(r, a.q_stride) : nullptr; });
-  const int key_tiles = position(live - 1) / keys + 1;
+  const int first_tile = a.window.first_tile(position(0), keys), key_tiles = position(live - 1) / keys + 1;
   const auto load_keys = [&](int t) {
     const int count = min(keys, held - t * keys);
     const unsigned stage = static_cast<unsigned>(t % 2 * tile_bytes);
@@ -59,7 +60,7 @@ __device__ __forceinline__ void attention_forward_tile(const ForwardArguments& a
     load_rows<keys, Width, threads>(v_tile + stage, a.head_size, a.vector, [&](int r) { return r < count ? v + r * v_stride : nullptr; });
     commit_copies();
   };
-  load_keys(0);
+  load_keys(first_tile);
 
   float o[Strips][Width / 8][4] = {}, top[Strips][2], sum[Strips][2] = {};
 #pragma unroll
@@ -67,7 +68,7 @@ __device__ __forceinline__ void attention_forward_tile(const ForwardArguments& a
   const float scale2 = a.scale * 1.4426950408889634f;  // scores in units of ln 2
   const int strip_row = warp * Strips * 16;
   const LaneOffsets offsets(lane, TileOf<Width>::row_bytes);
-  for (int t = 0; t < key_tiles; ++t) {
+  for (int t = first_tile; t < key_tiles; ++t) {
     wait_copies<0>();
     __syncthreads();
     if (t + 1 < key_tiles) load_keys(t + 1);
@@ -75,7 +76,8 @@ __device__ __forceinline__ void attention_forward_tile(const ForwardArguments& a
     float s[Strips][keys / 8][4] = {};
     product_rows<Width, Strips, keys / 8>(s, q_tile + static_cast<unsigned>(strip_row * TileOf<Width>::row_bytes), k_tile + stage, offsets);
     unsigned left[Strips][keys / 16][4];
-    const bool masked = (t + 1) * keys - 1 > position(strip_row);  // some key lies after this warp's first row
+    // Some key lies after this warp's first row, or outside the window of its last.
+    const bool masked = (t + 1) * keys - 1 > position(strip_row) || a.window.cuts(position(strip_row + Strips * 16 - 1) - t * keys);
 #pragma unroll
     for (int u = 0; u < Strips; ++u) {
 #pragma unroll
@@ -86,14 +88,15 @@ __device__ __forceinline__ void attention_forward_tile(const ForwardArguments& a
           for (int n = 0; n < keys / 8; ++n)
 #pragma unroll
             for (int j = 0; j < 2; ++j)
-              if (n * 8 + lane % 4 * 2 + j > last) s[u][n][half * 2 + j] = lowest<float>();
+              if (a.window.hides(last - (n * 8 + lane % 4 * 2 + j))) s[u][n][half * 2 + j] = lowest<float>();
         }
         float m = top[u][half];
 #pragma unroll
         for (int n = 0; n < keys / 8; ++n) m = fmaxf(m, fmaxf(s[u][n][half * 2], s[u][n][half * 2 + 1]));
         m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 1));
         m = fmaxf(m, __shfl_xor_sync(0xffffffffu, m, 2));
-        const float shift = m * scale2, shrink = exp2_fast(top[u][half] * scale2 - shift);
+        // A row that has seen no key yet takes its exponentials from 0: they are 0.
+        const float shift = m > lowest<float>() ? m * scale2 : 0.0f, shrink = exp2_fast(top[u][half] * scale2 - shift);
         top[u][half] = m;
         float total = 0;
 #pragma unroll
@@ -167,7 +170,7 @@ void attention_forward_tensor(Context& ctx, const Attention& a) {
   f.q = static_cast<const bf16*>(a.q), f.k = static_cast<const bf16*>(a.k), f.v = static_cast<const bf16*>(a.v), f.out = static_cast<bf16*>(a.out);
   f.q_stride = a.q_stride, f.k_stride = a.k_stride, f.v_stride = a.v_stride, f.out_stride = a.out_stride, f.rows = a.rows;
   f.heads = static_cast<int>(a.heads), f.kv_heads = static_cast<int>(a.kv_heads), f.head_size = static_cast<int>(a.head_size);
-  f.sequences = static_cast<int>(a.sequences), f.scale = static_cast<float>(a.scale), f.starts = a.starts, f.lse = static_cast<float*>(a.lse);
+  f.sequences = static_cast<int>(a.sequences), f.scale = static_cast<float>(a.scale), f.window = window_of(a.window), f.starts = a.starts, f.lse = static_cast<float*>(a.lse);
   f.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, plan_attention_forward(a.head_size, false, ctx.capability()).rows));
   f.vector = a.head_size % 8 == 0 && (a.q_stride | a.k_stride | a.v_stride | a.out_stride) % 8 == 0 && all_on_16(a.q, a.k, a.v, a.out);
   run<false>(ctx, f, static_cast<unsigned>(a.heads));
@@ -178,7 +181,7 @@ void attention_paged_tensor(Context& ctx, const PagedAttention& a) {
   f.q = static_cast<const bf16*>(a.q), f.k = static_cast<const bf16*>(a.k_pages), f.v = static_cast<const bf16*>(a.v_pages), f.out = static_cast<bf16*>(a.out);
   f.q_stride = a.q_stride, f.out_stride = a.out_stride, f.rows = a.rows;
   f.heads = static_cast<int>(a.heads), f.kv_heads = static_cast<int>(a.kv_heads), f.head_size = static_cast<int>(a.head_size);
-  f.sequences = static_cast<int>(a.sequences), f.scale = static_cast<float>(a.scale), f.starts = a.starts;
+  f.sequences = static_cast<int>(a.sequences), f.scale = static_cast<float>(a.scale), f.window = window_of(a.window), f.starts = a.starts;
   f.blocks = a.blocks, f.lengths = a.lengths, f.blocks_stride = a.blocks_stride, f.page = static_cast<int>(a.page);
   f.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, plan_attention_forward(a.head_size, true, ctx.capability()).rows, a.heads / a.kv_heads));
   f.vector = a.head_size % 8 == 0 && (a.q_stride | a.out_stride) % 8 == 0 && all_on_16(a.q, a.k_pages, a.v_pages, a.out);

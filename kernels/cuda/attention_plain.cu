@@ -14,6 +14,7 @@ struct PlainArguments {
   std::int64_t q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride, dkv_stride, rows;
   int heads, kv_heads, head_size, sequences, tiles;
   T scale;
+  Window window;
   const std::int32_t* starts;
   T *lse;
   const T* delta;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(256, 2) plain_forward_kernel(const __grid_cons
   load_plain<Tile, Width>(q, a.q + static_cast<std::int64_t>(found.begin + first) * a.q_stride + head * d, a.q_stride, live, d);
   T o[columns] = {}, top = lowest<T>(), sum = 0;
   const int key_tiles = (past + first + live - 1) / Tile + 1;
-  for (int t = 0; t < key_tiles; ++t) {
+  for (int t = a.window.first_tile(past + first, Tile); t < key_tiles; ++t) {
     const int count = min(Tile, held - t * Tile);
     const T *from_k, *from_v;
     std::int64_t k_stride = a.k_stride, v_stride = a.v_stride;
@@ -80,15 +81,16 @@ __global__ void __launch_bounds__(256, 2) plain_forward_kernel(const __grid_cons
     }
 #pragma unroll
     for (int j = 0; j < per; ++j) {
-      s[j] = t * Tile + lane + j * lanes <= position ? s[j] * a.scale : lowest<T>();
+      s[j] = a.window.hides(position - (t * Tile + lane + j * lanes)) ? lowest<T>() : s[j] * a.scale;
       m = Max{}(m, s[j]);
     }
     m = lanes_reduce<lanes>(m, Max{});
     const T shrink = top == m ? T(1) : exp_of(top - m);
+    const T base = m > lowest<T>() ? m : T(0);  // a row that has seen no key yet: exponentials of it are 0
     T total = 0;
 #pragma unroll
     for (int j = 0; j < per; ++j) {
-      const T e = exp_of(s[j] - m);
+      const T e = exp_of(s[j] - base);
       p[r * (Tile + 1) + lane + j * lanes] = e;
       total += e;
     }
@@ -131,7 +133,7 @@ __device__ __forceinline__ void plain_scores(const PlainArguments<T>& a, const T
 #pragma unroll
   for (int j = 0; j < per; ++j) {
     const int key = lane + j * lanes;
-    const T e = valid && first_key + key <= first_query + r ? exp_of(s[j] * a.scale - lse) : T(0);
+    const T e = valid && !a.window.hides(first_query + r - first_key - key) ? exp_of(s[j] * a.scale - lse) : T(0);
     p[r * (Tile + 1) + key] = e;
     g[r * (Tile + 1) + key] = e * (x[j] - delta) * a.scale;
   }
@@ -153,7 +155,7 @@ __global__ void __launch_bounds__(256, 2) plain_dkv_kernel(const __grid_constant
   load_plain<Tile, Width>(v, a.v + at * a.v_stride + kv_head * d, a.v_stride, live, d);
   T dk[columns] = {}, dv[columns] = {};
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
-    for (int q0 = first; q0 < found.length; q0 += Tile) {
+    for (int q0 = first, end = a.window.end(first + live - 1, found.length); q0 < end; q0 += Tile) {
       const int queries = min(Tile, found.length - q0);
       const std::int64_t row = found.begin + q0;
       __syncthreads();
@@ -190,7 +192,7 @@ __global__ void __launch_bounds__(256, 2) plain_dq_kernel(const __grid_constant_
   load_plain<Tile, Width>(q, a.q + row * a.q_stride + head * d, a.q_stride, live, d);
   load_plain<Tile, Width>(dout, a.dout + row * a.dout_stride + head * d, a.dout_stride, live, d);
   T dq[columns] = {};
-  for (int t = 0; t <= found.tile; ++t) {
+  for (int t = a.window.first_tile(first, Tile); t <= found.tile; ++t) {
     const int count = min(Tile, found.length - t * Tile);
     const std::int64_t at = found.begin + t * Tile;
     __syncthreads();
@@ -229,7 +231,7 @@ PlainArguments<T> shape_of(const A& a, int tile) {
   PlainArguments<T> p{};
   p.q = static_cast<const T*>(a.q), p.out = static_cast<T*>(a.out), p.q_stride = a.q_stride, p.out_stride = a.out_stride, p.rows = a.rows;
   p.heads = static_cast<int>(a.heads), p.kv_heads = static_cast<int>(a.kv_heads), p.head_size = static_cast<int>(a.head_size);
-  p.sequences = static_cast<int>(a.sequences), p.scale = static_cast<T>(a.scale), p.starts = a.starts;
+  p.sequences = static_cast<int>(a.sequences), p.scale = static_cast<T>(a.scale), p.window = window_of(a.window), p.starts = a.starts;
   p.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, tile));
   return p;
 }

@@ -1,6 +1,7 @@
 // Tile sizes and shared memory of the own attention kernels.
 #include <kernels/cuda/attention_plan.h>
 
+#include <algorithm>
 #include <initializer_list>
 
 namespace capstan::kernels::cuda {
@@ -14,6 +15,12 @@ int attention_width(std::int64_t head_size) {
   for (const int w : {32, 64, 96, 128, 192, 256})
     if (head_size <= w) return w;
   return 0;
+}
+
+std::int64_t attention_window(std::int64_t window, const std::int32_t* starts, std::int64_t sequences) {
+  std::int64_t longest = 0;
+  for (std::int64_t s = 0; s < sequences; ++s) longest = std::max<std::int64_t>(longest, starts[s + 1] - starts[s]);
+  return window < longest ? window : 0;
 }
 
 AttentionPlan plan_attention_forward(std::int64_t head_size, bool paged, int capability) {

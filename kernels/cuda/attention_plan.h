@@ -11,6 +11,9 @@ inline constexpr int attention_keys = 64;
 /// Head sizes are rounded up to one of these; the columns in between are zero.
 int attention_width(std::int64_t head_size);
 
+/// The window that kernels are told: 0 where it hides nothing of any sequence, and never near what an int holds.
+std::int64_t attention_window(std::int64_t window, const std::int32_t* starts, std::int64_t sequences);
+
 struct AttentionPlan {
   int width = 0;        ///< columns computed
   int rows = 0;         ///< query rows of a tile

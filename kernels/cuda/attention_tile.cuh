@@ -18,6 +18,25 @@ struct TileOf {
   }
 };
 
+/// Which keys a row sees: those at a distance (row's position less key's) of 0 to `reach` - 1. As unsigned numbers later
+/// keys, too, are too far.
+struct Window {
+  int keys;        ///< 0: no window
+  unsigned reach;
+  __device__ __forceinline__ bool hides(int distance) const { return static_cast<unsigned>(distance) >= reach; }
+  /// The first tile of `size` keys that the row at `position` sees.
+  __device__ __forceinline__ int first_tile(int position, int size) const { return keys > 0 ? max(0, position - keys + 1) / size : 0; }
+  /// Rows from `key` on that see it, in a sequence of `length`, end here.
+  __device__ __forceinline__ int end(int key, int length) const { return keys > 0 ? min(length, key + keys) : length; }
+  /// Whether some pair at this distance or nearer is hidden by the window.
+  __device__ __forceinline__ bool cuts(int distance) const { return keys > 0 && distance >= keys; }
+};
+inline Window window_of(std::int64_t window) {
+  constexpr std::int64_t most = 1 << 30;  // positions plus this are still ints
+  const int keys = static_cast<int>(window < most ? window : most);
+  return {keys, keys > 0 ? static_cast<unsigned>(keys) : 0x80000000u};
+}
+
 __device__ __forceinline__ unsigned pack_pair(float low, float high) {
   const __nv_bfloat162 p = __floats2bfloat162_rn(low, high);
   return *reinterpret_cast<const unsigned*>(&p);

@@ -77,8 +77,8 @@ class Context {
 
   cublasLtHandle_t blas() const { return blas_; }
   GemmCache& gemms() { return *gemms_; }
-  /// How attention runs: cuDNN or own kernels, in an order that is the same every time or not, within how much scratch.
-  struct AttentionChoice { bool cudnn = true, deterministic = true; std::int64_t workspace = std::int64_t{1} << 30; } attention_choice;
+  /// How attention runs: cuDNN or own kernels, an ordered backward within how much scratch.
+  struct AttentionChoice { bool cudnn = true; std::int64_t workspace = std::int64_t{1} << 30; } attention_choice;
   std::shared_ptr<void> attention_state;  ///< cuDNN's handle and plans; goes before the stream
   /// Pinned host memory for staging, `staging_bytes`.
   static constexpr std::int64_t staging_bytes = std::int64_t{8} << 20;

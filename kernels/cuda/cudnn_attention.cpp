@@ -18,14 +18,14 @@ using Four = CudnnGraph::Four;
 
 /// Ids of what a run passes in; 0: not part of the graph.
 struct Ids {
-  std::int64_t q = 0, k = 0, v = 0, out = 0, stats = 0, scale = 0, low = 0, one = 0;
+  std::int64_t q = 0, k = 0, v = 0, out = 0, stats = 0, scale = 0, low = 0, one = 0, window = 0;
   std::int64_t offsets[6] = {}, lengths = 0;  // of q, k, v, out (and dout), stats, dq (and its sums)
   std::int64_t dkv_offsets = 0, dout = 0, dq = 0, dk = 0, dv = 0, sums = 0, dq_sums = 0, dk_heads = 0, dv_heads = 0;
 };
 
 /// The tensors that both graphs share.
 struct Parts {
-  Tensor lengths, offsets[6], dkv_offsets, q, k, v, out, stats, scale, low;
+  Tensor lengths, offsets[6], dkv_offsets, q, k, v, out, stats, scale, low, window;
 };
 
 Parts inputs(CudnnGraph& g, const CudnnShape& s, Ids& ids) {
@@ -49,6 +49,7 @@ Parts inputs(CudnnGraph& g, const CudnnShape& s, Ids& ids) {
   p.out = g.memory({b, s.heads, n, d}, {n * s.out_stride, d, s.out_stride, 1}, CUDNN_DATA_BFLOAT16, ragged[3]);
   if (s.stats) p.stats = g.memory({b, s.heads, n, 1}, {n, s.rows, 1, 1}, CUDNN_DATA_FLOAT, ragged[4]);
   p.scale = g.number(), p.low = g.number();
+  if (s.window > 0) p.window = g.number(CUDNN_DATA_INT32), ids.window = p.window.id;
   ids.q = p.q.id, ids.k = p.k.id, ids.v = p.v.id, ids.out = p.out.id, ids.stats = p.stats.id, ids.scale = p.scale.id, ids.low = p.low.id;
   return p;
 }
@@ -66,13 +67,20 @@ Tensor pad_mask(CudnnGraph& g, const Parts& p, const Tensor& x) {
   return y;
 }
 
-/// Scores of keys after the query.
-Tensor causal_mask(CudnnGraph& g, const Parts& p, const Tensor& x) {
+/// Scores of keys after the query; with a window, then those of keys too far before it.
+Tensor causal_mask(CudnnGraph& g, const Parts& p, const CudnnShape& s, const Tensor& x) {
   const Tensor row = g.between(x.size, CUDNN_DATA_INT32), column = g.between(x.size, CUDNN_DATA_INT32), seen = g.between(x.size, CUDNN_DATA_BOOLEAN), y = g.between(x.size);
   g.index(2, x, row), g.index(3, x, column);
   g.binary(CUDNN_POINTWISE_CMP_GE, row, column, seen, CUDNN_DATA_BOOLEAN);
   g.select(x, p.low, seen, y);
-  return y;
+  if (s.window == 0) return y;
+  const Tensor late = g.between(x.size, CUDNN_DATA_INT32), end = g.between(x.size, CUDNN_DATA_INT32), reach = g.between(x.size, CUDNN_DATA_INT32);
+  const Tensor near = g.between(x.size, CUDNN_DATA_BOOLEAN), z = g.between(x.size);
+  g.index(2, y, late), g.index(3, y, end);
+  g.binary(CUDNN_POINTWISE_ADD, end, p.window, reach, CUDNN_DATA_INT32);
+  g.binary(CUDNN_POINTWISE_CMP_GT, reach, late, near, CUDNN_DATA_BOOLEAN);
+  g.select(y, p.low, near, z);
+  return z;
 }
 
 CudnnGraph forward_graph(const CudnnLibrary& library, const CudnnShape& s, Ids& ids) {
@@ -84,7 +92,7 @@ CudnnGraph forward_graph(const CudnnLibrary& library, const CudnnShape& s, Ids& 
   const Tensor product = g.between(scores), scaled = g.between(scores);
   g.product(p.q, p.k, product, lengths, lengths, nullptr, s.ragged ? std::optional<double>(0.0) : std::nullopt);
   g.binary(CUDNN_POINTWISE_MUL, product, p.scale, scaled);
-  const Tensor masked = causal_mask(g, p, s.ragged ? pad_mask(g, p, scaled) : scaled);
+  const Tensor masked = causal_mask(g, p, s, s.ragged ? pad_mask(g, p, scaled) : scaled);
   const Tensor top = g.between(rows), less = g.between(scores), e = g.between(scores), sum = g.between(rows), probability = g.between(scores, CUDNN_DATA_BFLOAT16);
   g.reduce(CUDNN_REDUCE_TENSOR_MAX, masked, top);
   g.binary(CUDNN_POINTWISE_SUB, masked, top, less);
@@ -131,7 +139,7 @@ CudnnGraph backward_graph(const CudnnLibrary& library, const CudnnShape& s, Ids&
   g.product(p.q, p.k, product, lengths, lengths);
   g.binary(CUDNN_POINTWISE_MUL, product, p.scale, scaled);
   g.binary(CUDNN_POINTWISE_SUB, s.ragged ? pad_mask(g, p, scaled) : scaled, p.stats, less);
-  g.unary(CUDNN_POINTWISE_EXP, causal_mask(g, p, less), probability);
+  g.unary(CUDNN_POINTWISE_EXP, causal_mask(g, p, s, less), probability);
   const Four turned_stride{h * n * n, n * n, 1, n};
   const auto gather_heads = [&](const Tensor& left, const Tensor& right, const Tensor& to, std::int64_t& id) {
     if (h == hk) {
@@ -232,6 +240,8 @@ bool CudnnAttention::forward(Context& ctx, const Attention& a) {
   auto* base = static_cast<char*>(ctx.scratch(offsets + e.plan->workspace() + 256));
   const float scale = static_cast<float>(a.scale), low = -std::numeric_limits<float>::infinity();
   std::vector<CudnnPlan::Pointer> pointers{{e.ids.q, a.q}, {e.ids.k, a.k}, {e.ids.v, a.v}, {e.ids.out, a.out}, {e.ids.scale, &scale}, {e.ids.low, &low}};
+  const auto window = static_cast<std::int32_t>(shape.window);
+  if (window > 0) pointers.push_back({e.ids.window, &window});
   if (shape.stats) pointers.push_back({e.ids.stats, a.lse});
   if (shape.ragged) {
     auto* o = reinterpret_cast<std::int32_t*>(base);
@@ -267,6 +277,7 @@ bool CudnnAttention::backward(Context& ctx, const Attention& a, bool ordered, st
   auto* base = static_cast<char*>(ctx.scratch(offset_bytes + sum_bytes + dq_bytes + 2 * dkv_bytes + e.plan->workspace() + 256));
   char *sums = base + offset_bytes, *dq_sums = sums + sum_bytes, *dk_heads = dq_sums + dq_bytes, *dv_heads = dk_heads + dkv_bytes, *workspace = dv_heads + dkv_bytes;
   const float scale = static_cast<float>(a.scale), low = -std::numeric_limits<float>::infinity(), one = 1;
+  const auto window = static_cast<std::int32_t>(shape.window);
   auto* o = reinterpret_cast<std::int32_t*>(base);
   if (shape.ragged)
     ragged_offsets(ctx, a.starts, a.sequences, shape.batch, {7, {a.q_stride, a.k_stride, a.v_stride, a.out_stride, 1, a.dq_stride, a.dkv_stride}}, o);
@@ -288,6 +299,7 @@ bool CudnnAttention::backward(Context& ctx, const Attention& a, bool ordered, st
                                                {e.ids.scale, &scale},
                                                {e.ids.low, &low},
                                                {e.ids.one, &one}};
+      if (window > 0) pointers.push_back({e.ids.window, &window});
       if (e.ids.dq_sums != 0) pointers.push_back({e.ids.dq_sums, dq_sums});
       if (e.ids.dk_heads != 0) pointers.push_back({e.ids.dk_heads, dk_heads}), pointers.push_back({e.ids.dv_heads, dv_heads});
       if (shape.ragged) {

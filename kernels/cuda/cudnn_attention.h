@@ -12,7 +12,7 @@ namespace capstan::kernels::cuda {
 /// What a plan is made for. Sequences of one length are a plain batch; others are ragged: `batch` and `length` are then
 /// rounded up, so that few plans serve many batches, and the true lengths are read on the GPU.
 struct CudnnShape {
-  std::int64_t batch = 0, length = 0, heads = 0, kv_heads = 0, head_size = 0, rows = 0;
+  std::int64_t batch = 0, length = 0, heads = 0, kv_heads = 0, head_size = 0, rows = 0, window = 0;
   std::int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0, dout_stride = 0, dq_stride = 0, dkv_stride = 0;
   bool ragged = false, backward = false, stats = false;
   bool ordered = false;  ///< backward: sums in one order, at the price of a workspace of batch * heads * length^2

@@ -82,7 +82,7 @@ class CudnnGraph {
   Tensor between(const Four& size, const Four& stride, cudnnDataType_t type = CUDNN_DATA_FLOAT, const Tensor* ragged = nullptr) { return make(size, stride, type, true, false, ragged); }
   Tensor between(const Four& size, cudnnDataType_t type = CUDNN_DATA_FLOAT) { return between(size, packed(size), type); }
   /// A number on the host, read when the plan runs.
-  Tensor number() { return make({1, 1, 1, 1}, {1, 1, 1, 1}, CUDNN_DATA_FLOAT, false, true, nullptr); }
+  Tensor number(cudnnDataType_t type = CUDNN_DATA_FLOAT) { return make({1, 1, 1, 1}, {1, 1, 1, 1}, type, false, true, nullptr); }
 
   /// c = a b. m, n, k: true sizes [batch, 1, 1, 1] of padded dimensions, or null. padding: what lies past them in a and b.
   void product(const Tensor& a, const Tensor& b, const Tensor& c, const Tensor* m = nullptr, const Tensor* n = nullptr, const Tensor* k = nullptr,

@@ -35,6 +35,7 @@ CudnnShape cudnn_shape(const Attention& a, bool backward, bool ordered) {
   for (std::int64_t i = 0; i < a.sequences; ++i) longest = std::max<std::int64_t>(longest, a.host_starts[i + 1] - a.host_starts[i]);
   s.batch = s.ragged ? power_of_two(a.sequences) : a.sequences;
   s.length = s.ragged ? std::max<std::int64_t>(128, power_of_two(longest)) : longest;
+  s.window = a.window < longest ? a.window : 0;
   s.heads = a.heads, s.kv_heads = a.kv_heads, s.head_size = a.head_size, s.rows = a.rows;
   s.q_stride = a.q_stride, s.k_stride = a.k_stride, s.v_stride = a.v_stride, s.out_stride = a.out_stride;
   s.backward = backward, s.stats = backward || a.lse != nullptr;

@@ -71,7 +71,7 @@ CAPSTAN_API Tensor take_rows(ForwardContext& context, const Tensor& h, const Ten
 CAPSTAN_API Tensor dropout(ForwardContext& context, const Tensor& x, double p, std::string_view name);
 
 /// ops::attention over the batch's sequences, wherever their keys are. q [T, heads * D], k and v [T, kv_heads * D] with the
-/// heads that this rank has: of `shape` only head_size and scale count.
+/// heads that this rank has: of `shape` only head_size, scale and window count.
 CAPSTAN_API Tensor attention(ForwardContext& context, const Tensor& q, const Tensor& k, const Tensor& v, const ops::AttentionShape& shape);
 
 /// Head::score of stream rows x [rows, C] under softmax(x W^T), W [V, C] on the axis "vocab".

@@ -69,7 +69,11 @@ CAPSTAN_API Tensor rope_table(const Tensor& positions, std::int64_t head_size, d
 /// sample_ids[t] * C + c, so that it does not depend on batch or mesh.
 CAPSTAN_API Tensor dropout(const Tensor& x, double p, const Rng& rng, const Tensor& sample_ids);
 
-struct AttentionShape { std::int64_t heads = 1, kv_heads = 1, head_size = 64; double scale = 0; /* 0: 1/sqrt(D) */ };
+struct AttentionShape {
+  std::int64_t heads = 1, kv_heads = 1, head_size = 64;
+  double scale = 0;         ///< 0: 1/sqrt(D)
+  std::int64_t window = 0;  ///< keys that a row sees, its own and those just before it (Beltagy et al. 2020); 0: all before it
+};
 /// Causal attention inside each sequence of `space`: q [T, heads * D], k and v [T, kv_heads * D] -> [T, heads * D].
 /// Head h reads key/value head h / (heads / kv_heads). Sums over keys run in fixed tiles of 64 counted from
 /// the sequence's start (online softmax, Milakov & Gimelshein 2018; Dao et al. 2022), so a row's bits depend

@@ -16,12 +16,13 @@ constexpr std::int64_t page_tokens = 64;  // of a paged past: the tile that sums
 
 double scale_of(const AttentionShape& s) { return s.scale != 0 ? s.scale : 1.0 / std::sqrt(static_cast<double>(s.head_size)); }
 
-/// Pairs (query, key) that causal attention looks at.
-double pairs(const Space& space) {
+/// Pairs (query, key) that causal attention over `window` keys looks at.
+double pairs(const Space& space, std::int64_t window) {
   double n = 0;
   for (std::int64_t s = 0; s < space.sequences(); ++s) {
     const double len = space.host_starts[static_cast<std::size_t>(s) + 1] - space.host_starts[static_cast<std::size_t>(s)];
-    n += len * (len + 1) / 2;
+    const double most = window > 0 ? std::min(len, static_cast<double>(window)) : len;
+    n += most * (most + 1) / 2 + (len - most) * most;
   }
   return n;
 }
@@ -36,7 +37,7 @@ struct Saved {
     a.num = num_of(q.dtype(), "attention");
     a.q = q.raw(), a.k = k.raw(), a.v = v.raw(), a.out = out.raw();
     a.q_stride = q.strides()[0], a.k_stride = k.strides()[0], a.v_stride = v.strides()[0], a.out_stride = out.strides()[0];
-    a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.head_size = shape.head_size, a.scale = scale_of(shape);
+    a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.head_size = shape.head_size, a.window = shape.window, a.scale = scale_of(shape);
     a.host_starts = host_starts.data(), a.starts = starts.data<std::int32_t>();
     a.sequences = static_cast<std::int64_t>(host_starts.size()) - 1, a.rows = q.size(0), a.longest = longest;
     a.lse = lse.defined() ? lse.raw() : nullptr;
@@ -95,6 +96,7 @@ class AttentionNode final : public Node {
 void check(const char* op, const Tensor& q, const AttentionShape& s) {
   if (s.heads < 1 || s.kv_heads < 1 || s.head_size < 1 || s.heads % s.kv_heads != 0)
     fail(Fault::programming, op, "heads: expected heads a multiple of kv_heads, got " + std::to_string(s.heads) + " and " + std::to_string(s.kv_heads));
+  if (s.window < 0) fail(Fault::programming, op, "window: expected a number of keys, or 0 for all, got " + std::to_string(s.window));
   if (q.rank() != 2 || q.size(1) != s.heads * s.head_size)
     fail(Fault::programming, op, "q: expected [T, " + std::to_string(s.heads * s.head_size) + "], got " + to_string(q.shape()));
 }
@@ -114,7 +116,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Space&
               space.host_starts, longest_of(space), shape};
   const bool grad = any_requires_grad({&q, &k, &v});
   if (grad) saved.lse = Tensor::empty(Dims{shape.heads, q.size(0)}, q.dtype() == DType::f64 ? DType::f64 : DType::f32, q.device());
-  const double n = pairs(space);
+  const double n = pairs(space, shape.window);
   {
     OpScope scope(q.device(), "attention", {4 * n * static_cast<double>(shape.heads * shape.head_size),
                                             static_cast<double>(q.bytes() + 2 * k.bytes()), static_cast<double>(q.bytes())});
@@ -146,7 +148,7 @@ Tensor attention_paged(const Tensor& q, const PagedKV& past, const Space& space,
   const Tensor starts = device_starts(space, q.device());
   a.host_starts = space.host_starts.data(), a.starts = starts.data<std::int32_t>();
   a.blocks_stride = past.blocks.strides()[0], a.sequences = space.sequences(), a.rows = q.size(0);
-  a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.head_size = shape.head_size, a.scale = scale_of(shape);
+  a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.head_size = shape.head_size, a.window = shape.window, a.scale = scale_of(shape);
   q.device().backend().attention_paged(a);
   return out;
 }

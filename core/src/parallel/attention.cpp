@@ -72,7 +72,7 @@ struct Runs {
   std::int64_t longest = 0;
   double pairs = 0;  ///< (query, key) that they look at
 
-  explicit Runs(const ContextCut& cut) {
+  Runs(const ContextCut& cut, std::int64_t window) {
     key_begins.reserve(1),
         key_counts.reserve(1);  // of no sequence at all: still a pointer, which says that keys lie elsewhere
     for (const Chunk& c : cut.chunks) {
@@ -85,7 +85,9 @@ struct Runs {
         starts.push_back(starts.back() + c.length), key_begins.push_back(begin), key_counts.push_back(count);
       }
       longest = std::max<std::int64_t>(longest, starts.back() - starts[starts.size() - 2]);
-      pairs += real(c.length) * c.offset + real(c.length) * real(c.length + 1) / 2;
+      // Rows that see all keys up to their own, then those that see a window of them.
+      const std::int64_t growing = window > 0 ? std::clamp<std::int64_t>(window - c.offset, 0, c.length) : c.length;
+      pairs += real(growing) * c.offset + real(growing) * real(growing + 1) / 2 + real(c.length - growing) * real(window);
     }
   }
 };
@@ -107,7 +109,7 @@ class ContextAttentionNode final : public Node {
     a.num = ops::num(q);
     a.q = q.raw(), a.k = whole.raw(), a.v = whole.narrow(1, width, width).raw(), a.out = out.raw();
     a.q_stride = q.strides()[0], a.k_stride = a.v_stride = 2 * width, a.out_stride = out.strides()[0];
-    a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.head_size = shape.head_size;
+    a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.head_size = shape.head_size, a.window = shape.window;
     a.scale = shape.scale != 0 ? shape.scale : 1 / std::sqrt(real(shape.head_size));
     a.host_starts = runs->starts.data(), a.starts = starts.data<std::int32_t>();
     a.host_key_begins = runs->key_begins.data(), a.host_key_counts = runs->key_counts.data();
@@ -153,6 +155,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Space&
   if (shape.heads < 1 || shape.kv_heads < 1 || shape.heads % shape.kv_heads != 0)
     ops::wrong(op, "heads", "a multiple of the key/value heads",
                std::to_string(shape.heads) + " and " + std::to_string(shape.kv_heads));
+  if (shape.window < 0) ops::wrong(op, "window", "a number of keys, or 0 for all", std::to_string(shape.window));
   ops::check_shape(op, "q", q, Dims{cut.capacity, shape.heads * shape.head_size});
   ops::check_shape(op, "k", k, Dims{cut.capacity, shape.kv_heads * shape.head_size});
   ops::check_shape(op, "v", v, k.shape());
@@ -164,7 +167,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Space&
   auto node = std::make_shared<ContextAttentionNode>();
   node->q = ops::row_matrix(q), node->k = k.detach(), node->v = v.detach();
   node->out = Tensor::empty(q.shape(), q.dtype(), device);
-  node->cut = space.cut, node->runs = std::make_shared<const Runs>(cut), node->shape = shape, node->comm = &comm;
+  node->cut = space.cut, node->runs = std::make_shared<const Runs>(cut, shape.window), node->shape = shape, node->comm = &comm;
   const bool grad = any_requires_grad({&q, &k, &v});
   if (grad) node->lse = Tensor::empty(Dims{shape.heads, q.size(0)}, ops::compute_dtype(q.dtype()), device);
   node->starts =

@@ -1,5 +1,6 @@
 // The layer plugin "attention": causal multi-head attention with grouped key/value heads (Ainslie et al. 2023),
-// rotary positions (Su et al. 2021) and optional normalization of queries and keys (Henry et al. 2020).
+// rotary positions (Su et al. 2021), optional normalization of queries and keys (Henry et al. 2020) and, in every layer
+// or all but every n-th, a sliding window (Beltagy et al. 2020).
 #include <capstan/nn.h>
 
 #include <cstdio>
@@ -98,6 +99,11 @@ class AttentionMaker : public LayerMaker {
     a.rope = options_.flag("rope");
     a.rope_theta = options_.number("rope_theta");
     a.qk_norm = options_.flag("qk_norm");
+    const std::int64_t every = options_.integer("global_every");
+    a.shape.window = options_.integer("window");
+    if (every != 0 && a.shape.window == 0)
+      options_.refuse("global_every", "without a window every layer is global: give window too, or leave this out");
+    if (every != 0 && (context.index + 1) % every == 0) a.shape.window = 0;
     if (a.shape.kv_heads == 0) a.shape.kv_heads = a.shape.heads;
     if (a.shape.heads % a.shape.kv_heads != 0) {
       options_.refuse("kv_heads", "query heads share key/value heads evenly: expected a divisor of heads (" +
@@ -132,6 +138,8 @@ CAPSTAN_PLUGIN("layer", "attention", "1.0.0") {
   schema.flag("rope", true, "rotate queries and keys by their positions");
   schema.number("rope_theta", 10000, "base of the rotation's wavelengths").above(0);
   schema.flag("qk_norm", false, "normalize each head's query and key");
+  schema.integer("window", 0, "keys that a token sees, its own and those just before it; 0: all before it").at_least(0).in("tokens");
+  schema.integer("global_every", 0, "every n-th layer (n, 2 n, ... counted from 1) has no window; 0: all layers have it").at_least(0);
   registrar.add("layer", "attention", schema, [](const capstan::Options& o, capstan::Registrar&) {
     return capstan::as_interface<capstan::LayerMaker>(std::make_shared<capstan::AttentionMaker>(o));
   });

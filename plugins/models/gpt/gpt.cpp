@@ -1,6 +1,6 @@
 // The model plugin "gpt": a decoder-only transformer. By its options it is GPT-2 (Radford et al. 2019: LayerNorm,
 // learned positions, GELU, biases, tied head) or Llama and Qwen (RMSNorm, rotary positions, grouped-query attention,
-// SwiGLU, normalized queries and keys); by its pattern it holds layers that other plugins bring.
+// SwiGLU, normalized queries and keys, sliding windows); by its pattern it holds layers that other plugins bring.
 #include "head.h"
 
 #include <cmath>
@@ -141,6 +141,10 @@ class Gpt : public Model {
     if (o.plugins("pattern").empty()) {
       description_ += std::to_string(o.integer("heads")) + " heads";
       if (o.integer("kv_heads") != 0) description_ += " (" + std::to_string(o.integer("kv_heads")) + " of keys and values)";
+      if (const std::int64_t every = o.integer("global_every"); o.integer("window") != 0) {
+        description_ += ", window " + std::to_string(o.integer("window"));
+        if (every != 0) description_ += " but in every " + std::to_string(every) + (every == 2 ? "nd" : every == 3 ? "rd" : "th") + " layer";
+      }
     } else {
       for (std::size_t p = 0; p < names.size(); ++p) description_ += (p ? " + " : "") + names[p];
     }
@@ -171,12 +175,17 @@ class Gpt : public Model {
       o.refuse("heads", "expected a divisor of width (" + std::to_string(o.integer("width")) + "), got " +
                             std::to_string(heads) + "; or give head_size");
     }
+    if (o.integer("global_every") != 0 && o.integer("window") == 0) {
+      o.refuse("global_every", "without a window every layer is global: give window too, or leave this out");
+    }
     const Overrides attention{{"heads", std::to_string(heads)},
                               {"kv_heads", std::to_string(kv_heads)},
                               {"head_size", std::to_string(head_size)},
                               {"rope", yaml_flag(o.text("positions") == "rope")},
                               {"rope_theta", yaml_number(o.number("rope_theta"))},
-                              {"qk_norm", yaml_flag(o.flag("qk_norm"))}};
+                              {"qk_norm", yaml_flag(o.flag("qk_norm"))},
+                              {"window", std::to_string(o.integer("window"))},
+                              {"global_every", std::to_string(o.integer("global_every"))}};
     const Overrides mlp{{"activation", o.text("activation")}, {"ffn", std::to_string(o.integer("ffn"))}};
     return {registrar.choice("layer", "attention", attention), registrar.choice("layer", "mlp", mlp)};
   }
@@ -209,6 +218,11 @@ CAPSTAN_PLUGIN("model", "gpt", "1.0.0") {
   schema.text("positions", "rope", "rotary, or a learned table").one_of({"rope", "learned"});
   schema.number("rope_theta", 10000, "base of the rotation's wavelengths").above(0);
   schema.flag("qk_norm", false, "normalize each head's query and key");
+  schema.integer("window", 0, "sliding window: keys that a token sees, its own and those just before it; 0: all before it")
+      .at_least(0)
+      .in("tokens");
+  schema.integer("global_every", 0, "every n-th layer (n, 2 n, ... counted from 1) has no window; 0: all layers have it")
+      .at_least(0);
   schema.flag("bias", false, "biases in projections and in LayerNorm");
   schema.flag("tied", true, "the head uses the token table");
   schema.number("dropout", 0, "of the embedding and of each layer's output").range(0, 0.99);

@@ -29,7 +29,8 @@ Tensor plain_attention(const Place& place, const Tensor& q, const Tensor& k, con
     if (n == 0) continue;
     std::vector<double> mask(static_cast<std::size_t>(n * n), 0.0);
     for (std::int64_t r = 0; r < n; ++r)
-      for (std::int64_t c = r + 1; c < n; ++c) mask[static_cast<std::size_t>(r * n + c)] = -1e30;
+      for (std::int64_t c = 0; c < n; ++c)
+        if (c > r || (s.window > 0 && r - c >= s.window)) mask[static_cast<std::size_t>(r * n + c)] = -1e30;
     const Tensor causal = make(place.device, mask, Dims{n, n}, place.dtype);
     const auto head = [&](const Tensor& t, std::int64_t h) { return ops::slice(ops::slice(t, 0, begin, n), 1, h * s.head_size, s.head_size); };
     std::vector<Tensor> heads;
@@ -63,6 +64,13 @@ std::vector<Layout> layouts() {
       {"head_128", {67, 2}, 1, {2, 1, 128}},
       {"scaled", {17, 40}, 0, {3, 1, 16, 0.5}},
       {"three_tiles", {193}, 0, {2, 1, 64}},
+      {"window_2", {1, 70, 3}, 2, {2, 1, 16, 0, 2}},
+      {"window_7", {1, 63, 65, 20}, 0, {2, 2, 16, 0, 7}},
+      {"window_63", {130, 62}, 0, {2, 1, 16, 0, 63}},
+      {"window_64", {193}, 0, {2, 1, 64, 0, 64}},
+      {"window_65", {1, 194}, 3, {2, 1, 16, 0, 65}},
+      {"window_of_two_tiles", {260}, 0, {4, 2, 16, 0.5, 129}},
+      {"window_longer_than_the_sequences", {65, 9}, 0, {4, 2, 16, 0, 66}},
   };
 }
 
@@ -94,8 +102,11 @@ std::vector<Case> attention_cases() {
 }
 CAPSTAN_OP_CASES(Attention, attention_cases());
 
-TEST(Attention, ASequenceDoesNotDependOnItsBatch) {
-  const ops::AttentionShape shape{4, 2, 64};
+class AttentionWindow : public ::testing::TestWithParam<std::int64_t> {};
+INSTANTIATE_TEST_SUITE_P(Of, AttentionWindow, ::testing::Values(0, 1, 40, 64, 100), ::testing::PrintToStringParamName());
+
+TEST_P(AttentionWindow, ASequenceDoesNotDependOnItsBatch) {
+  const ops::AttentionShape shape{4, 2, 64, 0, GetParam()};
   const std::vector<std::int32_t> lengths = {7, 130, 64, 1, 65};
   const std::int64_t rows = 267;
   auto device = make_cpu_device(2);
@@ -128,8 +139,8 @@ TEST(Attention, ASequenceDoesNotDependOnItsBatch) {
 }
 
 // A prefix's rows do not see what follows.
-TEST(Attention, ARowDoesNotDependOnLaterRows) {
-  const ops::AttentionShape shape{2, 1, 16};
+TEST_P(AttentionWindow, ARowDoesNotDependOnLaterRows) {
+  const ops::AttentionShape shape{2, 1, 16, 0, GetParam()};
   auto device = make_cpu_device(2);
   const Tensor q = make(*device, random_values(200 * 32, 1, -2, 2), Dims{200, 32}, DType::f32);
   const Tensor k = make(*device, random_values(200 * 16, 2, -2, 2), Dims{200, 16}, DType::f32), v = make(*device, random_values(200 * 16, 3), Dims{200, 16}, DType::f32);
@@ -139,6 +150,55 @@ TEST(Attention, ARowDoesNotDependOnLaterRows) {
     const Tensor some = ops::attention(head(q), head(k), head(v), space_of({static_cast<std::int32_t>(n)}, n), shape);
     EXPECT_TRUE(same_bits(some, head(all))) << n;
   }
+}
+
+// The row at position 150 does not see key 150 - window and sees the one after it.
+TEST_P(AttentionWindow, ARowSeesItsWindowAndNoMore) {
+  if (GetParam() == 0) return;
+  const ops::AttentionShape shape{2, 1, 16, 0, GetParam()};
+  auto device = make_cpu_device(2);
+  const std::vector<double> ks = random_values(200 * 16, 2, -2, 2), vs = random_values(200 * 16, 3);
+  const Tensor q = make(*device, random_values(200 * 32, 1, -2, 2), Dims{200, 32}, DType::f32);
+  const auto row = [&](std::int64_t changed, double by) {
+    std::vector<double> k = ks, v = vs;
+    for (std::int64_t c = changed * 16; c < (changed + 1) * 16; ++c) k[static_cast<std::size_t>(c)] += by, v[static_cast<std::size_t>(c)] -= by;
+    const Tensor out = ops::attention(q, make(*device, k, Dims{200, 16}, DType::f32), make(*device, v, Dims{200, 16}, DType::f32), space_of({200}, 200), shape);
+    return out.narrow(0, 150, 1).contiguous();
+  };
+  const std::int64_t outside = 150 - GetParam();
+  EXPECT_TRUE(same_bits(row(outside, 0), row(outside, 3)));
+  EXPECT_FALSE(same_bits(row(outside, 0), row(outside + 1, 3)));
+}
+
+// Its own key alone: the output is the value, and nothing comes back to queries and keys.
+TEST(Attention, AWindowOfOneIsTheValueItself) {
+  const ops::AttentionShape shape{2, 2, 16, 0, 1};
+  auto device = make_cpu_device(2);
+  const auto leaf = [&](std::uint64_t seed) { return make_leaf(make(*device, random_values(70 * 32, seed, -2, 2), Dims{70, 32}, DType::f32), false); };
+  const Tensor q = leaf(1), k = leaf(2), v = leaf(3), g = make(*device, random_values(70 * 32, 4), Dims{70, 32}, DType::f32);
+  const Tensor roots[] = {ops::attention(q, k, v, space_of({65, 5}, 70), shape)}, grads[] = {g};
+  backward(roots, grads);
+  EXPECT_TRUE(same_bits(roots[0].detach(), v.detach()));
+  const auto grad = [](const Tensor& t) { return doubles(static_cast<Leaf*>(t.node().get())->grad()); };
+  EXPECT_TRUE(near(grad(v), doubles(g), tolerance_of(DType::f32)));
+  for (const Tensor& t : {q, k})
+    for (const double x : grad(t)) EXPECT_NEAR(x, 0, 1e-6);  // beside values and gradients of about 1
+}
+
+// The model's FLOP are those of the pairs inside the window, wherever the device counts them.
+TEST(Attention, CostIsThatOfTheWindow) {
+  auto device = make_meta_device();
+  const auto flop = [&](std::int64_t window) {
+    const Tensor q = Tensor::empty(Dims{300, 32}, DType::bf16, *device), k = Tensor::empty(Dims{300, 16}, DType::bf16, *device);
+    device->clear_ledger();
+    device->record(true);
+    ops::attention(q, k, k, space_of({200, 100}, 300), {2, 1, 16, 0, window});
+    return device->ledger().at(0).cost.flop;
+  };
+  EXPECT_EQ(flop(0), 4.0 * 32 * (200 * 201 / 2 + 100 * 101 / 2));
+  EXPECT_EQ(flop(1), 4.0 * 32 * 300);
+  EXPECT_EQ(flop(150), 4.0 * 32 * (150 * 151 / 2 + 50 * 150 + 100 * 101 / 2));
+  EXPECT_EQ(flop(200), flop(0));
 }
 
 // Keys and values in scattered pages; what lies past a sequence's end in its last page is NaN.
@@ -168,12 +228,13 @@ struct Pages {
   }
 };
 
-TEST(AttentionPaged, EqualsAttentionBitForBit) {
+TEST_P(AttentionWindow, PagedEqualsAttentionBitForBit) {
   const std::vector<std::int32_t> lengths = {1, 63, 64, 65, 130, 20};
   const std::int64_t rows = 343;
   auto device = make_cpu_device(2);
-  for (const ops::AttentionShape& shape : {ops::AttentionShape{2, 1, 16}, ops::AttentionShape{4, 2, 64}, ops::AttentionShape{2, 2, 80}, ops::AttentionShape{2, 1, 128}})
+  for (ops::AttentionShape shape : {ops::AttentionShape{2, 1, 16}, ops::AttentionShape{4, 2, 64}, ops::AttentionShape{2, 2, 80}, ops::AttentionShape{2, 1, 128}})
     for (DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+      shape.window = GetParam();
       const std::int64_t wide = shape.heads * shape.head_size, narrow = shape.kv_heads * shape.head_size;
       const Tensor q = make(*device, random_values(rows * wide, 1, -2, 2), Dims{rows, wide}, dtype);
       const Tensor k = make(*device, random_values(rows * narrow, 2, -2, 2), Dims{rows, narrow}, dtype), v = make(*device, random_values(rows * narrow, 3), Dims{rows, narrow}, dtype);
@@ -195,6 +256,20 @@ TEST(AttentionPaged, EqualsAttentionBitForBit) {
     }
 }
 
+// Pages that no row's window reaches are not read: they may hold anything.
+TEST(AttentionPaged, PagesOutsideTheWindowAreNotRead) {
+  const ops::AttentionShape shape{2, 1, 16, 0, 70};
+  auto device = make_cpu_device(1);
+  const Tensor q = make(*device, random_values(5 * 32, 1, -2, 2), Dims{5, 32}, DType::f32);
+  const Tensor k = make(*device, random_values(270 * 16, 2, -2, 2), Dims{270, 16}, DType::f32), v = make(*device, random_values(270 * 16, 3), Dims{270, 16}, DType::f32);
+  const Pages whole(*device, k, v, {270}, shape), cut(*device, k, v, {270}, shape);
+  for (const std::int64_t block : {0, 1, 2}) {  // keys 0 to 191; the first row, at 265, sees 196 and later ones
+    const std::int64_t page = cut.kv.blocks.data<std::int32_t>()[block];
+    cut.kv.k.narrow(0, page, 1).fill(NAN), cut.kv.v.narrow(0, page, 1).fill(NAN);
+  }
+  EXPECT_TRUE(same_bits(ops::attention_paged(q, whole.kv, space_of({5}, 5), shape), ops::attention_paged(q, cut.kv, space_of({5}, 5), shape)));
+}
+
 TEST(Attention, SaysWhatDoesNotFit) {
   auto device = make_cpu_device(1);
   const auto t = [&](const Dims& shape) { return Tensor::zeros(shape, DType::f32, *device); };
@@ -203,6 +278,7 @@ TEST(Attention, SaysWhatDoesNotFit) {
   EXPECT_THAT(error_of([&] { ops::attention(t({3, 32}), t({3, 32}), t({3, 16}), space, {2, 1, 16}); }), HasSubstr("expected [3, 16]"));
   EXPECT_THAT(error_of([&] { ops::attention(t({3, 48}), t({3, 32}), t({3, 32}), space, {3, 2, 16}); }), HasSubstr("multiple"));
   EXPECT_THAT(error_of([&] { ops::attention(t({2, 32}), t({2, 16}), t({2, 16}), space, {2, 1, 16}); }), HasSubstr("row 3"));
+  EXPECT_THAT(error_of([&] { ops::attention(t({3, 32}), t({3, 16}), t({3, 16}), space, {2, 1, 16, 0, -1}); }), HasSubstr("window"));
   PagedKV past;
   past.page = 16;
   EXPECT_THAT(error_of([&] { ops::attention_paged(t({3, 32}), past, space, {2, 1, 16}); }), HasSubstr("expected 64"));

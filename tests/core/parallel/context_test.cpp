@@ -104,6 +104,7 @@ TEST(ContextCut, RowsKeepTheirPlaceInTheWhole) {
 
 struct Whole {
   std::vector<double> out, dq, dk, dv;
+  double flop = 0;  ///< of the forward, all ranks
 };
 
 /// Attention of these sequences by `size` ranks, put together again; one rank when size is 1.
@@ -135,7 +136,9 @@ Whole attend(const std::vector<std::int32_t>& lengths, int size, DType dtype, co
     };
     const Tensor q = make_leaf(pick("q", qw), false), k = make_leaf(pick("k", kw), false),
                  v = make_leaf(pick("v", kw), false);
+    rank.device->record(true);
     const Tensor out = nn::attention(context, q, k, v, shape);
+    rank.device->record(false);
     Tensor g = pick("g", qw);
     for (std::int64_t i = 0; i < local; ++i)
       if (source[static_cast<std::size_t>(i)] < 0) g.narrow(0, i, 1).fill(0);
@@ -156,6 +159,8 @@ Whole attend(const std::vector<std::int32_t>& lengths, int size, DType dtype, co
     };
     const auto grad = [](const Tensor& t) { return static_cast<Leaf*>(t.node().get())->grad(); };
     const std::lock_guard lock(mutex);
+    for (const OpRecord& op : rank.device->ledger())
+      if (op.name == "attention") whole.flop += op.cost.flop;
     put(out, whole.out), put(grad(q), whole.dq), put(grad(k), whole.dk), put(grad(v), whole.dv);
   });
   return whole;
@@ -173,11 +178,13 @@ TEST_P(ContextAttention, RowsHaveTheBitsOfOneRankAndGradientsTheirSum) {
   const DType dtype = GetParam();
   const double tolerance = dtype == DType::f64 ? 1e-13 : dtype == DType::f32 ? 1e-6 : 1e-2;
   for (const auto& lengths : some_lengths)
-    for (const ops::AttentionShape& shape : {ops::AttentionShape{2, 2, 8, 0}, ops::AttentionShape{4, 1, 20, 0.3}}) {
+    for (const ops::AttentionShape& shape : {ops::AttentionShape{2, 2, 8, 0}, ops::AttentionShape{4, 1, 20, 0.3}, ops::AttentionShape{2, 1, 8, 0, 5},
+                                             ops::AttentionShape{2, 2, 8, 0, 70}}) {
       const Whole one = attend(lengths, 1, dtype, shape);
       for (const int size : {2, 3, 4}) {
         const Whole several = attend(lengths, size, dtype, shape);
         EXPECT_EQ(several.out, one.out) << size << " ranks, " << lengths.size() << " sequences";
+        EXPECT_NEAR(several.flop, one.flop, 1e-9 * one.flop) << size;
         EXPECT_LE(difference(several.dq, one.dq), tolerance) << size;
         EXPECT_LE(difference(several.dk, one.dk), tolerance) << size;
         EXPECT_LE(difference(several.dv, one.dv), tolerance) << size;

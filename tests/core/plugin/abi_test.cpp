@@ -153,7 +153,7 @@ REVEAL(Linear, &nn::Linear::weight_, &nn::Linear::bias_);
 REVEAL(Norm, &nn::Norm::weight_, &nn::Norm::bias_, &nn::Norm::epsilon_, &nn::Norm::rms_);
 REVEAL(Embedding, &nn::Embedding::weight_);
 REVEAL(AttentionShape, &ops::AttentionShape::heads, &ops::AttentionShape::kv_heads, &ops::AttentionShape::head_size,
-       &ops::AttentionShape::scale);
+       &ops::AttentionShape::scale, &ops::AttentionShape::window);
 REVEAL(HeadScore, &ops::HeadScore::logprob, &ops::HeadScore::logsumexp, &ops::HeadScore::entropy, &ops::HeadScore::objective);
 REVEAL(StateSpec, &StateSpec::kind, &StateSpec::name, &StateSpec::shape);
 REVEAL(PagedKV, &PagedKV::k, &PagedKV::v, &PagedKV::blocks, &PagedKV::lengths, &PagedKV::page);
@@ -231,7 +231,7 @@ std::string enumerators() {
 }
 
 /// The table of epoch `golden_epoch`.
-constexpr std::uint32_t golden_epoch = 2;
+constexpr std::uint32_t golden_epoch = 3;
 constexpr const char* golden = R"(
 Dims 56/8: v_@0+48[8] size_@48+4
 Storage 56/8: device@0+16 data@16+8 bytes@24+8 owned@32+1 keeper@40+16
@@ -274,7 +274,7 @@ Call 64/8: block@0+8 reads@8+24[32] writes@32+24[32] recompute@56+1
 nn::Linear 80/8: weight_@64+8 bias_@72+8
 nn::Norm 96/8: weight_@64+8 bias_@72+8 epsilon_@80+8 rms_@88+1
 nn::Embedding 72/8: weight_@64+8
-ops::AttentionShape 32/8: heads@0+8 kv_heads@8+8 head_size@16+8 scale@24+8
+ops::AttentionShape 40/8: heads@0+8 kv_heads@8+8 head_size@16+8 scale@24+8 window@32+8
 ops::HeadScore 640/8: logprob@0+160 logsumexp@160+160 entropy@320+160 objective@480+160
 StateSpec 96/8: kind@0+1 name@8+32[1] shape@40+56
 PagedKV 648/8: k@0+160 v@160+160 blocks@320+160 lengths@480+160 page@640+8

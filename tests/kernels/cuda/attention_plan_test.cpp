@@ -43,6 +43,15 @@ TEST(AttentionPlan, TilesNeverSpanSequences) {
   EXPECT_EQ(attention_tiles(starts.data(), 5, 128, 4), 0 + 1 + 2 + 4 + 1);
 }
 
+TEST(AttentionWindow, IsThereOnlyWhereItHidesAKey) {
+  const std::vector<std::int32_t> starts{0, 3, 103, 110};
+  EXPECT_EQ(attention_window(0, starts.data(), 3), 0);
+  EXPECT_EQ(attention_window(1, starts.data(), 3), 1);
+  EXPECT_EQ(attention_window(99, starts.data(), 3), 99);
+  EXPECT_EQ(attention_window(100, starts.data(), 3), 0);
+  EXPECT_EQ(attention_window(std::int64_t{1} << 40, starts.data(), 3), 0);
+}
+
 Attention shape(const std::vector<std::int32_t>& starts, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_size) {
   Attention a;
   a.num = Num::bf16, a.heads = heads, a.kv_heads = kv_heads, a.head_size = head_size;
@@ -63,6 +72,17 @@ TEST(CudnnShape, EqualSequencesAreABatchOthersAreRoundedUp) {
   EXPECT_EQ(r.length, 128);
   EXPECT_EQ(l.batch, 8);
   EXPECT_EQ(l.length, 512);
+}
+
+TEST(CudnnShape, AWindowIsAPlanOfItsOwnWhereItHidesAKey) {
+  const std::vector<std::int32_t> starts{0, 100, 200};
+  Attention a = shape(starts, 8, 2, 64);
+  const CudnnShape none = cudnn_shape(a, true, false);
+  a.window = 99;
+  EXPECT_EQ(cudnn_shape(a, true, false).window, 99);
+  EXPECT_NE(cudnn_shape(a, true, false), none);
+  a.window = 100;
+  EXPECT_EQ(cudnn_shape(a, true, false), none);
 }
 
 TEST(CudnnRefuses, SaysWhatItDoesNotTake) {

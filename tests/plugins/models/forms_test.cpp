@@ -163,6 +163,37 @@ TEST_F(GptForms, APatternNamesTheLayers) {
   EXPECT_THAT(model->describe(), testing::HasSubstr("mlp + attention + mlp2"));
 }
 
+// What a layer's attention costs on the meta device tells which window it has.
+TEST_F(GptForms, WindowsAreThoseOfTheLayersAskedFor) {
+  const auto pairs_by_layer = [&](const Overrides& windows) {
+    const auto model = make(tiny + llama_form + Overrides{{"layers", "6"}} + windows);
+    const auto device = make_meta_device();
+    place(*model, *device, DType::f32);
+    const std::vector<std::int32_t> lengths{16};
+    const Batch batch = make_batch(*device, tokens(16, 11), lengths);
+    ForwardContext context(batch, *device, DType::f32);
+    context.set("h", Tensor::empty({16, 8}, DType::f32, *device));
+    std::vector<double> pairs;
+    for (const Call& call : model->calls()) {
+      if (call.reads.empty() || call.writes.empty()) continue;
+      device->clear_ledger();
+      device->record(true);
+      call.block->forward(context);
+      for (const OpRecord& op : device->ledger())
+        if (op.name == "attention") pairs.push_back(op.cost.flop / (4 * 8));
+    }
+    return pairs;
+  };
+  const double all = 16 * 17 / 2, four = 4 * 5 / 2 + 12 * 4;
+  EXPECT_EQ(pairs_by_layer({}), std::vector<double>(6, all));
+  EXPECT_EQ(pairs_by_layer({{"window", "4"}}), std::vector<double>(6, four));
+  EXPECT_EQ(pairs_by_layer({{"window", "4"}, {"global_every", "3"}}), (std::vector<double>{four, four, all, four, four, all}));
+  EXPECT_EQ(pairs_by_layer({{"pattern", "[{plugin: attention, heads: 2, window: 4, global_every: 2}]"}}),
+            (std::vector<double>{four, all, four, all, four, all}));
+  EXPECT_THAT(make(tiny + Overrides{{"window", "4"}, {"global_every", "2"}})->describe(),
+              testing::HasSubstr("window 4 but in every 2nd layer"));
+}
+
 TEST_F(GptForms, WhatDoesNotFitIsRefusedByItsKey) {
   using testing::AllOf;
   using testing::HasSubstr;
@@ -176,6 +207,8 @@ TEST_F(GptForms, WhatDoesNotFitIsRefusedByItsKey) {
   EXPECT_THAT(refusal(tiny + Overrides{{"norm", "batch"}}), HasSubstr("norm"));
   EXPECT_THAT(refusal(tiny + Overrides{{"dropout", "1"}}), HasSubstr("dropout"));
   EXPECT_THAT(refusal(tiny + Overrides{{"layers", "0"}}), HasSubstr("layers"));
+  EXPECT_THAT(refusal(tiny + Overrides{{"window", "-1"}}), HasSubstr("window"));
+  EXPECT_THAT(refusal(tiny + Overrides{{"global_every", "2"}}), AllOf(HasSubstr("global_every"), HasSubstr("give window")));
 }
 
 }  // namespace

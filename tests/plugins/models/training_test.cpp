@@ -80,6 +80,7 @@ TEST_P(GptGradient, AgreesWithFiniteDifferences) {
 INSTANTIATE_TEST_SUITE_P(Forms, GptGradient,
                          testing::Values(std::pair{"gpt2", gpt2_form}, std::pair{"llama", llama_form},
                                          std::pair{"qwen", qwen_form},
+                                         std::pair{"window", llama_form + Overrides{{"window", "3"}, {"global_every", "2"}}},
                                          std::pair{"gpt2_untied", gpt2_form + Overrides{{"tied", "false"}}}),
                          [](const auto& info) { return std::string(info.param.first); });
 

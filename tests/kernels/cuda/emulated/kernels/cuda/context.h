@@ -37,7 +37,7 @@ class Context {
     return room_.data();
   }
   struct Fault { unsigned long long what, index, value; };
-  struct AttentionChoice { bool cudnn = false, deterministic = true; std::int64_t workspace = 0; } attention_choice;
+  struct AttentionChoice { bool cudnn = false; std::int64_t workspace = 0; } attention_choice;
   std::shared_ptr<void> attention_state;
   Fault* faults() { return &fault_; }
   unsigned long long fault_number(const char*) { return 7; }
