@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fifty AdamW steps of two small decoders in PyTorch; writes gpt2.json and llama.json beside itself.
+"""Fifty AdamW steps of three small decoders in PyTorch; writes gpt2.json, llama.json and window.json beside itself.
 
     python3 -m venv V && V/bin/pip install torch numpy && V/bin/python tests/reference/gpt_reference.py
 
@@ -7,6 +7,7 @@ File format, one JSON object:
   config        what the model and the run are; all that is needed to repeat them:
     form "gpt2": LayerNorm with bias, learned positions, tanh GELU, biases on every linear layer, head tied to tokens.weight.
     form "llama": RMSNorm, RoPE (half-split, theta 10000), grouped-query attention, SwiGLU, no biases, a head of its own.
+    window, global_every: a token sees this many keys (its own the last), but in every global_every-th layer; 0: all before it
     layers, heads, kv_heads, hidden, ffn, context, vocabulary, norm_epsilon, seed, init_std, batch, batches, steps, lr,
     beta1, beta2, epsilon, weight_decay, torch (the release that made the numbers)
   losses        [steps] mean cross-entropy of each step before its update, in f32
@@ -30,7 +31,8 @@ from addressed_random import Rng
 
 COMMON = dict(layers=3, heads=4, hidden=64, context=32, vocabulary=101, norm_epsilon=1e-5, seed=20, init_std=0.02, batch=4,
               batches=4, steps=50, lr=2e-3, beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
-FORMS = {"gpt2": dict(form="gpt2", kv_heads=4, ffn=256, **COMMON), "llama": dict(form="llama", kv_heads=2, ffn=168, **COMMON)}
+FORMS = {"gpt2": dict(form="gpt2", kv_heads=4, ffn=256, **COMMON), "llama": dict(form="llama", kv_heads=2, ffn=168, **COMMON),
+         "window": dict(form="llama", kv_heads=2, ffn=168, window=5, global_every=3, **COMMON)}
 
 
 def initial_values(c):
@@ -100,7 +102,8 @@ def loss_of(c, p, tokens, targets):
     h = p["tokens.weight"][tokens]
     if gpt2:
         h = h + p["positions.weight"][:T]
-    mask = torch.full((T, T), -math.inf, dtype=h.dtype).triu(1)
+    late = torch.full((T, T), -math.inf, dtype=h.dtype).triu(1)
+    early = torch.full((T, T), -math.inf, dtype=h.dtype).tril(-c.get("window", T))
     for n in range(c["layers"]):
         at = f"layers.{n}."
         q, k, v = linear(at + "attention.qkv", norm(at + "attention.norm", h)).split([heads * D, kv_heads * D, kv_heads * D], -1)
@@ -108,7 +111,8 @@ def loss_of(c, p, tokens, targets):
         if not gpt2:
             q, k = rope(q), rope(k)
         k, v = (x.repeat_interleave(heads // kv_heads, 1) for x in (k, v))
-        y = ((q @ k.transpose(-1, -2)) / math.sqrt(D) + mask).softmax(-1) @ v
+        local = "window" in c and (n + 1) % c["global_every"] != 0
+        y = ((q @ k.transpose(-1, -2)) / math.sqrt(D) + (late + early if local else late)).softmax(-1) @ v
         h = h + linear(at + "attention.out", y.transpose(1, 2).reshape(B, T, -1))
         x = norm(at + "mlp.norm", h)
         if gpt2:

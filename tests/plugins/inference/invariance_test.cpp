@@ -240,11 +240,13 @@ TEST_P(InvarianceCheck, TheCheckSeesAnotherOrderOfSummation) {
 
 const auto forms =
     testing::Values(std::pair{"gpt2", gpt2_form}, std::pair{"llama", llama_form + Overrides{{"kv_heads", "2"}}},
-                    std::pair{"qwen", qwen_form + Overrides{{"kv_heads", "1"}, {"head_size", "20"}}},
-                    std::pair{"window", llama_form + Overrides{{"kv_heads", "2"}, {"window", "45"}}},
+                    std::pair{"qwen", qwen_form + Overrides{{"kv_heads", "1"}, {"head_size", "20"}}});
+const auto windowed_forms =
+    testing::Values(std::pair{"window", llama_form + Overrides{{"kv_heads", "2"}, {"window", "45"}}},
                     std::pair{"local_and_global", qwen_form + Overrides{{"window", "10"}, {"global_every", "2"}}});
 const auto name_of_form = [](const auto& info) { return std::string(info.param.first); };
 INSTANTIATE_TEST_SUITE_P(Forms, Invariance, forms, name_of_form);
+INSTANTIATE_TEST_SUITE_P(Windowed, Invariance, windowed_forms, name_of_form);
 INSTANTIATE_TEST_SUITE_P(Forms, InvarianceCheck, forms, name_of_form);
 INSTANTIATE_TEST_SUITE_P(Bf16, Invariance,
                          testing::Values(std::pair{"gpt2_bf16", gpt2_form},

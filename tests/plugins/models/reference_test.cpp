@@ -22,7 +22,8 @@ class Reference : public GptFixture, public testing::WithParamInterface<const ch
   std::int64_t integer(const char* key) const { return config[key].get<std::int64_t>(); }
 
   std::unique_ptr<Engine> engine() {
-    const Overrides form = config["form"] == "gpt2" ? gpt2_form : llama_form;
+    Overrides form = config["form"] == "gpt2" ? gpt2_form : llama_form;
+    if (config.contains("window")) form = form + Overrides{{"window", text("window")}, {"global_every", text("global_every")}};
     auto e = std::make_unique<Engine>(make(form + Overrides{{"layers", text("layers")},
                                                             {"heads", text("heads")},
                                                             {"kv_heads", text("kv_heads")},
@@ -96,7 +97,7 @@ TEST_P(Reference, FiftyStepsOfLossAgree) {
   EXPECT_LT(last, 0.6 * reference["losses"][0].get<double>()) << "the model has learned, so the comparison says something";
 }
 
-INSTANTIATE_TEST_SUITE_P(Forms, Reference, testing::Values("gpt2", "llama"),
+INSTANTIATE_TEST_SUITE_P(Forms, Reference, testing::Values("gpt2", "llama", "window"),
                          [](const auto& info) { return std::string(info.param); });
 
 }  // namespace
