@@ -62,6 +62,8 @@ class Backend {
   virtual double sum_of_squares(std::span<const Piece> pieces) = 0;
   /// The index of the first piece with an element that is not finite, or -1. Waits.
   virtual std::int64_t first_nonfinite(std::span<const Piece> pieces) = 0;
+  /// Tells tensors apart to the bit, the same on every backend; waits.
+  virtual std::uint64_t fingerprint(Num num, std::int64_t n, const void* data, std::uint64_t first) = 0;
   /// x *= 1 / max(|x|, least) with the Frobenius norm in f64; f32 or f64.
   virtual void normalize(Num num, std::int64_t n, void* x, double least) = 0;
 

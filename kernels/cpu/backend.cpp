@@ -9,6 +9,7 @@
 #include <kernels/cpu/dropout.h>
 #include <kernels/cpu/elementwise.h>
 #include <kernels/cpu/embedding.h>
+#include <kernels/cpu/fingerprint.h>
 #include <kernels/cpu/gemm.h>
 #include <kernels/cpu/norm.h>
 #include <kernels/cpu/optimizer.h>
@@ -170,6 +171,7 @@ void CpuBackend::gelu_backward_sum(Num num, std::int64_t rows, std::int64_t cols
 }
 double CpuBackend::sum_of_squares(std::span<const Piece> pieces) { return cpu::sum_of_squares(ctx_, pieces); }
 std::int64_t CpuBackend::first_nonfinite(std::span<const Piece> pieces) { return cpu::first_nonfinite(ctx_, pieces); }
+std::uint64_t CpuBackend::fingerprint(Num num, std::int64_t n, const void* data, std::uint64_t first) { return cpu::fingerprint(num, n, data, first); }
 void CpuBackend::normalize(Num num, std::int64_t n, void* x, double least) {
   if (num == Num::f64) cpu::normalize(ctx_, n, to<double>(x), least);
   else cpu::normalize(ctx_, n, to<float>(x), least);

@@ -42,6 +42,7 @@ class CpuBackend final : public Backend {
                   bool accumulate) override;
   double sum_of_squares(std::span<const Piece> pieces) override;
   std::int64_t first_nonfinite(std::span<const Piece> pieces) override;
+  std::uint64_t fingerprint(Num num, std::int64_t n, const void* data, std::uint64_t first) override;
   void normalize(Num num, std::int64_t n, void* x, double least) override;
 
   std::int64_t norm_blocks(std::int64_t rows, std::int64_t cols) override;

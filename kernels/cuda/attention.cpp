@@ -9,6 +9,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace capstan::kernels::cuda {
 
@@ -26,6 +27,32 @@ Attention with_plain_window(const Attention& a) {
   Attention b = a;
   b.window = attention_window(a.window, a.host_starts, a.sequences);
   return b;
+}
+
+std::int64_t compute_bytes(const Attention& a) { return a.num == Num::f64 ? 8 : 4; }
+
+/// run(one, row) for each sequence whose keys are other rows than its own: alone, its pointers moved to its first row and key, which
+/// the kernels know by the missing `starts`. One after the other: the same keys' gradients are added to in that order.
+template <class Run>
+void for_stretches(const Attention& a, Run&& run) {
+  const std::int64_t bytes = bytes_of(a.num);
+  const auto moved = [&](auto* p, std::int64_t elements) -> decltype(p) {
+    using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(p)>>, const char, char>;
+    return p == nullptr ? nullptr : static_cast<Byte*>(p) + elements * bytes;
+  };
+  for (std::int64_t s = 0; s < a.sequences; ++s) {
+    const std::int64_t row = a.host_starts[s], key = a.host_key_begins[s];
+    const std::int32_t starts[] = {0, a.host_starts[s + 1] - a.host_starts[s]}, keys[] = {0, a.host_key_counts[s]};
+    if (starts[1] == 0) continue;
+    Attention one = a;
+    one.starts = nullptr, one.host_starts = starts, one.sequences = 1, one.host_key_begins = keys, one.host_key_counts = keys + 1;
+    one.window = attention_window(a.window, keys, 1);
+    one.q = moved(a.q, row * a.q_stride), one.out = moved(a.out, row * a.out_stride), one.dout = moved(a.dout, row * a.dout_stride);
+    one.dq = moved(a.dq, row * a.dq_stride), one.k = moved(a.k, key * a.k_stride), one.v = moved(a.v, key * a.v_stride);
+    one.dk = moved(a.dk, key * a.dkv_stride), one.dv = moved(a.dv, key * a.dkv_stride);
+    if (a.lse != nullptr) one.lse = static_cast<char*>(a.lse) + row * compute_bytes(a);
+    run(one, row);
+  }
 }
 
 /// Rows past the last sequence belong to nobody: they are zero.
@@ -82,27 +109,34 @@ bool backward_by_cudnn(Context& ctx, const Attention& a) {
 void attention(Context& ctx, const Attention& asked) {
   check_shape("attention", asked.num, asked.head_size, asked.window, asked.scale);
   if (asked.rows == 0) return;
-  const Attention a = with_plain_window(asked);
-  if (forward_by_cudnn(ctx, a)) {
-  } else if (a.num == Num::bf16) {
-    attention_forward_tensor(ctx, a);
-  } else {
-    attention_forward_plain(ctx, a);
+  const auto own = [&](const Attention& a) { a.num == Num::bf16 ? attention_forward_tensor(ctx, a) : attention_forward_plain(ctx, a); };
+  if (asked.host_key_begins != nullptr) {
+    for_stretches(asked, [&](const Attention& one, std::int64_t) { own(one); });
+  } else if (const Attention a = with_plain_window(asked); !forward_by_cudnn(ctx, a)) {
+    own(a);
   }
-  clear_dead(ctx, a, a.out, a.out_stride, a.heads);
+  clear_dead(ctx, asked, asked.out, asked.out_stride, asked.heads);
 }
 
 void attention_backward(Context& ctx, const Attention& asked) {
   check_shape("attention_backward", asked.num, asked.head_size, asked.window, asked.scale);
   if (asked.rows == 0) return;
-  const Attention a = with_plain_window(asked);
-  if (backward_by_cudnn(ctx, a)) {
-  } else if (a.num == Num::bf16) {
-    attention_backward_tensor(ctx, a);
-  } else {
-    attention_backward_plain(ctx, a);
+  const auto own = [&](const Attention& a, const char* delta) {
+    a.num == Num::bf16 ? attention_backward_tensor(ctx, a, delta) : attention_backward_plain(ctx, a, delta);
+  };
+  const auto delta_of = [&](const Attention& a) {
+    void* delta = ctx.scratch(a.heads * a.rows * compute_bytes(a));
+    attention_delta(ctx, a, delta);
+    return static_cast<const char*>(delta);
+  };
+  clear_dead(ctx, asked, asked.dq, asked.dq_stride, asked.heads);
+  if (asked.host_key_begins != nullptr) {
+    const char* delta = delta_of(asked);
+    for_stretches(asked, [&](const Attention& one, std::int64_t row) { own(one, delta + row * compute_bytes(one)); });
+    return;
   }
-  clear_dead(ctx, a, a.dq, a.dq_stride, a.heads);
+  const Attention a = with_plain_window(asked);
+  if (!backward_by_cudnn(ctx, a)) own(a, delta_of(a));
   clear_dead(ctx, a, a.dk, a.dkv_stride, a.kv_heads);
   clear_dead(ctx, a, a.dv, a.dkv_stride, a.kv_heads);
 }

@@ -13,6 +13,7 @@ struct BackwardArguments {
   bf16 *dq, *dk, *dv;
   std::int64_t q_stride, k_stride, v_stride, dout_stride, dq_stride, dkv_stride, rows;
   int heads, kv_heads, head_size, sequences, tiles;
+  int length, past;  // where starts is null: rows, and keys ahead of them
   float scale;
   Window window;
   const std::int32_t* starts;
@@ -29,7 +30,7 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 2 : 1) attention_dkv
   unsigned char* shared = dynamic_shared();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int strip = warp % 4 * 16, part = warp / 4, group = a.heads / a.kv_heads, kv_head = static_cast<int>(blockIdx.x);
-  const FoundTile found = find_tile(a.starts, a.sequences, static_cast<int>(blockIdx.y), keys);
+  const FoundTile found = find_tile_or_one(a.starts, a.sequences, a.length + a.past, static_cast<int>(blockIdx.y), keys);
   if (found.length == 0) return;
   const int first = found.tile * keys, live = min(keys, found.length - first);
   const unsigned k_tile = shared_address(shared), v_tile = k_tile + tile_bytes, q_tile = v_tile + tile_bytes, d_tile = q_tile + 2 * tile_bytes;
@@ -40,10 +41,12 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 2 : 1) attention_dkv
   load_rows<keys, Width, threads>(v_tile, a.head_size, a.vector, [&](int r) {
     return r < live ? a.v + static_cast<std::int64_t>(found.begin + first + r) * a.v_stride + kv_head * a.head_size : nullptr;
   });
-  const int query_tiles = (a.window.end(first + live - 1, found.length) + queries - 1) / queries - found.tile, steps = query_tiles * group;
+  const int first_query = max(0, first - a.past) / queries;  // tiles of rows from here see these keys
+  const int query_tiles = (a.window.end(first + live - 1, found.length) - a.past + queries - 1) / queries - first_query, steps = query_tiles * group;
+  if (steps <= 0) return;  // there is nothing to add
   const auto load_queries = [&](int step) {
-    const int head = kv_head * group + step / query_tiles, row = (found.tile + step % query_tiles) * queries;
-    const int count = min(queries, found.length - row);
+    const int head = kv_head * group + step / query_tiles, row = (first_query + step % query_tiles) * queries;
+    const int count = min(queries, found.length - a.past - row);
     const unsigned stage = static_cast<unsigned>(step % 2 * tile_bytes);
     const std::int64_t at = found.begin + row;
     load_rows<queries, Width, threads>(q_tile + stage, a.head_size, a.vector,
@@ -73,8 +76,8 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 2 : 1) attention_dkv
     const float* lse = numbers + step % 2 * 2 * queries;
     float p[1][queries / 8][4] = {}, g[1][queries / 8][4] = {};
     product_rows<Width, 1, queries / 8>(p, k_tile + strip_bytes, q_tile + stage, offsets);  // [keys, queries]
-    const int apart = step % query_tiles * queries;
-    const bool masked = apart == 0 || a.window.cuts(apart + queries - 1);
+    const int apart = a.past + (first_query + step % query_tiles) * queries - first;
+    const bool masked = apart < keys - 1 || a.window.cuts(apart + queries - 1);
 #pragma unroll
     for (int n = 0; n < queries / 8; ++n)
 #pragma unroll
@@ -100,8 +103,8 @@ __global__ void __launch_bounds__(128 * Parts, Parts == 1 ? 2 : 1) attention_dkv
       return strip + r < live ? to + static_cast<std::int64_t>(found.begin + first + strip + r) * a.dkv_stride + kv_head * a.head_size : nullptr;
     };
   };
-  store_strip<Width, columns>(dk[0], a.scale, a.scale, shared, strip, part * columns, a.head_size, a.vector, lane, target(a.dk));
-  store_strip<Width, columns>(dv[0], 1.0f, 1.0f, shared + tile_bytes, strip, part * columns, a.head_size, a.vector, lane, target(a.dv));
+  store_strip<Width, columns>(dk[0], a.scale, a.scale, shared, strip, part * columns, a.head_size, a.vector, lane, target(a.dk), a.starts == nullptr);
+  store_strip<Width, columns>(dv[0], 1.0f, 1.0f, shared + tile_bytes, strip, part * columns, a.head_size, a.vector, lane, target(a.dv), a.starts == nullptr);
 }
 
 /// One tile of 64 queries of one head, over the tiles of keys that it sees.
@@ -111,7 +114,7 @@ __global__ void __launch_bounds__(128, Width <= 128 ? 2 : 1) attention_dq_kernel
   unsigned char* shared = dynamic_shared();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32, strip = warp * 16;
   const int head = static_cast<int>(blockIdx.x), kv_head = head / (a.heads / a.kv_heads);
-  const FoundTile found = find_tile(a.starts, a.sequences, a.tiles - 1 - static_cast<int>(blockIdx.y), queries);
+  const FoundTile found = find_tile_or_one(a.starts, a.sequences, a.length, a.tiles - 1 - static_cast<int>(blockIdx.y), queries);
   if (found.length == 0) return;
   const int first = found.tile * queries, live = min(queries, found.length - first);
   const unsigned q_tile = shared_address(shared), d_tile = q_tile + tile_bytes, k_tile = d_tile + tile_bytes, v_tile = k_tile + 2 * tile_bytes;
@@ -122,7 +125,7 @@ __global__ void __launch_bounds__(128, Width <= 128 ? 2 : 1) attention_dq_kernel
     return r < live ? a.dout + static_cast<std::int64_t>(found.begin + first + r) * a.dout_stride + head * a.head_size : nullptr;
   });
   const auto load_keys = [&](int t) {
-    const int count = min(keys, found.length - t * keys);
+    const int count = min(keys, found.length + a.past - t * keys);
     const unsigned stage = static_cast<unsigned>(t % 2 * tile_bytes);
     const std::int64_t at = found.begin + t * keys;
     load_rows<keys, Width, threads>(k_tile + stage, a.head_size, a.vector,
@@ -131,7 +134,7 @@ __global__ void __launch_bounds__(128, Width <= 128 ? 2 : 1) attention_dq_kernel
                                     [&](int r) { return r < count ? a.v + (at + r) * a.v_stride + kv_head * a.head_size : nullptr; });
     commit_copies();
   };
-  const int first_tile = a.window.first_tile(first, keys), key_tiles = found.tile + 1;
+  const int position = a.past + first, first_tile = a.window.first_tile(position, keys), key_tiles = (position + live - 1) / keys + 1;
   load_keys(first_tile);
   const LaneOffsets offsets(lane, TileOf<Width>::row_bytes);
   const unsigned strip_bytes = static_cast<unsigned>(strip * TileOf<Width>::row_bytes);
@@ -152,8 +155,8 @@ __global__ void __launch_bounds__(128, Width <= 128 ? 2 : 1) attention_dq_kernel
     float p[1][keys / 8][4] = {}, g[1][keys / 8][4] = {};
     product_rows<Width, 1, keys / 8>(p, q_tile + strip_bytes, k_tile + stage, offsets);
     product_rows<Width, 1, keys / 8>(g, d_tile + strip_bytes, v_tile + stage, offsets);
-    const int apart = (found.tile - t) * keys;
-    const bool masked = apart == 0 || a.window.cuts(apart + queries - 1);
+    const int apart = position - t * keys;
+    const bool masked = apart < keys - 1 || a.window.cuts(apart + queries - 1);
 #pragma unroll
     for (int n = 0; n < keys / 8; ++n)
 #pragma unroll
@@ -209,9 +212,7 @@ void attention_delta(Context& ctx, const Attention& a, void* delta) {
   });
 }
 
-void attention_backward_tensor(Context& ctx, const Attention& a) {
-  auto* delta = static_cast<float*>(ctx.scratch(a.heads * a.rows * 4));
-  attention_delta(ctx, a, delta);
+void attention_backward_tensor(Context& ctx, const Attention& a, const void* delta) {
   BackwardArguments b{};
   b.q = static_cast<const bf16*>(a.q), b.k = static_cast<const bf16*>(a.k), b.v = static_cast<const bf16*>(a.v), b.dout = static_cast<const bf16*>(a.dout);
   b.dq = static_cast<bf16*>(a.dq), b.dk = static_cast<bf16*>(a.dk), b.dv = static_cast<bf16*>(a.dv);
@@ -219,13 +220,15 @@ void attention_backward_tensor(Context& ctx, const Attention& a) {
   b.dq_stride = a.dq_stride, b.dkv_stride = a.dkv_stride, b.rows = a.rows;
   b.heads = static_cast<int>(a.heads), b.kv_heads = static_cast<int>(a.kv_heads), b.head_size = static_cast<int>(a.head_size);
   b.sequences = static_cast<int>(a.sequences), b.scale = static_cast<float>(a.scale), b.window = window_of(a.window), b.starts = a.starts;
-  b.lse = static_cast<const float*>(a.lse), b.delta = delta;
+  b.lse = static_cast<const float*>(a.lse), b.delta = static_cast<const float*>(delta);
+  b.length = rows_of_one(a), b.past = keys_ahead_of_one(a);
   b.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, 64));
   b.vector = (a.head_size | a.q_stride | a.k_stride | a.v_stride | a.dout_stride | a.dq_stride | a.dkv_stride) % 8 == 0 &&
              all_on_16(a.q, a.k, a.v, a.dout, a.dq, a.dk, a.dv);
   const AttentionPlan dkv = plan_attention_dkv(a.head_size), dq = plan_attention_dq(a.head_size);
   const auto tiles = static_cast<unsigned>(b.tiles);
-  const Launch keys{static_cast<unsigned>(a.kv_heads), tiles, 1, static_cast<unsigned>(dkv.warps * 32), static_cast<unsigned>(dkv.shared_bytes)};
+  const unsigned key_tiles = a.starts != nullptr ? tiles : static_cast<unsigned>((a.host_key_counts[0] + 63) / 64);
+  const Launch keys{static_cast<unsigned>(a.kv_heads), key_tiles, 1, static_cast<unsigned>(dkv.warps * 32), static_cast<unsigned>(dkv.shared_bytes)};
   const Launch queries{static_cast<unsigned>(a.heads), tiles, 1, static_cast<unsigned>(dq.warps * 32), static_cast<unsigned>(dq.shared_bytes)};
   const auto run = [&]<int Width>() {
     launch(ctx, keys, "attention_backward dk dv", attention_dkv_kernel<Width, Width <= 128 ? 1 : 2>, b);

@@ -13,6 +13,7 @@ struct ForwardArguments {
   bf16* out;
   std::int64_t q_stride, k_stride, v_stride, out_stride, rows;
   int heads, kv_heads, head_size, sequences, tiles;
+  int length, past;  // where starts is null: rows, and keys ahead of them
   float scale;
   Window window;
   const std::int32_t* starts;
@@ -30,11 +31,11 @@ __device__ __forceinline__ void attention_forward_tile(const ForwardArguments& a
   unsigned char* shared = dynamic_shared();
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const int group = a.heads / a.kv_heads, times = Paged ? group : 1;
-  const FoundTile found = find_tile(a.starts, a.sequences, a.tiles - 1 - static_cast<int>(blockIdx.y), rows, times);
+  const FoundTile found = find_tile_or_one(a.starts, a.sequences, a.length, a.tiles - 1 - static_cast<int>(blockIdx.y), rows, times);
   const int head = static_cast<int>(blockIdx.x), kv_head = Paged ? head : head / group;
   if (found.length == 0) return;
   const int first = found.tile * rows, live = min(rows, found.length * times - first);  // rows of this tile
-  const int held = Paged ? a.lengths[found.sequence] : found.length, past = held - found.length;
+  const int held = Paged ? a.lengths[found.sequence] : found.length + a.past, past = held - found.length;
   const auto position = [&](int r) { return past + (first + r) / times; };
   const auto offset = [&](int r, std::int64_t stride) {
     const int row = first + r;
@@ -171,6 +172,7 @@ void attention_forward_tensor(Context& ctx, const Attention& a) {
   f.q_stride = a.q_stride, f.k_stride = a.k_stride, f.v_stride = a.v_stride, f.out_stride = a.out_stride, f.rows = a.rows;
   f.heads = static_cast<int>(a.heads), f.kv_heads = static_cast<int>(a.kv_heads), f.head_size = static_cast<int>(a.head_size);
   f.sequences = static_cast<int>(a.sequences), f.scale = static_cast<float>(a.scale), f.window = window_of(a.window), f.starts = a.starts, f.lse = static_cast<float*>(a.lse);
+  f.length = rows_of_one(a), f.past = keys_ahead_of_one(a);
   f.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, plan_attention_forward(a.head_size, false, ctx.capability()).rows));
   f.vector = a.head_size % 8 == 0 && (a.q_stride | a.k_stride | a.v_stride | a.out_stride) % 8 == 0 && all_on_16(a.q, a.k, a.v, a.out);
   run<false>(ctx, f, static_cast<unsigned>(a.heads));

@@ -13,6 +13,7 @@ struct PlainArguments {
   T *out, *dq, *dk, *dv;
   std::int64_t q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride, dkv_stride, rows;
   int heads, kv_heads, head_size, sequences, tiles;
+  int length, past;  // where starts is null: rows, and keys ahead of them
   T scale;
   Window window;
   const std::int32_t* starts;
@@ -47,11 +48,11 @@ __global__ void __launch_bounds__(256, 2) plain_forward_kernel(const __grid_cons
   T* q = reinterpret_cast<T*>(shared);
   T *k = q + Tile * row_size, *v = k + Tile * row_size, *p = v + Tile * row_size;
   const int r = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
-  const FoundTile found = find_tile(a.starts, a.sequences, a.tiles - 1 - static_cast<int>(blockIdx.y), Tile);
+  const FoundTile found = find_tile_or_one(a.starts, a.sequences, a.length, a.tiles - 1 - static_cast<int>(blockIdx.y), Tile);
   if (found.length == 0) return;
   const int head = static_cast<int>(blockIdx.x), kv_head = head / (a.heads / a.kv_heads), d = a.head_size;
   const int first = found.tile * Tile, live = min(Tile, found.length - first);
-  const int held = Paged ? a.lengths[found.sequence] : found.length, past = held - found.length, position = past + first + r;
+  const int held = Paged ? a.lengths[found.sequence] : found.length + a.past, past = held - found.length, position = past + first + r;
   load_plain<Tile, Width>(q, a.q + static_cast<std::int64_t>(found.begin + first) * a.q_stride + head * d, a.q_stride, live, d);
   T o[columns] = {}, top = lowest<T>(), sum = 0;
   const int key_tiles = (past + first + live - 1) / Tile + 1;
@@ -146,23 +147,23 @@ __global__ void __launch_bounds__(256, 2) plain_dkv_kernel(const __grid_constant
   T* q = reinterpret_cast<T*>(shared);
   T *k = q + Tile * row_size, *v = k + Tile * row_size, *dout = v + Tile * row_size, *p = dout + Tile * row_size, *g = p + Tile * (Tile + 1);
   const int r = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
-  const FoundTile found = find_tile(a.starts, a.sequences, static_cast<int>(blockIdx.y), Tile);
+  const FoundTile found = find_tile_or_one(a.starts, a.sequences, a.length + a.past, static_cast<int>(blockIdx.y), Tile);  // of keys
   if (found.length == 0) return;
-  const int kv_head = static_cast<int>(blockIdx.x), group = a.heads / a.kv_heads, d = a.head_size;
+  const int rows = found.length - a.past, kv_head = static_cast<int>(blockIdx.x), group = a.heads / a.kv_heads, d = a.head_size;
   const int first = found.tile * Tile, live = min(Tile, found.length - first);
   const std::int64_t at = found.begin + first;
   load_plain<Tile, Width>(k, a.k + at * a.k_stride + kv_head * d, a.k_stride, live, d);
   load_plain<Tile, Width>(v, a.v + at * a.v_stride + kv_head * d, a.v_stride, live, d);
   T dk[columns] = {}, dv[columns] = {};
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
-    for (int q0 = first, end = a.window.end(first + live - 1, found.length); q0 < end; q0 += Tile) {
-      const int queries = min(Tile, found.length - q0);
+    for (int q0 = max(0, first - a.past) / Tile * Tile, end = a.window.end(first + live - 1, found.length) - a.past; q0 < end; q0 += Tile) {
+      const int queries = min(Tile, rows - q0);
       const std::int64_t row = found.begin + q0;
       __syncthreads();
       load_plain<Tile, Width>(q, a.q + row * a.q_stride + head * d, a.q_stride, queries, d);
       load_plain<Tile, Width>(dout, a.dout + row * a.dout_stride + head * d, a.dout_stride, queries, d);
       __syncthreads();
-      plain_scores<T, Tile, Width>(a, q, dout, k, v, p, g, head, row, q0, queries, first);
+      plain_scores<T, Tile, Width>(a, q, dout, k, v, p, g, head, row, a.past + q0, queries, first);
       __syncthreads();
       for (int i = 0; i < queries; ++i) {  // this thread's key is r
         const T e = p[i * (Tile + 1) + r], s = g[i * (Tile + 1) + r];
@@ -174,7 +175,10 @@ __global__ void __launch_bounds__(256, 2) plain_dkv_kernel(const __grid_constant
   const std::int64_t to = (at + r) * a.dkv_stride + kv_head * d;
 #pragma unroll
   for (int c = 0; c < columns; ++c)
-    if (lane + c * lanes < d) a.dk[to + lane + c * lanes] = dk[c], a.dv[to + lane + c * lanes] = dv[c];
+    if (lane + c * lanes < d) {
+      T &key = a.dk[to + lane + c * lanes], &value = a.dv[to + lane + c * lanes];
+      key = a.starts != nullptr ? dk[c] : key + dk[c], value = a.starts != nullptr ? dv[c] : value + dv[c];
+    }
 }
 
 template <class T, int Tile, int Width>
@@ -184,22 +188,22 @@ __global__ void __launch_bounds__(256, 2) plain_dq_kernel(const __grid_constant_
   T* q = reinterpret_cast<T*>(shared);
   T *k = q + Tile * row_size, *v = k + Tile * row_size, *dout = v + Tile * row_size, *p = dout + Tile * row_size, *g = p + Tile * (Tile + 1);
   const int r = static_cast<int>(threadIdx.x) / lanes, lane = static_cast<int>(threadIdx.x) % lanes;
-  const FoundTile found = find_tile(a.starts, a.sequences, a.tiles - 1 - static_cast<int>(blockIdx.y), Tile);
+  const FoundTile found = find_tile_or_one(a.starts, a.sequences, a.length, a.tiles - 1 - static_cast<int>(blockIdx.y), Tile);
   if (found.length == 0) return;
   const int head = static_cast<int>(blockIdx.x), kv_head = head / (a.heads / a.kv_heads), d = a.head_size;
-  const int first = found.tile * Tile, live = min(Tile, found.length - first);
+  const int first = found.tile * Tile, live = min(Tile, found.length - first), held = found.length + a.past, position = a.past + first;
   const std::int64_t row = found.begin + first;
   load_plain<Tile, Width>(q, a.q + row * a.q_stride + head * d, a.q_stride, live, d);
   load_plain<Tile, Width>(dout, a.dout + row * a.dout_stride + head * d, a.dout_stride, live, d);
   T dq[columns] = {};
-  for (int t = a.window.first_tile(first, Tile); t <= found.tile; ++t) {
-    const int count = min(Tile, found.length - t * Tile);
+  for (int t = a.window.first_tile(position, Tile); t * Tile < position + live; ++t) {
+    const int count = min(Tile, held - t * Tile);
     const std::int64_t at = found.begin + t * Tile;
     __syncthreads();
     load_plain<Tile, Width>(k, a.k + at * a.k_stride + kv_head * d, a.k_stride, count, d);
     load_plain<Tile, Width>(v, a.v + at * a.v_stride + kv_head * d, a.v_stride, count, d);
     __syncthreads();
-    plain_scores<T, Tile, Width>(a, q, dout, k, v, p, g, head, row, first, live, t * Tile);
+    plain_scores<T, Tile, Width>(a, q, dout, k, v, p, g, head, row, position, live, t * Tile);
     __syncwarp();
     for (int j = 0; j < Tile; ++j) {
       const T s = g[r * (Tile + 1) + j];
@@ -239,7 +243,7 @@ PlainArguments<T> shape_of(const A& a, int tile) {
 template <class T>
 void add_space(PlainArguments<T>& p, const Attention& a) {
   p.k = static_cast<const T*>(a.k), p.v = static_cast<const T*>(a.v), p.k_stride = a.k_stride, p.v_stride = a.v_stride;
-  p.lse = static_cast<T*>(a.lse);
+  p.lse = static_cast<T*>(a.lse), p.length = rows_of_one(a), p.past = keys_ahead_of_one(a);
 }
 
 }  // namespace
@@ -265,17 +269,16 @@ void attention_paged_plain(Context& ctx, const PagedAttention& a) {
   });
 }
 
-void attention_backward_plain(Context& ctx, const Attention& a) {
+void attention_backward_plain(Context& ctx, const Attention& a, const void* delta) {
   const PlainAttentionPlan plan = plan_plain_attention(a.head_size, a.num == Num::f64 ? 8 : 4, true);
-  void* delta = ctx.scratch(a.heads * a.rows * bytes_of(a.num));
-  attention_delta(ctx, a, delta);
   by_shape(a.num, plan.width, [&]<class T, int Tile, int Width>() {
     PlainArguments<T> p = shape_of<T>(a, Tile);
     add_space(p, a);
     p.dout = static_cast<const T*>(a.dout), p.dq = static_cast<T*>(a.dq), p.dk = static_cast<T*>(a.dk), p.dv = static_cast<T*>(a.dv);
     p.dout_stride = a.dout_stride, p.dq_stride = a.dq_stride, p.dkv_stride = a.dkv_stride, p.delta = static_cast<const T*>(delta);
     const auto tiles = static_cast<unsigned>(p.tiles), shared = static_cast<unsigned>(plan.shared_bytes);
-    launch(ctx, Launch{static_cast<unsigned>(a.kv_heads), tiles, 1, 256, shared}, "attention_backward dk dv", plain_dkv_kernel<T, Tile, Width>, p);
+    const unsigned key_tiles = a.starts != nullptr ? tiles : static_cast<unsigned>((a.host_key_counts[0] + Tile - 1) / Tile);
+    launch(ctx, Launch{static_cast<unsigned>(a.kv_heads), key_tiles, 1, 256, shared}, "attention_backward dk dv", plain_dkv_kernel<T, Tile, Width>, p);
     launch(ctx, Launch{static_cast<unsigned>(a.heads), tiles, 1, 256, shared}, "attention_backward dq", plain_dq_kernel<T, Tile, Width>, p);
   });
 }

@@ -132,11 +132,17 @@ __device__ __forceinline__ void product_columns(float (&c)[Strips][Columns][4], 
     }
 }
 
+/// Both as eight numbers; sums in f32.
+__device__ __forceinline__ unsigned add_pairs(unsigned a, unsigned b) {
+  const auto number = [](unsigned bits) { return __int_as_float(static_cast<int>(bits)); };
+  return pack_pair(number(a << 16) + number(b << 16), number(a & 0xffff0000u) + number(b & 0xffff0000u));
+}
+
 /// A warp's strip of 16 rows leaves through shared memory (rows `row` .. of tile `stage`, which the warp owns), so that
-/// stores are of 16 bytes. target(r): where row r of the strip begins, or null.
+/// stores are of 16 bytes. target(r): where row r of the strip begins, or null. `add`: to what is there.
 template <int Width, int Columns, class RowPointer>
 __device__ __forceinline__ void store_strip(const float (&c)[Columns][4], float upper, float lower, unsigned char* stage, int row, int first, int size,
-                                            bool vector, int lane, RowPointer&& target) {
+                                            bool vector, int lane, RowPointer&& target, bool add = false) {
 #pragma unroll
   for (int n = 0; n < Columns; ++n) {
     const int chunk = first + n, at = lane % 4 * 4;
@@ -151,14 +157,22 @@ __device__ __forceinline__ void store_strip(const float (&c)[Columns][4], float 
     const int r = i / Columns, chunk = first + i % Columns;
     bf16* to = target(r);
     if (to == nullptr || chunk * 8 >= size) continue;
-    const uint4 v = *reinterpret_cast<const uint4*>(stage + TileOf<Width>::at(row + r, chunk));
+    uint4 v = *reinterpret_cast<const uint4*>(stage + TileOf<Width>::at(row + r, chunk));
     if (vector) {
+      if (add) {
+        const uint4 old = *reinterpret_cast<const uint4*>(to + chunk * 8);
+        v.x = add_pairs(v.x, old.x), v.y = add_pairs(v.y, old.y), v.z = add_pairs(v.z, old.z), v.w = add_pairs(v.w, old.w);
+      }
       *reinterpret_cast<uint4*>(to + chunk * 8) = v;
     } else {
       const unsigned words[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
       for (int j = 0; j < 8; ++j)
-        if (chunk * 8 + j < size) to[chunk * 8 + j].bits = static_cast<std::uint16_t>(words[j / 2] >> (j % 2 * 16));
+        if (chunk * 8 + j < size) {
+          unsigned bits = words[j / 2] >> (j % 2 * 16) & 0xffffu;
+          if (add) bits = add_pairs(bits, to[chunk * 8 + j].bits);
+          to[chunk * 8 + j].bits = static_cast<std::uint16_t>(bits);
+        }
     }
   }
   __syncwarp();
@@ -196,6 +210,14 @@ __device__ __forceinline__ FoundTile find_tile(const std::int32_t* starts, int s
     index -= __shfl_sync(0xffffffffu, before, 31);
   }
   return f;  // length 0: no such tile
+}
+
+/// Among `sequences`, or, where `starts` is null, of the one sequence of `length` rows at the pointers themselves.
+__device__ __forceinline__ FoundTile find_tile_or_one(const std::int32_t* starts, int sequences, int length, int index, int rows, int times = 1) {
+  if (starts != nullptr) return find_tile(starts, sequences, index, rows, times);
+  FoundTile f;
+  f.length = length, f.tile = index;
+  return f;
 }
 
 }  // namespace capstan::kernels::cuda

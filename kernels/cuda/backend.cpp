@@ -1,7 +1,9 @@
 // The CUDA kernels behind Gpu, and the library's one exported function.
 #include <kernels/cuda/attention.h>
 #include <kernels/cuda/context.h>
+#include <kernels/cuda/copy_stream.h>
 #include <kernels/cuda/elementwise.h>
+#include <kernels/cuda/fingerprint.h>
 #include <kernels/cuda/gemm.h>
 #include <kernels/cuda/gpu.h>
 #include <kernels/cuda/reduce.h>
@@ -39,6 +41,25 @@ class CudaGpu final : public Gpu {
     check(cudaGetDeviceProperties(&properties, ctx_.device()), "reading the GPU's properties");
     return properties.name;
   }
+  int index() const override { return ctx_.device(); }
+  std::string address() const override {
+    char text[32] = "";
+    check(cudaDeviceGetPCIBusId(text, sizeof text, ctx_.device()), "reading the GPU's address");
+    return text;
+  }
+
+  std::shared_ptr<Mark> mark() override { return std::make_shared<StreamMark>(bound().device(), ctx_.stream()); }
+  void after(const Mark& mark) override { wait_for(bound().stream(), mark); }
+  std::unique_ptr<CopyStream> make_copy_stream() override { return cuda::make_copy_stream(bound().device()); }
+  void pin(void* host, std::int64_t bytes) override {
+    ctx_.bind();
+    check(cudaHostRegister(host, static_cast<std::size_t>(bytes), cudaHostRegisterPortable), "pinning host memory for copies");
+  }
+  void unpin(void* host) noexcept override {
+    cudaSetDevice(ctx_.device());
+    cudaHostUnregister(host);
+  }
+  void* stream() const override { return ctx_.stream(); }
 
   void upload(void* to, const void* host_from, std::int64_t bytes) override {
     Context& ctx = bound();
@@ -123,6 +144,7 @@ class CudaGpu final : public Gpu {
   }
   double sum_of_squares(std::span<const Piece> pieces) override { return cuda::sum_of_squares(bound(), pieces); }
   std::int64_t first_nonfinite(std::span<const Piece> pieces) override { return cuda::first_nonfinite(bound(), pieces); }
+  std::uint64_t fingerprint(Num num, std::int64_t n, const void* data, std::uint64_t first) override { return cuda::fingerprint(bound(), num, n, data, first); }
   void normalize(Num num, std::int64_t n, void* x, double least) override { cuda::normalize(bound(), num, n, x, least); }
 
   std::int64_t norm_blocks(std::int64_t rows, std::int64_t cols) override { return cuda::norm_blocks(bound(), rows, cols); }
@@ -250,4 +272,9 @@ extern "C" __attribute__((visibility("default"))) capstan::kernels::cuda::Gpu* c
     std::snprintf(message, size, "%s", e.what());
     return nullptr;
   }
+}
+
+extern "C" __attribute__((visibility("default"))) int capstan_cuda_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
 }

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command: the ops' own tests with the GPU as the device, the kernels' tests, training
 # against the CPU, the same bits twice, a checkpoint across devices, and the first measurements. Ends with one table.
-#   tests/gpu/run.sh [--carried FOLDER] [PART...]      parts: ops kernels train speed; all by default, each under 10 minutes
+#   tests/gpu/run.sh [--carried FOLDER] [PART...]      parts: ops kernels train ranks speed; all by default, each under 10 minutes
 # Without --carried it builds into build-gpu. CUDA's libraries are looked for where pip and the toolkit put them.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
 carried=
 [ "${1:-}" = --carried ] && { carried=$(realpath "$2"); shift 2; }
-parts=${*:-ops kernels train speed}
+parts=${*:-ops kernels train ranks speed}
 if [ -n "$carried" ]; then
   home=$carried
 else
@@ -16,7 +16,7 @@ else
   home=$root/build-gpu
 fi
 folders=$home/lib
-for name in libcublasLt.so.13 libcudnn.so.9; do
+for name in libcublasLt.so.13 libcudnn.so.9 libnccl.so.2; do
   for place in $(python3 -c 'import site; print(*site.getsitepackages())' 2>/dev/null) /usr/local/cuda/lib64 /usr/lib/x86_64-linux-gnu; do
     found=$(find -L "$place" -maxdepth 4 -name "$name" -printf '%h\n' 2>/dev/null | head -1)
     [ -n "$found" ] && { folders=$folders:$found; break; }
@@ -53,6 +53,18 @@ train() { # RECIPE FOLDER DEVICE overrides...
   shift 3
   "$capstan" train "tests/gpu/$recipe.yaml" "run.device=$device" "run.dir=$work/$folder" run.threads=8 "$@"
 }
+# Several ranks of this machine, started as torchrun would: no mpirun is needed.
+ranks() { # COUNT RECIPE FOLDER overrides...
+  local count=$1 recipe=$2 folder=$3 port=$((20000 + RANDOM % 20000)) jobs=() code=0 r
+  shift 3
+  for ((r = 0; r < count; ++r)); do
+    RANK=$r LOCAL_RANK=$r WORLD_SIZE=$count LOCAL_WORLD_SIZE=$count MASTER_ADDR=localhost MASTER_PORT=$port \
+      timeout 120 "$capstan" train "tests/gpu/$recipe.yaml" run.device=cuda "run.dir=$work/$folder" run.threads=2 "$@" &
+    jobs+=($!)
+  done
+  for r in "${jobs[@]}"; do wait "$r" || code=1; done
+  return $code
+}
 compared() { # MODE A B
   python3 tests/gpu/compare.py "$1" "$work/$2" "$work/$3"
 }
@@ -88,6 +100,20 @@ for part in $parts; do
       check "  continued on the GPU" train gpt back cuda train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
       check "  both beside each other" compared near across back
       ;;
+    ranks)
+      check "collectives and meshes, ranks as threads" timeout 300 "$home/bin/gpu_ranks" --gtest_brief=1
+      check "one rank" train gpt ranks_one cuda
+      gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
+      for way in staged nccl; do
+        for n in 2 4; do
+          [ $way = nccl ] && [ "$gpus" -lt "$n" ] && { line "$n ranks over $way" "not run: it wants $n GPUs, here are $gpus"; continue; }
+          for axis in shard tensor pp; do
+            check "$n ranks along $axis over $way" ranks "$n" gpt "$way-$axis-$n" "mesh.$axis=$n" mesh.gpu_communication=$way data.micro_batch=2
+            check "  50 losses beside one rank's" compared near ranks_one "$way-$axis-$n"
+          done
+        done
+      done
+      ;;
     speed)
       timeout 120 "$home/bin/gpu_bench" 2>&1 | tee -a "$table"
       timeout 120 "$home/bin/capstan_gpu_kernels" bench 2>&1 | tee -a "$table"
@@ -98,7 +124,7 @@ for part in $parts; do
       echo "== gpt2_124m by op" | tee -a "$table"
       timeout 100 "$capstan" bench tests/gpu/gpt2_124m.yaml --profile 2>&1 | tee -a "$table"
       ;;
-    *) echo "there is no part '$part': ops kernels train speed"; exit 2 ;;
+    *) echo "there is no part '$part': ops kernels train ranks speed"; exit 2 ;;
   esac
 done
 rm -rf "$work"

@@ -1,5 +1,6 @@
 // The CUDA device: accounting over the memory of libcapstan_cuda.so, which lies beside this library and is opened when a GPU
 // is asked for, so that a build with CUDA starts on machines without a driver.
+#include "base/cuda_device.h"
 #include "base/usable_threads.h"
 
 #include <capstan/device.h>
@@ -27,8 +28,9 @@ std::string gib(std::int64_t bytes) {
   return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " GiB";
 }
 
-/// The library's one function, or null with the reason in `why`.
-cuda::OpenGpu open_library(std::string& why) {
+/// Its function `name`, or null with the reason in `why`.
+template <class Function>
+Function open_library(const char* name, std::string& why) {
   Dl_info here{};
   if (dladdr(reinterpret_cast<const void*>(&make_cuda_device), &here) == 0 || here.dli_fname == nullptr) {
     why = "cannot tell where libcapstan.so lies";
@@ -47,9 +49,9 @@ cuda::OpenGpu open_library(std::string& why) {
           "; CUDA 13's libraries (cublasLt, cudnn) must be installed, or their folders named in LD_LIBRARY_PATH";
     return nullptr;
   }
-  auto open = reinterpret_cast<cuda::OpenGpu>(dlsym(library, "capstan_cuda_open"));
-  if (open == nullptr) why = path.string() + " is from another build: it does not offer capstan_cuda_open";
-  return open;
+  auto function = reinterpret_cast<Function>(dlsym(library, name));
+  if (function == nullptr) why = path.string() + " is from another build: it does not offer " + name;
+  return function;
 }
 
 class CudaDevice final : public Device {
@@ -57,6 +59,7 @@ class CudaDevice final : public Device {
   CudaDevice(std::unique_ptr<cuda::Gpu> gpu, int threads) : gpu_(std::move(gpu)), host_(threads) {}
   DeviceKind kind() const override { return DeviceKind::cuda; }
   kernels::Backend& backend() override { return *gpu_; }
+  cuda::Gpu& gpu() { return *gpu_; }
   kernels::cpu::Context& cpu() override { return host_; }
   std::string describe() const override { return gpu_->name() + ", " + gib(gpu_->capacity()); }
 
@@ -92,16 +95,27 @@ class CudaDevice final : public Device {
 
 std::string cuda_problem() {
   std::string why;
-  const cuda::OpenGpu open = open_library(why);
+  const auto open = open_library<cuda::OpenGpu>("capstan_cuda_open", why);
   if (open == nullptr) return why;
   char message[1024] = "";
   open(cuda::gpu_interface, -1, message, sizeof message);
   return message;
 }
 
+int cuda_device_count() {
+  std::string why;
+  const auto count = open_library<cuda::CountGpus>("capstan_cuda_count", why);
+  return count == nullptr ? 0 : count();
+}
+
+kernels::cuda::Gpu& gpu_of(Device& device) {
+  if (device.kind() != DeviceKind::cuda) fail(Fault::programming, "device", "expected a GPU, got a " + std::string(device.name()) + " device");
+  return static_cast<CudaDevice&>(device).gpu();
+}
+
 std::shared_ptr<Device> make_cuda_device(int index, int threads) {
   std::string why;
-  const cuda::OpenGpu open = open_library(why);
+  const auto open = open_library<cuda::OpenGpu>("capstan_cuda_open", why);
   if (open == nullptr) fail(Fault::input, "cuda", why);
   char message[1024] = "";
   std::unique_ptr<cuda::Gpu> gpu(open(cuda::gpu_interface, std::max(index, 0), message, sizeof message));

@@ -51,7 +51,7 @@ struct CommRecord {
 /// Collectives among the ranks of a group, in host order: every rank of the group makes the same calls in the same
 /// order. Counts are elements; f32, f64, bf16 (added in f32, rounded once), i32, i64, u8. Sums add in rank order,
 /// so that every rank gets the same bits in every run. All calls return at once; buffers stay untouched until wait().
-/// A group of one is a no-op that copies. Data is host memory for the CPU backends.
+/// A group of one is a no-op that copies. Data is host memory for the CPU backends, a GPU's for the others (comm/gpu_world.h).
 /// Errors: Error(runtime) naming communicator, collective, step and the rank that did not come or failed.
 class CAPSTAN_API Communicator {
  public:
@@ -77,6 +77,10 @@ class CAPSTAN_API Communicator {
   virtual Handle send(const void* data, std::int64_t count, DType dtype, int to) = 0;
   virtual Handle receive(void* data, std::int64_t count, DType dtype, int from) = 0;
   virtual void barrier() = 0;
+
+  /// Says that collectives of this communicator will read and write `bytes` of World::shared_memory(), and keeps them: what a
+  /// library can register is registered. All ranks, with the same size.
+  virtual void adopt(std::shared_ptr<void> memory, std::size_t bytes);
 
   /// Rows so far, one per collective used; safe from any thread.
   std::vector<CommRecord> ledger() const;
@@ -109,7 +113,8 @@ class CAPSTAN_API World {
   virtual std::shared_ptr<Communicator> make(std::string name, std::vector<int> ranks) = 0;
   /// Memory that the ranks of this host can read in place: collectives whose sources all lie in such memory copy once
   /// instead of twice (all_reduce: data; reduce_scatter, all_gather: in; broadcast: the root's data). For buffers that live
-  /// long; not cleared. Ordinary memory where the host has no room left for more, and for a world of one.
+  /// long; not cleared. Ordinary memory where the host has no room left for more, and for a world of one. Among GPUs: memory of
+  /// this rank's, the kind that its communicators like best.
   virtual std::shared_ptr<void> shared_memory(std::size_t bytes);
   /// What the watchdog says about this rank when it is waited for: the training step and what it does.
   virtual void at(std::int64_t step, std::string_view doing) = 0;

@@ -3,6 +3,8 @@
 #include "comm/communicator.h"
 #include "comm/segment.h"
 
+#include <capstan/export.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <deque>
@@ -17,7 +19,7 @@ namespace capstan::comm {
 class Lane;
 
 /// One collective of one communicator.
-class Task final : public Handle::Operation, public std::enable_shared_from_this<Task> {
+class CAPSTAN_API Task final : public Handle::Operation, public std::enable_shared_from_this<Task> {
  public:
   Task(std::shared_ptr<Lane> lane, Collective collective, std::function<void()> run)
       : lane_(std::move(lane)), collective_(collective), run_(std::move(run)) {}
@@ -35,7 +37,7 @@ class Task final : public Handle::Operation, public std::enable_shared_from_this
 
 /// Runs tasks in the order of their submission: by its own thread, or by a thread that waits for one and finds nobody at
 /// work. MPI and shared memory move nothing by themselves; this thread is what moves it while the caller computes.
-class Lane : public std::enable_shared_from_this<Lane> {
+class CAPSTAN_API Lane : public std::enable_shared_from_this<Lane> {
  public:
   /// Stands around every wait of a caller; `body` blocks.
   using Waiting = std::function<void(Collective collective, const std::function<void()>& body)>;

@@ -12,6 +12,7 @@
 namespace capstan {
 
 Communicator::~Communicator() = default;
+void Communicator::adopt(std::shared_ptr<void>, std::size_t) {}
 World::~World() = default;
 
 std::shared_ptr<void> World::shared_memory(std::size_t bytes) {

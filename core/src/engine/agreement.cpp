@@ -2,6 +2,7 @@
 #include "engine/engine.h"
 
 #include <fmt/format.h>
+#include <kernels/backend.h>
 
 #include <algorithm>
 #include <array>
@@ -14,29 +15,10 @@ namespace capstan {
 
 namespace {
 
-/// Finalizer of MurmurHash3 (Appleby 2011): every bit of x moves every bit of the result.
-std::uint64_t mix(std::uint64_t x) {
-  x ^= x >> 33, x *= 0xff51afd7ed558ccdULL;
-  x ^= x >> 33, x *= 0xc4ceb9fe1a85ec53ULL;
-  return x ^ (x >> 33);
-}
-
-template <class Bits>
-std::uint64_t sum_of_mixes(const void* data, std::int64_t count, std::uint64_t first) {
-  const auto* p = static_cast<const Bits*>(data);
-  std::uint64_t sum = 0;
-  for (std::int64_t i = 0; i < count; ++i) sum += mix(static_cast<std::uint64_t>(p[i]) ^ mix(first + static_cast<std::uint64_t>(i)));
-  return sum;
-}
-
-/// Sum over elements of mix(bits, index): what several ranks hold of a tensor adds up to the whole's, however it is cut.
+/// Sum over elements of a mix of their bits and their index: what several ranks hold of a tensor adds up to the whole's, however
+/// it is cut.
 std::uint64_t fingerprint(const Tensor& flat, std::int64_t first) {
-  const auto index = static_cast<std::uint64_t>(first);
-  switch (size_of(flat.dtype())) {
-    case 8: return sum_of_mixes<std::uint64_t>(flat.raw(), flat.numel(), index);
-    case 4: return sum_of_mixes<std::uint32_t>(flat.raw(), flat.numel(), index);
-    default: return sum_of_mixes<std::uint16_t>(flat.raw(), flat.numel(), index);
-  }
+  return flat.device().backend().fingerprint(static_cast<kernels::Num>(flat.dtype()), flat.numel(), flat.raw(), static_cast<std::uint64_t>(first));
 }
 
 /// Places in `all` (one number a rank) that are not of the most frequent value; of two that differ both.
@@ -55,7 +37,7 @@ std::vector<int> odd_ones(const std::vector<std::uint64_t>& all) {
 }  // namespace
 
 std::string Engine::disagreement() {
-  if (!mesh_ || device_->kind() != DeviceKind::cpu) return "";
+  if (!mesh_ || device_->kind() == DeviceKind::meta) return "";
   std::string found;
   /// Compares one number per name over the ranks of `among`.
   const auto compare = [&](Communicator& among, const std::vector<std::pair<std::string, std::uint64_t>>& mine) {
@@ -83,7 +65,7 @@ std::string Engine::disagreement() {
   // 1. The same pieces of the masters along replicate, and along shard and context where each rank has all of them.
   std::vector<std::pair<std::string, std::uint64_t>> masters, copies, stages;
   for (const auto& unit : units_) of_parts(*unit, masters);
-  compare(comm(options_.sharding.optimizer ? "replicate" : "replicate+shard+context", "check"), masters);
+  compare(host(options_.sharding.optimizer ? "replicate" : "replicate+shard+context", "check"), masters);
   // 2. Whole working copies that were gathered from pieces.
   if (options_.sharding.optimizer && !options_.sharding.parameter) {
     for (const auto& unit : units_)
@@ -91,7 +73,7 @@ std::string Engine::disagreement() {
         const UnitParameter& p = unit->parameters[i];
         copies.emplace_back(p.parameter->name(), fingerprint(unit->whole.narrow(0, p.offset, p.numel()), 0));
       }
-    compare(comm("shard+context", "check"), copies);
+    compare(host("shard+context", "check"), copies);
   }
   // 3. Runs that several tensor ranks hold: summed over the pieces first, since pieces are cut elsewhere on each.
   if (tensor_ > 1) {
@@ -122,9 +104,9 @@ std::string Engine::disagreement() {
       std::vector<std::int64_t> sums;
       for (const auto& [name, value] : values) sums.push_back(std::bit_cast<std::int64_t>(value));
       if (options_.sharding.optimizer)
-        comm("shard+context", "check").all_reduce(sums.data(), static_cast<std::int64_t>(sums.size()), DType::i64).wait();
+        host("shard+context", "check").all_reduce(sums.data(), static_cast<std::int64_t>(sums.size()), DType::i64).wait();
       for (std::size_t n = 0; n < sums.size(); ++n) values[n].second = std::bit_cast<std::uint64_t>(sums[n]);
-      compare(mesh_->tensor_replicas(ways), values);
+      compare(mesh_->host_tensor_replicas(ways), values);
     }
   }
   // 4. Parameters that several pipeline stages hold.
@@ -132,10 +114,10 @@ std::string Engine::disagreement() {
     if (!unit->across_stages) continue;
     stages.clear();
     of_parts(*unit, stages);
-    compare(*unit->across_stages, stages);
+    compare(*unit->hosts_across_stages, stages);
   }
   // All ranks hear of the first.
-  Communicator& all = comm("pp+replicate+shard+context+tensor", "control");
+  Communicator& all = host("pp+replicate+shard+context+tensor", "control");
   std::int64_t who = found.empty() ? all.size() : all.rank();
   all.all_reduce(&who, 1, DType::i64, Reduction::min).wait();
   if (who == all.size()) return "";

@@ -7,6 +7,8 @@
 #include "model/call_run.h"
 #include "parallel/context_cut.h"
 
+#include <kernels/backend.h>
+
 #include <algorithm>
 #include <cmath>
 #include <utility>
@@ -18,6 +20,7 @@ struct Engine::Reducing {
   std::size_t unit;
   std::int64_t at;                        // of the whole gradient in the pool
   std::optional<std::int64_t> message;    // of its narrow copy
+  std::optional<std::int64_t> received;   // of everybody's narrow copies of this rank's piece, where they are added here
   Handle handle;
 };
 
@@ -87,16 +90,28 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
   }
   // One for the call that computes, one for the next: twice the largest unit, unless a call uses more by itself.
   const std::int64_t two = std::max(2 * largest, most_of_a_call);
-  if (sharding.parameter) gather_pool_.emplace(*device_, (options_.reshard_after_forward ? two : all) * size_of(options_.compute));
+  if (sharding.parameter) make_pool(gather_pool_, (options_.reshard_after_forward ? two : all) * size_of(options_.compute), "gather");
   if (options_.gradients && sharding.gradient)
-    gradient_pool_.emplace(*device_, two * (size_of(master) + (narrow_messages() ? size_of(options_.reduce) : 0)));
+    make_pool(gradient_pool_, two * (size_of(master) + (narrow_messages() ? (adds_narrow_itself() ? 2 : 1) * size_of(options_.reduce) : 0)), "reduce");
 
   set_runtime();
   if (pp_ > 1) {
     pipeline::ExecutorOptions e;
     e.recompute = options_.recompute;
+    e.hosts = &host("pp", "pipeline");
     executor_ = std::make_unique<pipeline::Executor>(*model_, comm("pp", "pipeline"), options_.pipeline, options_.stage_of_call, e);
   }
+}
+
+/// On a GPU in memory that the library behind the lane registers once.
+void Engine::make_pool(std::optional<Pool>& pool, std::int64_t bytes, std::string_view lane) {
+  if (device_->kind() != DeviceKind::cuda) {
+    pool.emplace(*device_, bytes);
+    return;
+  }
+  const std::shared_ptr<void> memory = mesh_->data_world().shared_memory(static_cast<std::size_t>(bytes));
+  comm("shard+context", lane).adopt(memory, static_cast<std::size_t>(bytes));
+  pool.emplace(*device_, bytes, memory);
 }
 
 bool Engine::here(std::size_t call) const { return pp_ == 1 || options_.stage_of_call[call] % pp_ == pp_rank_; }
@@ -143,7 +158,9 @@ void Engine::make_units() {
       const std::vector<int> column = mesh_->layout().group(mesh_->rank(), "pp");
       std::vector<int> ranks;
       for (const int stage : own->stages) ranks.push_back(column[static_cast<std::size_t>(stage)]);
-      own->across_stages = mesh_->world().make("stages of " + p->name() + " from rank " + std::to_string(column.front()), std::move(ranks));
+      const std::string name = "stages of " + p->name() + " from rank " + std::to_string(column.front());
+      own->across_stages = mesh_->data_world().make(name, ranks);
+      own->hosts_across_stages = &mesh_->data_world() == &mesh_->world() ? own->across_stages : mesh_->world().make(name + " of hosts", ranks);
       finish(std::move(own));
     }
   }
@@ -187,6 +204,7 @@ EngineMemory Engine::memory() const {
 }
 
 Communicator& Engine::comm(std::string_view axes, std::string_view lane) const { return mesh_->comm(axes, lane); }
+Communicator& Engine::host(std::string_view axes, std::string_view lane) const { return mesh_->host(axes, lane); }
 
 std::size_t Engine::index_of(const Call& call) const { return static_cast<std::size_t>(&call - model_->calls().data()); }
 
@@ -354,17 +372,25 @@ void Engine::start_reduce(std::size_t u) {
   auto reducing = std::make_unique<Reducing>();
   reducing->unit = u, reducing->at = *g.at;
   Tensor message = unit.whole_grad;
-  if (narrow_messages()) {
-    while (!(reducing->message = gradient_pool_->take(unit.size * size_of(options_.reduce)))) {
+  const auto room = [&] {
+    std::optional<std::int64_t> at;
+    while (!(at = gradient_pool_->take(unit.size * size_of(options_.reduce)))) {
       if (reducing_.empty()) fail(Fault::programming, "engine", "the pool of gradients is full: no room for a message of " + std::to_string(unit.size) + " elements");
       settle_oldest();
     }
+    return at;
+  };
+  if (narrow_messages()) {
+    reducing->message = room();
+    if (adds_narrow_itself()) reducing->received = room();
     message = Tensor::wrap(gradient_pool_->at(*reducing->message), Dims{unit.size}, options_.reduce, *device_, nullptr);
     message.copy_from(unit.whole_grad);
   }
   if (!message.is_meta()) {
     const Tensor mine = message.narrow(0, unit.piece_begin, unit.piece);
-    reducing->handle = comm("shard+context", "reduce").reduce_scatter(message.raw(), mine.raw(), unit.piece, mine.dtype());
+    Communicator& c = comm("shard+context", "reduce");
+    reducing->handle = reducing->received ? c.all_to_all(message.raw(), gradient_pool_->at(*reducing->received), unit.piece, mine.dtype())
+                                          : c.reduce_scatter(message.raw(), mine.raw(), unit.piece, mine.dtype());
   }
   g.at.reset();
   unit.whole_grad.storage()->data = nullptr;
@@ -382,10 +408,14 @@ void Engine::settle_oldest() {
     const DType sent = r->message ? options_.reduce : unit.grad.dtype();
     auto* memory = static_cast<std::byte*>(gradient_pool_->at(r->message.value_or(r->at)));
     Tensor mine = Tensor::wrap(memory + unit.piece_begin * size_of(sent), Dims{unit.piece}, sent, *device_, nullptr);
+    if (r->received) {
+      mine = Tensor::wrap(gradient_pool_->at(r->at), Dims{unit.piece}, unit.grad.dtype(), *device_, nullptr);
+      add_narrow(gradient_pool_->at(*r->received), mine);
+    }
     if (!gradient_[r->unit].filled) {
       unit.grad.copy_from(mine);
     } else {
-      if (r->message) {  // what was sent is summed in the master's type, where the whole gradient was
+      if (r->message && !r->received) {  // what was sent is summed in the master's type, where the whole gradient was
         const Tensor wide = Tensor::wrap(gradient_pool_->at(r->at), Dims{unit.piece}, unit.grad.dtype(), *device_, nullptr);
         wide.copy_from(mine);
         mine = wide;
@@ -395,7 +425,16 @@ void Engine::settle_oldest() {
   }
   gradient_[r->unit].filled = true;
   if (r->message) gradient_pool_->give(*r->message);
+  if (r->received) gradient_pool_->give(*r->received);
   gradient_pool_->give(r->at);
+}
+
+/// Libraries of GPUs round a narrow sum at every hop: there pieces are sent as they are, and added here.
+bool Engine::adds_narrow_itself() const { return device_->kind() == DeviceKind::cuda; }
+
+void Engine::add_narrow(const void* received, const Tensor& sum) {
+  const auto num = [](DType d) { return static_cast<kernels::Num>(d); };
+  device_->backend().sum_middle(num(options_.reduce), 1, pieces_, sum.numel(), received, 1.0, num(sum.dtype()), sum.raw());
 }
 
 void Engine::finish_gradients() {
@@ -418,7 +457,15 @@ void Engine::finish_gradients() {
       Communicator& c = comm("shard+context", "reduce");
       if (narrow_messages()) {
         const Tensor message = unit->grad.to(options_.reduce);
-        if (options_.sharding.optimizer) {
+        if (adds_narrow_itself()) {
+          const Tensor received = Tensor::empty(message.shape(), message.dtype(), *device_), mine = unit->piece_grad();
+          c.all_to_all(message.raw(), received.raw(), unit->piece, message.dtype()).wait();
+          add_narrow(received.raw(), mine);
+          if (options_.sharding.optimizer) continue;
+          const Tensor sum = mine.to(message.dtype());
+          c.all_gather(sum.raw(), message.raw(), unit->piece, message.dtype()).wait();
+          unit->grad.copy_from(message);
+        } else if (options_.sharding.optimizer) {
           const Tensor mine = message.narrow(0, unit->piece_begin, unit->piece);
           c.reduce_scatter(message.raw(), mine.raw(), unit->piece, message.dtype()).wait();
           unit->piece_grad().copy_from(mine);
@@ -471,7 +518,7 @@ double Engine::gradient_norm() {
     }
   }
   if (mesh_) {  // every element stands once among the ranks of one replica
-    Communicator& c = comm("pp+shard+context+tensor", "control");
+    Communicator& c = host("pp+shard+context+tensor", "control");
     std::vector<double> sums(static_cast<std::size_t>(c.size()));
     c.all_gather(&total, sums.data(), 1, DType::f64).wait();
     total = 0;
@@ -490,7 +537,7 @@ std::string Engine::first_nonfinite_gradient() {
       if (!all_finite(unit->piece_grad().narrow(0, p.offset + part.begin - unit->piece_begin, part.size())))
         first = std::min<std::int64_t>(first, std::find(all.begin(), all.end(), p.parameter) - all.begin());
     }
-  if (mesh_) comm("pp+replicate+shard+context+tensor", "control").all_reduce(&first, 1, DType::i64, Reduction::min).wait();
+  if (mesh_) host("pp+replicate+shard+context+tensor", "control").all_reduce(&first, 1, DType::i64, Reduction::min).wait();
   return first < static_cast<std::int64_t>(all.size()) ? all[static_cast<std::size_t>(first)]->name() : "";
 }
 
@@ -582,7 +629,7 @@ void Engine::on_whole_model(const std::function<void()>& work) {
     Tensor value = whole_value(*p);
     // The first pipeline rank that holds it hands it to rank 0.
     std::int64_t holder = value.defined() ? pp_rank_ : pp_;
-    if (pp_ > 1) comm("pp", "exchange").all_reduce(&holder, 1, DType::i64, Reduction::min).wait();
+    if (pp_ > 1) host("pp", "exchange").all_reduce(&holder, 1, DType::i64, Reduction::min).wait();
     const auto& layout = mesh_->layout();
     const bool sends = pp_rank_ == holder && holder > 0 && layout.group(mesh_->rank(), "pp").front() == 0;
     const DType type = master_type(options_.compute);

@@ -115,8 +115,10 @@ class CAPSTAN_API Engine {
   template <class Walk>
   std::vector<LossEntry> on_stages(std::span<const Batch> batches, Walk&& walk);
   bool here(std::size_t call) const;
-  Communicator& comm(std::string_view axes, std::string_view lane) const;
+  Communicator& comm(std::string_view axes, std::string_view lane) const;  ///< of the device's memory
+  Communicator& host(std::string_view axes, std::string_view lane) const;
   bool in_pieces() const { return pieces_ > 1; }
+  void make_pool(std::optional<Pool>& pool, std::int64_t bytes, std::string_view lane);
   void place(Unit& unit, std::size_t parameter);
   void set_runtime();
   bool narrow_messages() const { return options_.reduce == DType::bf16 && options_.compute != DType::f64; }
@@ -130,6 +132,8 @@ class CAPSTAN_API Engine {
   void add_replicas(Unit& unit);
   void start_reduce(std::size_t u);
   void settle_oldest();
+  bool adds_narrow_itself() const;
+  void add_narrow(const void* received, const Tensor& sum);
   void clear_unused(Unit& unit);
   void finish_gradients();
   bool whole_rule(const Unit& unit, std::size_t parameter) const;

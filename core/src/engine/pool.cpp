@@ -5,7 +5,8 @@
 
 namespace capstan {
 
-Pool::Pool(Device& device, std::int64_t bytes) : memory_(Tensor::empty(Dims{bytes}, DType::u8, device)) {}
+Pool::Pool(Device& device, std::int64_t bytes, std::shared_ptr<void> memory)
+    : memory_(memory ? Tensor::wrap(memory.get(), Dims{bytes}, DType::u8, device, memory) : Tensor::empty(Dims{bytes}, DType::u8, device)) {}
 
 std::optional<std::int64_t> Pool::take(std::int64_t bytes) {
   std::int64_t begin = 0;

@@ -4,6 +4,7 @@
 #include <capstan/tensor.h>
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -12,7 +13,8 @@ namespace capstan {
 /// Memory of a size known before the run; what it hands out are ranges of it, first fit.
 class CAPSTAN_API Pool {
  public:
-  Pool(Device& device, std::int64_t bytes);
+  /// `memory` null: of the device's own.
+  Pool(Device& device, std::int64_t bytes, std::shared_ptr<void> memory = nullptr);
   std::int64_t bytes() const { return memory_.bytes(); }
   /// Offset of `bytes` free bytes; nothing when no gap is as large.
   std::optional<std::int64_t> take(std::int64_t bytes);

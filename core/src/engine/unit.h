@@ -78,7 +78,7 @@ class Unit {
   /// Ranks along pp that hold the same unit (a parameter tied across stages), ascending; empty: this one alone. The first
   /// of them counts and saves it.
   std::vector<int> stages;
-  std::shared_ptr<Communicator> across_stages;
+  std::shared_ptr<Communicator> across_stages, hosts_across_stages;
   bool first_stage = true;
   /// True when another tensor rank holds some of the same elements.
   bool replicated() const { return replicated_; }

@@ -82,7 +82,7 @@ bool is_training_axis(std::string_view name) {
 }  // namespace
 
 Mesh::Mesh(std::shared_ptr<World> world, MeshLayout layout) : world_(std::move(world)), layout_(std::move(layout)) {
-  compare_layouts(made("world", "control", all_ranks(world_->size())), layout_);
+  compare_layouts(host("world", "control"), layout_);
   if (layout_.world() != world_->size())
     fail(Fault::input, "mesh",
          fmt::format("a mesh of {} over a job of {} ranks: expected one that covers the job", layout_.describe(),
@@ -91,15 +91,23 @@ Mesh::Mesh(std::shared_ptr<World> world, MeshLayout layout) : world_(std::move(w
 
 Mesh::~Mesh() = default;
 
-Communicator& Mesh::made(const std::string& name, std::string_view lane, std::vector<int> ranks) {
-  for (const auto& [of, comm] : made_)
-    if (of == lane && comm->ranks() == ranks) return *comm;
-  made_.emplace_back(std::string(lane), world_->make(fmt::format("{}/{}", name, lane), std::move(ranks)));
-  return *made_.back().second;
+void Mesh::use_data_world(std::shared_ptr<World> data) {
+  data_ = std::move(data);
+  for (Made& m : made_) m.host = true;
 }
 
-Communicator& Mesh::comm(std::string_view axes, std::string_view lane) {
-  if (axes == "world") return made("world", lane, all_ranks(world_->size()));
+Communicator& Mesh::made(const std::string& name, std::string_view lane, std::vector<int> ranks, bool host) {
+  host = host && data_ != nullptr;
+  for (const Made& m : made_)
+    if (m.host == host && m.lane == lane && m.comm->ranks() == ranks) return *m.comm;
+  // Two of one name and the same ranks would be hard to tell apart.
+  const std::string full = fmt::format("{}/{}{}", name, lane, host ? " of hosts" : "");
+  made_.push_back({host, std::string(lane), (host ? *world_ : data_world()).make(full, std::move(ranks))});
+  return *made_.back().comm;
+}
+
+Communicator& Mesh::along(std::string_view axes, std::string_view lane, bool host) {
+  if (axes == "world") return made("world", lane, all_ranks(world_->size()), host);
   std::vector<std::string_view> names;
   for (std::size_t from = 0; from <= axes.size();) {
     const std::size_t plus = std::min(axes.find('+', from), axes.size());
@@ -108,18 +116,23 @@ Communicator& Mesh::comm(std::string_view axes, std::string_view lane) {
       fail(Fault::programming, "mesh", fmt::format("a communicator along '{}': no axis is called '{}'", axes, names.back()));
     from = plus + 1;
   }
-  return made(std::string(axes), lane, layout_.group(rank(), names));
+  return made(std::string(axes), lane, layout_.group(rank(), names), host);
 }
 
-Communicator& Mesh::tensor_replicas(int ways, std::string_view lane) {
+Communicator& Mesh::replicas(int ways, std::string_view lane, bool host) {
   const int size = layout_.size("tensor");
   if (ways < 1 || size % ways != 0)
     fail(Fault::programming, "mesh",
          fmt::format("a cut {} ways over {} tensor ranks: expected a divisor of {}", ways, size, size));
   const std::vector<int> tensor = layout_.group(rank(), "tensor");
   const int length = size / ways, first = coordinate("tensor") / length * length;
-  return made(fmt::format("tensor/{}", ways), lane, {tensor.begin() + first, tensor.begin() + first + length});
+  return made(fmt::format("tensor/{}", ways), lane, {tensor.begin() + first, tensor.begin() + first + length}, host);
 }
+
+Communicator& Mesh::comm(std::string_view axes, std::string_view lane) { return along(axes, lane, false); }
+Communicator& Mesh::host(std::string_view axes, std::string_view lane) { return along(axes, lane, true); }
+Communicator& Mesh::tensor_replicas(int ways, std::string_view lane) { return replicas(ways, lane, false); }
+Communicator& Mesh::host_tensor_replicas(int ways, std::string_view lane) { return replicas(ways, lane, true); }
 
 void Mesh::on_first_rank(const std::function<void()>& work) {
   if (world_->size() == 1) return work();
@@ -129,7 +142,7 @@ void Mesh::on_first_rank(const std::function<void()>& work) {
     std::atomic<bool> over{false};
   };
   const auto shared = std::make_shared<Shared>();
-  Communicator& all = comm("world", "patience");
+  Communicator& all = host("world", "patience");
   std::thread worker;
   if (rank() == 0) {
     shared->work = work;
@@ -160,7 +173,7 @@ void Mesh::on_first_rank(const std::function<void()>& work) {
 
 std::vector<Communicator*> Mesh::communicators() const {
   std::vector<Communicator*> all;
-  for (const auto& entry : made_) all.push_back(entry.second.get());
+  for (const Made& m : made_) all.push_back(m.comm.get());
   return all;
 }
 

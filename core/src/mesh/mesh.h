@@ -24,7 +24,11 @@ class CAPSTAN_API Mesh {
   Mesh(const Mesh&) = delete;
   Mesh& operator=(const Mesh&) = delete;
 
+  /// Ranks along whose communicators data of the device goes: of their own where that is a GPU. Before the first comm().
+  void use_data_world(std::shared_ptr<World> data);
+
   World& world() const { return *world_; }
+  World& data_world() const { return data_ ? *data_ : *world_; }
   const MeshLayout& layout() const { return layout_; }
   int rank() const { return world_->rank(); }
   int size(std::string_view axis) const { return layout_.size(axis); }
@@ -32,11 +36,14 @@ class CAPSTAN_API Mesh {
 
   /// Ranks that differ from this one in these axes only ("shard+context" for several, "world" for all). `lane` tells communicators of the
   /// same ranks apart: "gather", "reduce", "control", ... All ranks ask for the same (axes, lane) in the same order. Axes
-  /// that come to the same ranks share a lane's communicator.
+  /// that come to the same ranks share a lane's communicator. comm() moves memory of the device, host() that of the host; on CPUs
+  /// they are the same.
   Communicator& comm(std::string_view axes, std::string_view lane = "main");
+  Communicator& host(std::string_view axes, std::string_view lane = "main");
   /// Groups of size("tensor") / ways neighbouring tensor ranks: those that hold the same cut of a parameter that is cut
   /// `ways` ways only.
   Communicator& tensor_replicas(int ways, std::string_view lane = "main");
+  Communicator& host_tensor_replicas(int ways, std::string_view lane = "main");
 
   /// Data-parallel ranks (replicate x shard) and which one this is: whose samples it takes.
   int data_ranks() const { return size("replicate") * size("shard"); }
@@ -50,12 +57,18 @@ class CAPSTAN_API Mesh {
   std::vector<Communicator*> communicators() const;
 
  private:
-  Communicator& made(const std::string& name, std::string_view lane, std::vector<int> ranks);
+  struct Made {
+    bool host;  ///< it moves host memory, where others move a GPU's
+    std::string lane;
+    std::shared_ptr<Communicator> comm;
+  };
+  Communicator& along(std::string_view axes, std::string_view lane, bool host);
+  Communicator& replicas(int ways, std::string_view lane, bool host);
+  Communicator& made(const std::string& name, std::string_view lane, std::vector<int> ranks, bool host);
 
-  std::shared_ptr<World> world_;
+  std::shared_ptr<World> world_, data_;  ///< data_ null: the same
   MeshLayout layout_;
-  /// Lane, and the communicator of it.
-  std::vector<std::pair<std::string, std::shared_ptr<Communicator>>> made_;
+  std::vector<Made> made_;
 };
 
 }  // namespace capstan

@@ -160,10 +160,6 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Space&
   ops::check_shape(op, "k", k, Dims{cut.capacity, shape.kv_heads * shape.head_size});
   ops::check_shape(op, "v", v, k.shape());
   Device& device = q.device();
-  if (device.kind() == DeviceKind::cuda)
-    fail(Fault::input, op,
-         "sequences shared by context ranks: the CUDA kernels read keys from the rows of their queries; train with context: "
-         "1");
   auto node = std::make_shared<ContextAttentionNode>();
   node->q = ops::row_matrix(q), node->k = k.detach(), node->v = v.detach();
   node->out = Tensor::empty(q.shape(), q.dtype(), device);

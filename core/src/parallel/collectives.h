@@ -17,7 +17,7 @@ namespace capstan::parallel {
 CAPSTAN_API Communicator* tensor_ranks(const ForwardContext& context);
 CAPSTAN_API Communicator* context_ranks(const ForwardContext& context);
 
-// f64, f32, bf16 on the cpu; on the meta device shapes and Cost::comm (bytes that this rank sends) alone. Every rank of
+// f64, f32, bf16; on the meta device shapes and Cost::comm (bytes that this rank sends) alone. Every rank of
 // `comm` makes the same calls in the same order, backward included. Errors: Error(programming) on shapes.
 
 /// x [n, ...] of every rank, one after the other: [ranks * n, ...]. Backward: reduce_scatter_rows.

@@ -43,7 +43,7 @@ struct Executor::Step {
   std::map<Place, std::vector<Tensor>> handed, handed_back;  // between stages of one rank
 
   Step(Executor& e, const Schedule& t, std::span<ForwardContext* const> c, const WalkHooks& h)
-      : self(e), table(t), contexts(c), hooks(h), rank_of(rank_of_stage(t)), transfers(e.pp_, c[0]->device, e.shapes_->known) {}
+      : self(e), table(t), contexts(c), hooks(h), rank_of(rank_of_stage(t)), transfers(e.pp_, e.options_.hosts != nullptr ? *e.options_.hosts : e.pp_, c[0]->device, e.shapes_->known) {}
 
   ForwardContext& context(int m) const { return *contexts[static_cast<std::size_t>(m)]; }
   const Names& names(int stage) const { return self.shapes_->names[static_cast<std::size_t>(stage)]; }

@@ -16,6 +16,8 @@ namespace capstan::pipeline {
 
 struct ExecutorOptions {
   bool recompute = false;                     ///< as forward_backward()'s recompute_all
+  /// Carries the shapes of values where `pp` moves memory of a GPU: the same ranks over their hosts. Null: `pp` does.
+  Communicator* hosts = nullptr;
   std::function<void(const Action&)> doing{}; ///< told of each action before it runs: for the watchdog and for traces
 };
 

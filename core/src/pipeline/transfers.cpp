@@ -47,7 +47,7 @@ void Transfers::send_values(int to, int stage, const Geometry& geometry, const s
   const auto [it, fresh] = known_.try_emplace({stage, geometry}, shapes);
   if (fresh && !shapes.empty()) {
     sent.header = std::make_shared<std::vector<std::int64_t>>(pack(shapes));
-    sent.handles.push_back(pp_.send(sent.header->data(), static_cast<std::int64_t>(sent.header->size()), DType::i64, to));
+    sent.handles.push_back(hosts_.send(sent.header->data(), static_cast<std::int64_t>(sent.header->size()), DType::i64, to));
   }
   for (std::size_t i = 0; i < values.size(); ++i) {
     if (!(shapes[i] == it->second[i]))
@@ -105,7 +105,7 @@ void Transfers::advance(int from, const Packet* until) {
     Waiting& w = queue.front();
     if (!w.header.empty()) {
       if (!w.header_asked) {
-        w.header_handle = pp_.receive(w.header.data(), static_cast<std::int64_t>(w.header.size()), DType::i64, from);
+        w.header_handle = hosts_.receive(w.header.data(), static_cast<std::int64_t>(w.header.size()), DType::i64, from);
         w.header_asked = true;
       }
       if (until == nullptr && !w.header_handle.done()) return;

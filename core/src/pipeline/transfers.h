@@ -38,10 +38,11 @@ struct Packet {
   std::vector<Handle> handles;
 };
 
-/// Sends and receives of one step over one communicator. Between two ranks everything arrives in the order of sending.
+/// Sends and receives of one step: values over `pp`, their shapes over `hosts`, which may be the same. Between two ranks everything
+/// arrives in the order of sending.
 class Transfers {
  public:
-  Transfers(Communicator& pp, Device& device, KnownShapes& known) : pp_(pp), device_(device), known_(known) {}
+  Transfers(Communicator& pp, Communicator& hosts, Device& device, KnownShapes& known) : pp_(pp), hosts_(hosts), device_(device), known_(known) {}
 
   /// What `stage` wrote, to rank `to`. Error(programming) when a batch of this geometry had other shapes before.
   void send_values(int to, int stage, const Geometry& geometry, const std::vector<std::string>& names, const std::vector<Tensor>& values);
@@ -72,7 +73,7 @@ class Transfers {
   /// Takes the queue of `from` as far as it goes; `until` not null: waits for headers until that packet is under way.
   void advance(int from, const Packet* until);
 
-  Communicator& pp_;
+  Communicator &pp_, &hosts_;
   Device& device_;
   KnownShapes& known_;
   std::map<int, std::deque<Waiting>> waiting_;  // by peer

@@ -65,6 +65,10 @@ Schema mesh_schema() {
        "accumulate", "scatter",
        "fsdp and zero2; scatter: reduce after each microbatch, least memory; whole: once at the end of the step, least sent")
       .one_of({"scatter", "whole"});
+  s.text("gpu_communication", "auto",
+         "how ranks on GPUs reach each other; nccl: NCCL, a GPU for each rank; staged: copies through host memory, which ranks "
+         "that share a GPU need; auto: nccl where each rank has a GPU of its own, else staged")
+      .one_of({"auto", "nccl", "staged"});
   s.flag("prefetch", true, "fsdp: gather the next block's parameters while this one computes");
   s.number("timeout_seconds", 60, "how long a rank is waited for before the job ends with its name")
       .in("seconds")

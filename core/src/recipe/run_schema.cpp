@@ -23,6 +23,10 @@ Schema run_group() {
   s.integer("threads", 0, "CPU threads of each rank; 0: the cores of its host, shared out evenly over the ranks there").range(0, 4096);
   s.text("device", "cpu", "where tensors live and are computed with; cuda: an NVIDIA GPU; auto: the GPU when this machine has one that this build can use, else the CPU")
       .one_of({"cpu", "cuda", "auto"});
+  s.list(OptionSpec::Type::integers, "gpus", "[]",
+         "the GPUs of each host that are used, by CUDA's numbers: local rank r takes the r-th, and from the start again when there are "
+         "more ranks; []: all that a process sees")
+      .range(0, 4095);
   return s;
 }
 

@@ -1,6 +1,8 @@
 #include "train/session.h"
 
+#include "base/cuda_device.h"
 #include "checkpoint/loader.h"
+#include "comm/gpu_world.h"
 #include "pipeline/stages.h"
 #include "launch/launch.h"
 #include "recipe/mesh_schema.h"
@@ -8,6 +10,7 @@
 #include "train/state_tensors.h"
 
 #include <filesystem>
+#include <numeric>
 
 namespace capstan::train {
 
@@ -48,14 +51,32 @@ std::string Session::run_folder() const {
 
 namespace {
 
-/// run.device; collectives know host memory only.
-std::shared_ptr<Device> device_of(const Options& run, int threads, int ranks) {
+/// run.device and run.gpus on this rank. All ranks or none compute on GPUs.
+std::shared_ptr<Device> device_of(const Options& run, int threads, World& world) {
   const std::string& device = run.text("device");
   if (device == "cpu") return make_cpu_device(threads);
-  const std::string problem = ranks > 1 ? "several ranks run on CPUs only: there is no communicator for GPUs yet; expected cpu, or one rank" : cuda_problem();
-  if (problem.empty()) return make_cuda_device(0, threads);
-  if (device == "cuda") run.refuse("device", problem);
+  const std::string problem = cuda_problem();
+  std::int64_t can = problem.empty() ? 1 : 0;
+  if (world.size() > 1) {
+    std::vector<int> all(static_cast<std::size_t>(world.size()));
+    std::iota(all.begin(), all.end(), 0);
+    world.make("who has a GPU", all)->all_reduce(&can, 1, DType::i64, Reduction::min).wait();
+  }
+  if (can != 0) {
+    std::vector<std::int64_t> gpus = run.integers("gpus");
+    if (gpus.empty()) {
+      gpus.resize(static_cast<std::size_t>(cuda_device_count()));
+      std::iota(gpus.begin(), gpus.end(), 0);
+    }
+    return make_cuda_device(static_cast<int>(gpus[static_cast<std::size_t>(world.local_rank()) % gpus.size()]), threads);
+  }
+  if (device == "cuda") run.refuse("device", problem.empty() ? "another rank's host has no GPU to use: its message says what is missing there" : problem);
   return make_cpu_device(threads);
+}
+
+GpuCommunication communication_of(const Options& mesh) {
+  const std::string& choice = mesh.text("gpu_communication");
+  return choice == "nccl" ? GpuCommunication::nccl : choice == "staged" ? GpuCommunication::staged : GpuCommunication::automatic;
 }
 
 }  // namespace
@@ -78,7 +99,13 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
   }
   if (s->world->size() > 1) s->mesh = std::make_shared<Mesh>(s->world, mesh_from(s->options(), s->world->size()));
   else mesh_from(s->options(), 1);  // a mesh that asks for more ranks is refused
-  s->device = device_of(s->options().group("run"), launch::threads_of_rank(static_cast<int>(s->options().group("run").integer("threads")), s->world->local_size()), s->world->size());
+  const Options& run = s->options().group("run");
+  s->device = device_of(run, launch::threads_of_rank(static_cast<int>(run.integer("threads")), s->world->local_size()), *s->world);
+  if (s->mesh && s->device->kind() == DeviceKind::cuda) {
+    GpuRanks gpus = make_gpu_world(s->world, s->device, communication_of(s->options().group("mesh")));
+    s->mesh->use_data_world(std::move(gpus.world));
+    s->communication = std::move(gpus.words);
+  }
   s->model = s->make_model();
   if (s->model->vocabulary() < s->tokenizer->vocabulary())
     fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +

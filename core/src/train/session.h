@@ -25,6 +25,7 @@ struct CAPSTAN_API Session {
   std::shared_ptr<World> world;  ///< the ranks of this job
   std::shared_ptr<Mesh> mesh;    ///< null on one rank
   std::shared_ptr<Device> device;
+  std::string communication;     ///< how the ranks' GPUs reach each other, in words; "" on CPUs and on one rank
   std::shared_ptr<Model> model;
   std::unique_ptr<Engine> engine;  ///< null with Placement::none
 

@@ -54,7 +54,7 @@ StepResult Trainer::forward_backward(std::int64_t step) {
 }
 
 double Trainer::sum_of_losses(double mine) const {
-  if (session_->mesh) session_->mesh->comm("pp+replicate+shard+context+tensor", "control").all_reduce(&mine, 1, DType::f64).wait();
+  if (session_->mesh) session_->mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(&mine, 1, DType::f64).wait();
   return mine;
 }
 
@@ -62,7 +62,7 @@ int Trainer::agree(int signal) {
   const double minutes = session_->options().group("checkpoint").number("every_minutes");
   std::int64_t asked[2] = {signal, 0};
   if (session_->rank() == 0 && minutes > 0) asked[1] = std::chrono::duration<double>(steady_clock::now() - last_save_).count() >= 60 * minutes;
-  if (session_->mesh) session_->mesh->comm("pp+replicate+shard+context+tensor", "control").all_reduce(asked, 2, DType::i64, Reduction::max).wait();
+  if (session_->mesh) session_->mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(asked, 2, DType::i64, Reduction::max).wait();
   save_due_ = asked[1] != 0;
   return static_cast<int>(asked[0]);
 }

@@ -77,7 +77,7 @@ data::DataOptions data_options(const Session& session) {
     const std::int64_t microbatches = options.group("mesh").group("pipeline").integer("microbatches");
     if (mesh->size("pp") > 1 && microbatches > 0) o.micro_batch = std::max<std::int64_t>(1, (o.batch_size + microbatches * o.ranks - 1) / (microbatches * o.ranks));
     o.sum_over_ranks = [mesh](double x) {
-      mesh->comm("replicate+shard", "control").all_reduce(&x, 1, DType::f64).wait();
+      mesh->host("replicate+shard", "control").all_reduce(&x, 1, DType::f64).wait();
       return x;
     };
   }
@@ -135,7 +135,7 @@ void Trainer::resume() {
   }
   if (session_->mesh) {  // all ranks read the same files: they came to the same step, or one of them reads badly
     std::int64_t steps[2] = {loaded ? loaded->step : -1, loaded ? -loaded->step : 1};
-    session_->mesh->comm("pp+replicate+shard+context+tensor", "control").all_reduce(steps, 2, DType::i64, Reduction::max).wait();
+    session_->mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(steps, 2, DType::i64, Reduction::max).wait();
     if (steps[0] != -steps[1])
       fail(Fault::runtime, folder_.checkpoints(), fmt::format("ranks read different checkpoints, of steps {} to {}: is the folder on a file system that every host shares? Some rank's log names what is damaged", -steps[1], steps[0]));
   }
@@ -183,7 +183,7 @@ void Trainer::print_header() {
   const Options& options = session_->options();
   const Options& d = options.group("data");
   peak_ = measure_gemm_rate(*session_->device, session_->device->kind() == DeviceKind::cuda ? session_->engine->options().compute : DType::f32);
-  if (session_->mesh) session_->mesh->comm("pp+replicate+shard+context+tensor", "control").all_reduce(&peak_, 1, DType::f64).wait();
+  if (session_->mesh) session_->mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(&peak_, 1, DType::f64).wait();
   const double tokens = static_cast<double>(steps_) * static_cast<double>(d.integer("batch_size") * d.integer("sequence_length"));
   const double step_seconds = estimate_.step_flop / (0.8 * peak_);
   std::vector<std::pair<std::string, std::string>> rows{
@@ -202,7 +202,8 @@ void Trainer::print_header() {
   if (session_->mesh) {
     const auto machine = std::find_if(rows.begin(), rows.end(), [](const auto& row) { return row.first == "machine"; });
     machine->second += " over all ranks, " + std::to_string(session_->world->local_size()) + " on this host";
-    rows.insert(machine, {"mesh", session_->mesh->layout().describe() + ", " + options.group("mesh").text("strategy")});
+    const std::string gpus = session_->communication.empty() ? "" : "; GPUs reach each other " + session_->communication;
+    rows.insert(machine, {"mesh", session_->mesh->layout().describe() + ", " + options.group("mesh").text("strategy") + gpus});
   }
   display_.header("capstan train " + session_->recipe.path, rows);
 }

@@ -139,7 +139,7 @@ void train_rank(train::Session& session, int steps, bool gradients, Trained& run
   if (mesh) {
     d.ranks = mesh->data_ranks(), d.rank = mesh->data_rank();
     d.sum_over_ranks = [&](double x) {
-      mesh->comm("replicate+shard", "control").all_reduce(&x, 1, DType::f64).wait();
+      mesh->host("replicate+shard", "control").all_reduce(&x, 1, DType::f64).wait();
       return x;
     };
   }
@@ -148,7 +148,7 @@ void train_rank(train::Session& session, int steps, bool gradients, Trained& run
     const std::vector<Batch> batches = source.next();
     double loss = 0;
     for (const LossEntry& e : engine.forward_backward(std::span<const Batch>(batches), static_cast<std::uint64_t>(step))) loss += e.weight * e.sum.item();
-    if (mesh) mesh->comm("pp+replicate+shard+context+tensor", "control").all_reduce(&loss, 1, DType::f64).wait();
+    if (mesh) mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(&loss, 1, DType::f64).wait();
     const double norm = engine.gradient_norm();
     if (step == 1 && gradients) keep(run.gradients, [&](const Parameter& p) { return engine.whole_gradient(p); });
     engine.update(step, 1, norm, 1.0);

@@ -272,6 +272,67 @@ void rows_alone(Context& ctx, std::int64_t heads, std::int64_t kv_heads, std::in
   }
 }
 
+/// Rows whose keys are other rows, as context ranks have them: of each sequence two runs of rows that share its keys.
+template <class T>
+void stretches(Context& ctx, std::int64_t heads, std::int64_t kv_heads, std::int64_t head_size, std::int64_t window) {
+  const std::string name = std::string("attention over other rows' keys ") + type_name<T>() + " " + std::to_string(heads) + "/" + std::to_string(kv_heads) + " heads of " +
+                           std::to_string(head_size) + (window > 0 ? " window " + std::to_string(window) : "");
+  const Shape s{{0, 150, 221}, heads, kv_heads, head_size, 0, true, false, window};
+  const double scale = 1 / std::sqrt(static_cast<double>(head_size));
+  Problem<T> p(s, scale, 41);
+  // First row in the whole, rows; the run with the fewest keys first.
+  const std::vector<std::pair<std::int32_t, std::int32_t>> runs{{37, 38}, {112, 38}, {150, 17}, {203, 18}};
+  std::vector<std::int32_t> starts{0}, begins, counts;
+  std::vector<T> mine_q, mine_g;
+  std::vector<double> g(static_cast<std::size_t>(p.rows * p.hq), 0);
+  for (const auto& [row, count] : runs) {
+    const std::int32_t begin = row < 150 ? 0 : 150;
+    starts.push_back(starts.back() + count), begins.push_back(begin), counts.push_back(row + count - begin);
+    for (std::int64_t t = row; t < row + count; ++t) {
+      mine_q.insert(mine_q.end(), p.host_qkv.begin() + t * p.stride, p.host_qkv.begin() + t * p.stride + p.hq);
+      mine_g.insert(mine_g.end(), p.host_g.begin() + t * p.hq, p.host_g.begin() + (t + 1) * p.hq);
+      for (std::int64_t c = 0; c < p.hq; ++c) g[static_cast<std::size_t>(t * p.hq + c)] = value(p.host_g[static_cast<std::size_t>(t * p.hq + c)]);
+    }
+  }
+  const std::int64_t used = starts.back(), rows = used + 3;
+  mine_q.resize(static_cast<std::size_t>(rows * p.hq)), mine_g.resize(mine_q.size());
+  const Buffer<T> q(mine_q), dout(mine_g);
+  const Buffer<std::int32_t> device_starts(starts);
+  Buffer<T> out(rows * p.hq), dq(rows * p.hq);
+  Buffer<cuda::Compute<T>> lse(heads * rows);
+  Buffer<T> dkv(std::vector<T>(static_cast<std::size_t>(p.rows * 2 * p.hk)));  // added to
+  Attention a = p.a;
+  a.q = q.data(), a.q_stride = p.hq, a.out = out.data(), a.lse = lse.data(), a.rows = rows, a.dout = dout.data(), a.dout_stride = p.hq;
+  a.host_starts = starts.data(), a.starts = device_starts.data(), a.sequences = static_cast<std::int64_t>(runs.size()), a.longest = 38;
+  a.host_key_begins = begins.data(), a.host_key_counts = counts.data();
+  a.dq = dq.data(), a.dq_stride = p.hq, a.dk = dkv.data(), a.dv = dkv.data() + p.hk, a.dkv_stride = 2 * p.hk;
+  cuda::attention(ctx, a);
+  cuda::attention_backward(ctx, a);
+
+  const auto all = wide(p.host_qkv);
+  const auto whole_q = columns(all, p.rows, p.stride, 0, p.hq), k = columns(all, p.rows, p.stride, p.hq, p.hk), v = columns(all, p.rows, p.stride, p.hq + p.hk, p.hk);
+  const Numbers exact = reference(s, whole_q, k, v, g, scale, false);
+  const Numbers plain = num_of<T>() == Num::bf16 ? reference(s, whole_q, k, v, g, scale, true) : exact;
+  const auto mine = [&](const std::vector<double>& whole) {
+    std::vector<double> picked;
+    for (const auto& [row, count] : runs) picked.insert(picked.end(), whole.begin() + row * p.hq, whole.begin() + (row + count) * p.hq);
+    picked.resize(static_cast<std::size_t>(rows * p.hq));  // dead rows are 0
+    return picked;
+  };
+  const auto rule = [&](const char* part, const std::vector<double>& got, const std::vector<double>& ref, const std::vector<double>& rough) {
+    double size = 0;
+    for (const double x : ref) size = std::max(size, std::abs(x));
+    const double floor = size * (num_of<T>() == Num::f64 ? 1e-12 : num_of<T>() == Num::f32 ? 2e-5 : 1e-3), error = worst(got, ref), allowed = 2 * worst(rough, ref) + floor;
+    report(error <= allowed, name + part, "error " + std::to_string(error) + ", allowed " + std::to_string(allowed));
+  };
+  const auto grads = wide(dkv.get());
+  rule(" out", wide(out.get()), mine(exact.out), mine(plain.out));
+  rule(" dq", wide(dq.get()), mine(exact.dq), mine(plain.dq));
+  rule(" dk", columns(grads, p.rows, 2 * p.hk, 0, p.hk), exact.dk, plain.dk);
+  rule(" dv", columns(grads, p.rows, 2 * p.hk, p.hk, p.hk), exact.dv, plain.dv);
+  report(out.guarded() && dq.guarded() && dkv.guarded() && lse.guarded(), name + " guards");
+}
+
 std::vector<std::int32_t> equal(std::int64_t count, std::int64_t length) {
   std::vector<std::int32_t> s{0};
   for (std::int64_t i = 0; i < count; ++i) s.push_back(static_cast<std::int32_t>(s.back() + length));
@@ -287,6 +348,7 @@ void test_attention(Context& ctx, bool small) {
     one<bf16>(ctx, Shape{{0, 70}, 2, 1, 33, 0, true, true}, "");
     one<float>(ctx, Shape{{0, 1, 64, 75}, 2, 1, 20, 3, true, true}, ""), one<double>(ctx, Shape{{0, 1, 40}, 2, 1, 24, 3}, "");
     rows_alone<bf16>(ctx, 2, 1, 32);
+    for (const std::int64_t window : {0, 50}) stretches<bf16>(ctx, 2, 1, 48, window), stretches<float>(ctx, 2, 1, 20, window), stretches<double>(ctx, 1, 1, 24, window);
     for (const std::int64_t window : {1, 20, 64, 65}) one<bf16>(ctx, Shape{{0, 1, 150}, 2, 1, 48, 2, true, false, window}, "");
     one<float>(ctx, Shape{{0, 1, 75}, 2, 1, 20, 3, true, true, 33}, ""), one<double>(ctx, Shape{{0, 60}, 2, 1, 24, 3, true, false, 16}, "");
     rows_alone<bf16>(ctx, 4, 2, 32, 30), rows_alone<bf16>(ctx, 2, 1, 32, 100), rows_alone<float>(ctx, 2, 1, 16, 40);
@@ -349,6 +411,10 @@ void test_attention(Context& ctx, bool small) {
     report(false, "cudnn", e.what());
   }
 #endif
+  for (const std::int64_t window : {0, 1, 64, 100}) {
+    for (const std::int64_t d : {32, 64, 96, 128, 192, 256}) stretches<bf16>(ctx, 4, 2, d, window);
+    stretches<bf16>(ctx, 2, 1, 33, window), stretches<float>(ctx, 4, 2, 64, window), stretches<double>(ctx, 4, 2, 80, window);
+  }
   ctx.attention_choice.cudnn = false;  // a row's bits are the own kernels' promise
   for (const std::int64_t d : {32, 64, 96, 128, 256}) rows_alone<bf16>(ctx, 6, 2, d), rows_alone<bf16>(ctx, 2, 2, d);
   rows_alone<float>(ctx, 4, 2, 64), rows_alone<double>(ctx, 4, 4, 80);

@@ -1,14 +1,18 @@
 // Collectives among GPUs by NCCL.
 #include "comm/nccl/nccl_world.h"
 
+#include "base/cuda_device.h"
+#include "comm/lane.h"
+#include "comm/nccl/nccl_link.h"
+
 #include <capstan/error.h>
 #include <fmt/format.h>
-#include <nccl.h>
 
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <span>
@@ -22,26 +26,28 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-void check(cudaError_t code, const std::string& where) {
-  if (code != cudaSuccess) fail(Fault::runtime, where, std::string("CUDA: ") + cudaGetErrorString(code));
-}
-
 ncclDataType_t type_of(DType dtype, const std::string& where) {
   switch (dtype) {
-    case DType::f64: return ncclFloat64;
-    case DType::f32: return ncclFloat32;
-    case DType::f16: return ncclFloat16;
-    case DType::bf16: return ncclBfloat16;
-    case DType::i32: return ncclInt32;
-    case DType::i64: return ncclInt64;
-    case DType::u8: return ncclUint8;
-    default: fail(Fault::programming, where, "NCCL does not know " + std::string(name_of(dtype)));
+    case DType::f64:
+      return ncclFloat64;
+    case DType::f32:
+      return ncclFloat32;
+    case DType::f16:
+      return ncclFloat16;
+    case DType::bf16:
+      return ncclBfloat16;
+    case DType::i32:
+      return ncclInt32;
+    case DType::i64:
+      return ncclInt64;
+    case DType::u8:
+      return ncclUint8;
+    default:
+      fail(Fault::programming, where, "NCCL does not know " + std::string(name_of(dtype)));
   }
 }
 
-ncclRedOp_t operation_of(Reduction op) {
-  return op == Reduction::sum ? ncclSum : op == Reduction::max ? ncclMax : ncclMin;
-}
+ncclRedOp_t operation_of(Reduction op) { return op == Reduction::sum ? ncclSum : op == Reduction::max ? ncclMax : ncclMin; }
 
 const std::byte* at(const void* base, std::int64_t elements, DType dtype) {
   return static_cast<const std::byte*>(base) + elements * size_of(dtype);
@@ -50,84 +56,81 @@ std::byte* at(void* base, std::int64_t elements, DType dtype) {
   return static_cast<std::byte*>(base) + elements * size_of(dtype);
 }
 
-/// What a collective leaves on the GPU: when it started and ended.
+/// What a collective leaves on the GPU: when its data was there, when it started and ended.
 struct Flight {
   std::string collective;
   double bytes = 0;
-  cudaEvent_t start = nullptr, end = nullptr;
+  cudaEvent_t ready = nullptr, start = nullptr, end = nullptr;
   Clock::time_point since = Clock::now();
-  bool failed = false;
+  const Link* link = nullptr;
+  std::shared_ptr<Task> task;  // of sends and receives: what asks NCCL for it
   ~Flight() {
-    if (start) cudaEventDestroy(start);
-    if (end) cudaEventDestroy(end);
+    for (cudaEvent_t e : {ready, start, end})
+      if (e) cudaEventDestroy(e);
   }
 };
 
 class NcclCommunicator final : public Communicator {
  public:
-  NcclCommunicator(std::shared_ptr<World> world, std::shared_ptr<Communicator> control, int device, cudaStream_t compute)
-      : Communicator(control->name(), control->ranks(), control->rank()), world_(std::move(world)),
-        control_(std::move(control)), device_(device), compute_(compute) {
-    bind();
+  NcclCommunicator(std::shared_ptr<const Job> job, std::shared_ptr<Communicator> control)
+      : Communicator(control->name(), control->ranks(), control->rank()),
+        job_(std::move(job)),
+        control_(std::move(control)) {
+    job_->bind(where("make"));
     ncclUniqueId id;
     std::memset(&id, 0, sizeof id);
-    if (rank() == 0) check(ncclGetUniqueId(&id), "make");
+    if (rank() == 0 && ncclGetUniqueId(&id) != ncclSuccess) fail(Fault::runtime, where("make"), "NCCL gives no id");
     control_->broadcast(&id, sizeof id, DType::u8, 0).wait();
-    check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), where("make"));
-    // Not blocking: a rank that does not come must not hold this one in NCCL for ever.
-    ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    config.blocking = 0;
-    config.commName = this->name().c_str();
-    const ncclResult_t code = ncclCommInitRankConfig(&comm_, size(), id, rank(), &config);
-    if (code != ncclInProgress) check(code, "make");
-    settle("make");
+    main_ = std::make_unique<Link>(*job_, this->name(), id, size(), rank());
     thread_ = std::thread([this] { watch(); });
   }
 
   ~NcclCommunicator() override {
+    for (auto& [key, peer] : peers_) peer->lane->close();
     {
       const std::scoped_lock lock(mutex_);
       stop_ = true;
       changed_.notify_all();
     }
     thread_.join();
-    bind();
-    if (!broken_) ncclCommFinalize(comm_);
-    if (!broken_ && wait_for_state()) ncclCommDestroy(comm_);
-    else ncclCommAbort(comm_);
-    cudaStreamDestroy(stream_);
+    if (!broken_) return;
+    main_->abandon();
+    for (auto& [key, peer] : peers_)
+      if (peer->link) peer->link->abandon();
   }
+
+  void adopt(std::shared_ptr<void> memory, std::size_t bytes) override { main_->adopt(std::move(memory), bytes); }
 
   Handle all_reduce(void* data, std::int64_t count, DType dtype, Reduction op) override {
     const double bytes = 2.0 * (size() - 1) / size() * static_cast<double>(count * size_of(dtype));
-    return launch("all_reduce", count, bytes, [&] {
-      return ncclAllReduce(data, data, z(count), type("all_reduce", dtype), operation_of(op), comm_, stream_);
+    return launch("all_reduce", count, bytes, [&](const Link& l) {
+      return ncclAllReduce(data, data, z(count), type("all_reduce", dtype), operation_of(op), l.comm(), l.stream());
     });
   }
 
   Handle reduce_scatter(const void* in, void* out, std::int64_t count, DType dtype, Reduction op) override {
-    return launch("reduce_scatter", count, others(count, dtype), [&] {
-      return ncclReduceScatter(in, out, z(count), type("reduce_scatter", dtype), operation_of(op), comm_, stream_);
+    return launch("reduce_scatter", count, others(count, dtype), [&](const Link& l) {
+      return ncclReduceScatter(in, out, z(count), type("reduce_scatter", dtype), operation_of(op), l.comm(), l.stream());
     });
   }
 
   Handle all_gather(const void* in, void* out, std::int64_t count, DType dtype) override {
-    return launch("all_gather", count, others(count, dtype), [&] {
-      return ncclAllGather(in, out, z(count), type("all_gather", dtype), comm_, stream_);
+    return launch("all_gather", count, others(count, dtype), [&](const Link& l) {
+      return ncclAllGather(in, out, z(count), type("all_gather", dtype), l.comm(), l.stream());
     });
   }
 
   Handle all_gather_v(const void* in, void* out, std::span<const std::int64_t> counts, DType dtype) override {
     require(counts, "all_gather_v");
     const auto mine = counts[static_cast<std::size_t>(rank())];
-    return launch("all_gather_v", 0, others(mine, dtype), [&] {
-      return grouped([&] {
+    return launch("all_gather_v", 0, others(mine, dtype), [&](const Link& l) {
+      return grouped([&](auto&& call) {
         std::int64_t place = 0;
         for (int r = 0; r < size(); ++r) {
           const std::int64_t n = counts[static_cast<std::size_t>(r)];
           std::byte* block = at(out, place, dtype);
           if (n > 0)
-            call(ncclBroadcast(r == rank() ? in : block, block, z(n), type("all_gather_v", dtype), r, comm_, stream_));
+            call(ncclBroadcast(r == rank() ? in : block, block, z(n), type("all_gather_v", dtype), r, l.comm(), l.stream()));
           place += n;
         }
       });
@@ -146,44 +149,53 @@ class NcclCommunicator final : public Communicator {
 
   Handle broadcast(void* data, std::int64_t count, DType dtype, int root) override {
     if (root < 0 || root >= size()) wrong("broadcast", fmt::format("root {} of {} ranks", root, size()));
-    return launch("broadcast", count, rank() == root ? static_cast<double>(count * size_of(dtype)) : 0, [&] {
-      return ncclBroadcast(data, data, z(count), type("broadcast", dtype), root, comm_, stream_);
+    return launch("broadcast", count, rank() == root ? static_cast<double>(count * size_of(dtype)) : 0, [&](const Link& l) {
+      return ncclBroadcast(data, data, z(count), type("broadcast", dtype), root, l.comm(), l.stream());
     });
   }
 
   Handle send(const void* data, std::int64_t count, DType dtype, int to) override {
-    peer("send", to);
-    return launch("send", count, static_cast<double>(count * size_of(dtype)), [&] {
-      return ncclSend(data, z(count), type("send", dtype), to, comm_, stream_);
-    });
+    const ncclDataType_t t = type("send", dtype);
+    return launch_peer("send", to, count, static_cast<double>(count * size_of(dtype)),
+                       [=](const Link& l) { return ncclSend(data, z(count), t, 1, l.comm(), l.stream()); });
   }
 
   Handle receive(void* data, std::int64_t count, DType dtype, int from) override {
-    peer("receive", from);
-    return launch("receive", count, 0, [&] {
-      return ncclRecv(data, z(count), type("receive", dtype), from, comm_, stream_);
-    });
+    const ncclDataType_t t = type("receive", dtype);
+    return launch_peer("receive", from, count, 0,
+                       [=](const Link& l) { return ncclRecv(data, z(count), t, 0, l.comm(), l.stream()); });
   }
 
   /// Of the hosts, once their GPUs have ended what was called before.
   void barrier() override {
-    bind();
-    check(cudaStreamSynchronize(stream_), where("barrier"));
+    job_->bind(where("barrier"));
+    check_cuda(cudaStreamSynchronize(job_->compute), where("barrier"));
+    check_cuda(cudaStreamSynchronize(main_->stream()), where("barrier"));
     throw_if_broken();
     control_->barrier();
     record("barrier", 1, 0, 0, 0);
   }
 
  private:
+  /// Sends to, or receives from, one other rank: with a link of the two, made by the first of them, so that neither
+  /// direction nor another peer can hold it up.
+  struct Peer {
+    std::unique_ptr<Link> link;
+    std::shared_ptr<Lane> lane;
+  };
+
   /// Makes the compute stream wait for the collective.
   struct Wait final : Handle::Operation {
     Wait(NcclCommunicator& c, std::shared_ptr<Flight> f) : comm(c), flight(std::move(f)) {}
     void wait() override {
+      if (flight->task) flight->task->wait();
       comm.throw_if_broken();
-      comm.bind();
-      comm.check(cudaStreamWaitEvent(comm.compute_, flight->end, 0), comm.where(flight->collective));
+      comm.job_->bind(comm.where(flight->collective));
+      check_cuda(cudaStreamWaitEvent(comm.job_->compute, flight->end, 0), comm.where(flight->collective));
     }
-    bool done() override { return cudaEventQuery(flight->end) != cudaErrorNotReady; }
+    bool done() override {
+      return (!flight->task || flight->task->done()) && cudaEventQuery(flight->end) != cudaErrorNotReady;
+    }
     NcclCommunicator& comm;
     std::shared_ptr<Flight> flight;
   };
@@ -205,74 +217,92 @@ class NcclCommunicator final : public Communicator {
     for (const std::int64_t n : counts)
       if (n < 0) wrong(collective, fmt::format("negative count {}", n));
   }
-  void peer(const std::string& collective, int other) const {
-    if (other < 0 || other >= size() || other == rank())
-      wrong(collective, fmt::format("peer {} of {} ranks, this is {}", other, size(), rank()));
-  }
-  void bind() const { check(cudaSetDevice(device_), where("use")); }
-  void check(cudaError_t code, const std::string& place) const { comm::check(code, place); }
-  void check(ncclResult_t code, const std::string& collective) const {
-    if (code == ncclSuccess || code == ncclInProgress) return;
-    const char* last = comm_ ? ncclGetLastError(comm_) : "";
-    fail(Fault::runtime, where(collective), fmt::format("NCCL: {} {}", ncclGetErrorString(code), last ? last : ""));
-  }
 
-  /// Waits until the communicator has done what it was asked for; false when it failed or took longer than the timeout.
-  bool wait_for_state() const {
-    const auto deadline = Clock::now() + std::chrono::duration<double>(world_->timeout());
-    ncclResult_t state = ncclInProgress;
-    while (ncclCommGetAsyncError(comm_, &state) == ncclSuccess && state == ncclInProgress) {
-      if (Clock::now() > deadline) return false;
-      std::this_thread::sleep_for(std::chrono::microseconds(50));
-    }
-    return state == ncclSuccess;
-  }
-  void settle(const std::string& collective) {
-    if (wait_for_state()) return;
-    const std::string text = fmt::format("NCCL did not start {} within {:.3g} s, or failed: {}", collective,
-                                         world_->timeout(), ncclGetLastError(comm_));
-    ncclCommAbort(comm_);
-    world_->fail_job(text);
-    fail(Fault::runtime, where(collective), text);
-  }
-
-  void call(ncclResult_t code) {
-    if (group_code_ == ncclSuccess && code != ncclInProgress) group_code_ = code;
-  }
   /// Calls within `body` start together; their first error, or the group's.
   template <class Body>
-  ncclResult_t grouped(Body&& body) {
-    group_code_ = ncclGroupStart();
-    body();
+  static ncclResult_t grouped(Body&& body) {
+    ncclResult_t first = ncclGroupStart();
+    body([&](ncclResult_t code) {
+      if (first == ncclSuccess && code != ncclInProgress) first = code;
+    });
     const ncclResult_t end = ncclGroupEnd();
-    return group_code_ != ncclSuccess ? group_code_ : end;
+    return first != ncclSuccess ? first : end;
+  }
+
+  /// A flight whose data is there when the compute stream has come to now.
+  std::shared_ptr<Flight> flight_of(const char* collective, std::int64_t count, double bytes) {
+    if (count < 0) wrong(collective, fmt::format("negative count {}", count));
+    throw_if_broken();
+    const std::string place = where(collective);
+    job_->bind(place);
+    auto flight = std::make_shared<Flight>();
+    flight->collective = collective, flight->bytes = bytes;
+    check_cuda(cudaEventCreateWithFlags(&flight->ready, cudaEventDisableTiming), place);
+    check_cuda(cudaEventCreate(&flight->start), place);
+    check_cuda(cudaEventCreate(&flight->end), place);
+    check_cuda(cudaEventRecord(flight->ready, job_->compute), place);
+    return flight;
+  }
+
+  template <class Body>
+  void fly(Link& link, const std::shared_ptr<Flight>& flight, Body&& body) {
+    const std::string place = where(flight->collective);
+    flight->link = &link;
+    check_cuda(cudaStreamWaitEvent(link.stream(), flight->ready, 0), place);
+    check_cuda(cudaEventRecord(flight->start, link.stream()), place);
+    const ncclResult_t code = body(static_cast<const Link&>(link));
+    link.check(code, place);
+    if (code == ncclInProgress) link.settle(place);
+    check_cuda(cudaEventRecord(flight->end, link.stream()), place);
+    const std::scoped_lock lock(mutex_);
+    flights_.push_back(flight);
+    changed_.notify_all();
   }
 
   template <class Body>
   Handle launch(const char* collective, std::int64_t count, double bytes, Body&& body) {
-    if (count < 0) wrong(collective, fmt::format("negative count {}", count));
-    throw_if_broken();
-    bind();
-    auto flight = std::make_shared<Flight>();
-    flight->collective = collective;
-    flight->bytes = bytes;
-    const std::string place = where(collective);
-    check(cudaEventCreate(&flight->start), place);
-    check(cudaEventCreate(&flight->end), place);
-    // After what makes the data.
-    check(cudaEventRecord(flight->start, compute_), place);
-    check(cudaStreamWaitEvent(stream_, flight->start, 0), place);
-    check(cudaEventRecord(flight->start, stream_), place);
-    const ncclResult_t code = body();
-    check(code, collective);
-    if (code == ncclInProgress) settle(collective);
-    check(cudaEventRecord(flight->end, stream_), place);
+    auto flight = flight_of(collective, count, bytes);
+    fly(*main_, flight, body);
+    return Handle(std::make_shared<Wait>(*this, std::move(flight)));
+  }
+
+  template <class Body>
+  Handle launch_peer(const char* collective, int other, std::int64_t count, double bytes, Body body) {
+    if (other < 0 || other >= size() || other == rank())
+      wrong(collective, fmt::format("peer {} of {} ranks, this is {}", other, size(), rank()));
+    auto flight = flight_of(collective, count, bytes);
+    const bool sends = std::string_view(collective) == "send";
+    Peer* peer = nullptr;
     {
       const std::scoped_lock lock(mutex_);
-      flights_.push_back(flight);
-      changed_.notify_all();
+      std::unique_ptr<Peer>& p = peers_[{other, sends}];
+      if (!p) {
+        p = std::make_unique<Peer>();
+        p->lane = std::make_shared<Lane>([](Collective, const std::function<void()>& wait) { wait(); });
+      }
+      peer = p.get();
     }
-    return Handle(std::make_shared<Wait>(*this, flight));
+    flight->task = peer->lane->submit(sends ? Collective::send : Collective::receive,
+                                      [this, peer, other, sends, flight = flight.get(), keep = std::weak_ptr(flight), body] {
+                                        job_->bind(where(flight->collective));
+                                        if (!peer->link) peer->link = link_to(other, sends);
+                                        fly(*peer->link, keep.lock(), body);
+                                      });
+    return Handle(std::make_shared<Wait>(*this, std::move(flight)));
+  }
+
+  std::unique_ptr<Link> link_to(int other, bool sends) {
+    const std::string place = where(sends ? "send" : "receive");
+    ncclUniqueId id;
+    std::memset(&id, 0, sizeof id);
+    if (sends) {
+      if (ncclGetUniqueId(&id) != ncclSuccess) fail(Fault::runtime, place, "NCCL gives no id");
+      control_->send(&id, sizeof id, DType::u8, other).wait();
+    } else {
+      control_->receive(&id, sizeof id, DType::u8, other).wait();
+    }
+    return std::make_unique<Link>(*job_, fmt::format("{} {} to {}", name(), sends ? rank() : other, sends ? other : rank()),
+                                  id, 2, sends ? 0 : 1);
   }
 
   Handle exchange(const char* collective, const void* in, std::span<const std::int64_t> send_counts, void* out,
@@ -280,16 +310,18 @@ class NcclCommunicator final : public Communicator {
     require(send_counts, collective);
     require(receive_counts, collective);
     const auto me = static_cast<std::size_t>(rank());
+    if (send_counts[me] != receive_counts[me])
+      wrong(collective, "what a rank sends to itself is not what it receives from itself");
     const std::int64_t all = std::accumulate(send_counts.begin(), send_counts.end(), std::int64_t{0});
-    return launch(collective, 0, static_cast<double>((all - send_counts[me]) * size_of(dtype)), [&] {
-      return grouped([&] {
+    return launch(collective, 0, static_cast<double>((all - send_counts[me]) * size_of(dtype)), [&](const Link& l) {
+      return grouped([&](auto&& call) {
         std::int64_t from = 0, to = 0;
         for (int r = 0; r < size(); ++r) {
           const auto i = static_cast<std::size_t>(r);
           if (send_counts[i] > 0)
-            call(ncclSend(at(in, from, dtype), z(send_counts[i]), type(collective, dtype), r, comm_, stream_));
+            call(ncclSend(at(in, from, dtype), z(send_counts[i]), type(collective, dtype), r, l.comm(), l.stream()));
           if (receive_counts[i] > 0)
-            call(ncclRecv(at(out, to, dtype), z(receive_counts[i]), type(collective, dtype), r, comm_, stream_));
+            call(ncclRecv(at(out, to, dtype), z(receive_counts[i]), type(collective, dtype), r, l.comm(), l.stream()));
           from += send_counts[i];
           to += receive_counts[i];
         }
@@ -302,41 +334,46 @@ class NcclCommunicator final : public Communicator {
     if (broken_) fail(Fault::runtime, where("use"), failure_);
   }
 
-  /// Counts what has ended, and ends the job when the oldest collective takes longer than the timeout or NCCL reports an
-  /// error.
+  /// Counts what has ended, and ends the job when a collective takes longer than the timeout or NCCL reports an error.
   void watch() {
-    cudaSetDevice(device_);
+    cudaSetDevice(job_->gpu);
     std::unique_lock lock(mutex_);
     while (!stop_ || (!flights_.empty() && !broken_)) {
       if (flights_.empty() || broken_) {
         changed_.wait(lock);
         continue;
       }
-      const auto flight = flights_.front();
+      auto flights = flights_;
       lock.unlock();
-      const cudaError_t state = cudaEventQuery(flight->end);
-      ncclResult_t async = ncclSuccess;
-      ncclCommGetAsyncError(comm_, &async);
       std::string problem;
-      if (state == cudaSuccess) {
-        float milliseconds = 0;
-        cudaEventElapsedTime(&milliseconds, flight->start, flight->end);
-        record(flight->collective, 1, flight->bytes, 1e-3 * milliseconds, 0);
-      } else if (state != cudaErrorNotReady) {
-        problem = std::string("CUDA: ") + cudaGetErrorString(state);
-      } else if (async != ncclSuccess && async != ncclInProgress) {
-        problem = fmt::format("NCCL: {} {}", ncclGetErrorString(async), ncclGetLastError(comm_));
-      } else if (started(*flight) &&
-                 std::chrono::duration<double>(Clock::now() - flight->since).count() > world_->timeout()) {
-        problem = fmt::format("it has not ended within {:.3g} s: a rank of the group did not come, or a link is down",
-                              world_->timeout());
+      std::deque<std::shared_ptr<Flight>> left;
+      for (const auto& flight : flights) {
+        const cudaError_t state = cudaEventQuery(flight->end);
+        if (state == cudaSuccess) {
+          float milliseconds = 0;
+          cudaEventElapsedTime(&milliseconds, flight->start, flight->end);
+          record(flight->collective, 1, flight->bytes, 1e-3 * milliseconds, 0);
+          continue;
+        }
+        left.push_back(flight);
+        if (!problem.empty()) continue;
+        if (state != cudaErrorNotReady)
+          problem = std::string("CUDA: ") + cudaGetErrorString(state);
+        else
+          problem = flight->link->fault();
+        if (problem.empty() && started(*flight) &&
+            std::chrono::duration<double>(Clock::now() - flight->since).count() > job_->control->timeout())
+          problem = fmt::format("it has not ended within {:.3g} s: a rank of the group did not come, or a link is down",
+                                job_->control->timeout());
+        if (!problem.empty()) problem = fmt::format("{}: {}", where(flight->collective), problem);
       }
-      if (!problem.empty()) problem = fmt::format("{}: {}", where(flight->collective), problem);
-      if (!problem.empty()) world_->fail_job(problem);
+      if (!problem.empty()) job_->control->fail_job(problem);
       lock.lock();
       if (!problem.empty()) broken_ = true, failure_ = problem;
-      else if (state == cudaSuccess) flights_.pop_front();
-      else changed_.wait_for(lock, std::chrono::milliseconds(1));
+      const bool idle = left.size() == flights.size();
+      left.insert(left.end(), flights_.begin() + static_cast<std::ptrdiff_t>(flights.size()), flights_.end());
+      flights_ = std::move(left);
+      if (idle) changed_.wait_for(lock, std::chrono::milliseconds(1));
     }
   }
 
@@ -347,14 +384,12 @@ class NcclCommunicator final : public Communicator {
     return false;
   }
 
-  std::shared_ptr<World> world_;
+  std::shared_ptr<const Job> job_;
   std::shared_ptr<Communicator> control_;
-  int device_;
-  cudaStream_t compute_, stream_ = nullptr;
-  ncclComm_t comm_ = nullptr;
-  ncclResult_t group_code_ = ncclSuccess;
+  std::unique_ptr<Link> main_;
   mutable std::mutex mutex_;
   std::condition_variable changed_;
+  std::map<std::pair<int, bool>, std::unique_ptr<Peer>> peers_;
   std::deque<std::shared_ptr<Flight>> flights_;
   bool stop_ = false, broken_ = false;
   std::string failure_;
@@ -363,37 +398,52 @@ class NcclCommunicator final : public Communicator {
 
 class NcclWorld final : public World {
  public:
-  NcclWorld(std::shared_ptr<World> control, int device, cudaStream_t compute)
-      : control_(std::move(control)), device_(device), compute_(compute) {}
-  int rank() const override { return control_->rank(); }
-  int size() const override { return control_->size(); }
-  int local_rank() const override { return control_->local_rank(); }
-  int local_size() const override { return control_->local_size(); }
+  explicit NcclWorld(std::shared_ptr<const Job> job) : job_(std::move(job)) {}
+  int rank() const override { return job_->control->rank(); }
+  int size() const override { return job_->control->size(); }
+  int local_rank() const override { return job_->control->local_rank(); }
+  int local_size() const override { return job_->control->local_size(); }
   std::string_view backend() const override { return "nccl"; }
   std::shared_ptr<Communicator> make(std::string name, std::vector<int> ranks) override {
-    auto control = control_->make(std::move(name), std::move(ranks));
-    return std::make_shared<NcclCommunicator>(control_, std::move(control), device_, compute_);
+    if (ranks.size() == 1) return make_gpu_solo(std::move(name), std::move(ranks), job_->device);
+    return std::make_shared<NcclCommunicator>(job_, job_->control->make(std::move(name), std::move(ranks)));
   }
-  void at(std::int64_t step, std::string_view doing) override { control_->at(step, doing); }
-  bool fail_job(const std::string& message) noexcept override { return control_->fail_job(message); }
-  void end_failed(int exit_code) override { control_->end_failed(exit_code); }
-  double timeout() const override { return control_->timeout(); }
+  std::shared_ptr<void> shared_memory(std::size_t bytes) override {
+    std::shared_ptr<void> memory = nccl_memory(*job_, bytes);
+    if (!memory)
+      fail(Fault::runtime, "cuda memory",
+           fmt::format("NCCL cannot allocate {} bytes for collectives: tensors hold {} bytes; a smaller data.micro_batch or "
+                       "precision.compute=bf16 lowers the need, more ranks along mesh.shard too",
+                       bytes, job_->device->bytes_held()));
+    return {memory.get(), [memory, job = job_](void*) {}};
+  }
+  void at(std::int64_t step, std::string_view doing) override { job_->control->at(step, doing); }
+  bool fail_job(const std::string& message) noexcept override { return job_->control->fail_job(message); }
+  void end_failed(int exit_code) override { job_->control->end_failed(exit_code); }
+  double timeout() const override { return job_->control->timeout(); }
 
  private:
-  std::shared_ptr<World> control_;
-  int device_;
-  cudaStream_t compute_;
+  std::shared_ptr<const Job> job_;
 };
 
 }  // namespace
 }  // namespace capstan::comm
 
-namespace capstan {
-
-std::shared_ptr<World> make_nccl_world(std::shared_ptr<World> control, int device, cudaStream_t compute) {
-  if (!control) fail(Fault::programming, "NCCL", "a world of GPUs needs one of their hosts");
-  comm::check(cudaSetDevice(device), fmt::format("GPU {}", device));
-  return std::make_shared<comm::NcclWorld>(std::move(control), device, compute);
+extern "C" __attribute__((visibility("default"))) bool capstan_nccl_open(int interface,
+                                                                         std::shared_ptr<capstan::World> control,
+                                                                         std::shared_ptr<capstan::Device> device,
+                                                                         capstan::GpuRanks& ranks) {
+  using namespace capstan;
+  if (interface != kernels::cuda::gpu_interface) return false;
+  auto job = std::make_shared<comm::Job>();
+  const kernels::cuda::Gpu& gpu = gpu_of(*device);
+  job->control = std::move(control), job->device = std::move(device);
+  job->gpu = gpu.index(), job->compute = static_cast<cudaStream_t>(gpu.stream());
+  int version = 0;
+  ncclGetVersion(&version);
+  ranks.words = fmt::format("by NCCL {}.{}.{}", version / 10000, version / 100 % 100, version % 100);
+  ranks.world = std::make_shared<comm::NcclWorld>(std::move(job));
+  return true;
 }
 
-}  // namespace capstan
+static_assert(std::is_same_v<decltype(&capstan_nccl_open), capstan::OpenNccl>);

@@ -1,24 +1,19 @@
-// defines: make_nccl_world: collectives among GPUs, behind the interface of those among CPUs.
+// defines: OpenNccl: how core gets a world of NCCL's communicators from libcapstan_nccl.so. Needs no CUDA header.
 #pragma once
-#include "comm/communicator.h"
-
-#include <cuda_runtime_api.h>
-
-#include <memory>
+#include "comm/gpu_world.h"
 
 namespace capstan {
 
-/// The same ranks as `control`, each with GPU `device`, one GPU each; data is memory of that GPU. `control` (MPI, shared memory)
-/// passes the ids, carries barriers and says who is missing; it must outlive nothing: this world keeps it.
-/// `compute` is the stream that makes and uses the data: a collective starts after what was queued on it, and Handle::wait()
-/// makes it wait for the collective, not the caller; a host that must see the data synchronizes the stream.
-/// The ledger's seconds are those between the collective's start and end on the GPU, its waits those of the host.
+/// `capstan_nccl_open`: the same ranks as `control`, each with a CUDA device of its own, one GPU each; data is memory of
+/// that GPU. `control` (MPI, shared memory) passes the ids, carries barriers and says who is missing. False when `interface`
+/// is not this library's kernels::cuda::gpu_interface. The ledger's seconds are those between a collective's start and end
+/// on the GPU.
 ///
-/// Unlike the CPU worlds, NCCL chooses the order of a sum, the same in every run on the same GPUs and links, and rounds a bf16 sum
-/// at every hop: reduce gradients in f32. u8 sums wrap.
-/// Errors: Error(runtime) naming communicator, collective and NCCL's text; a collective that has not ended within
-/// control->timeout() ends the job (World::fail_job), and the ranks that are missing are named by `control`.
-__attribute__((visibility("default"))) std::shared_ptr<World> make_nccl_world(std::shared_ptr<World> control, int device,
-                                                                              cudaStream_t compute);
+/// NCCL chooses the order of a sum, the same in every run on the same GPUs and links, and rounds a bf16 sum at every hop:
+/// the engine sends bf16 gradients by all_to_all and adds them in f32 itself. u8 sums wrap. Memory of World::shared_memory()
+/// comes from NCCL, and Communicator::adopt() registers it. Errors: Error(runtime) naming communicator, collective and
+/// NCCL's text; a collective that has not ended within control->timeout() ends the job (World::fail_job), and the ranks that
+/// are missing are named by `control`.
+using OpenNccl = bool (*)(int interface, std::shared_ptr<World> control, std::shared_ptr<Device> device, GpuRanks& ranks);
 
 }  // namespace capstan

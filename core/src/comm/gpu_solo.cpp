@@ -1,0 +1,67 @@
+// A group of one whose data is a GPU's memory.
+#include "comm/gpu_world.h"
+
+#include <capstan/error.h>
+#include <kernels/backend.h>
+
+#include <utility>
+
+namespace capstan::comm {
+namespace {
+
+class GpuSolo final : public Communicator {
+ public:
+  GpuSolo(std::string name, std::vector<int> ranks, std::shared_ptr<Device> device)
+      : Communicator(std::move(name), std::move(ranks), 0), device_(std::move(device)) {}
+  Handle all_reduce(void*, std::int64_t, DType, Reduction) override { return {}; }
+  Handle reduce_scatter(const void* in, void* out, std::int64_t count, DType dtype, Reduction) override {
+    return copy(in, out, count, dtype);
+  }
+  Handle all_gather(const void* in, void* out, std::int64_t count, DType dtype) override {
+    return copy(in, out, count, dtype);
+  }
+  Handle all_gather_v(const void* in, void* out, std::span<const std::int64_t> counts, DType dtype) override {
+    return copy(in, out, one(counts), dtype);
+  }
+  Handle all_to_all(const void* in, void* out, std::int64_t count, DType dtype) override {
+    return copy(in, out, count, dtype);
+  }
+  Handle all_to_all_v(const void* in, std::span<const std::int64_t> send_counts, void* out,
+                      std::span<const std::int64_t> receive_counts, DType dtype) override {
+    if (one(send_counts) != one(receive_counts)) wrong("sends and receives of a rank with itself must agree");
+    return copy(in, out, one(send_counts), dtype);
+  }
+  Handle broadcast(void*, std::int64_t, DType, int root) override {
+    if (root != 0) wrong("the root must be 0");
+    return {};
+  }
+  Handle send(const void*, std::int64_t, DType, int) override { wrong("there is nobody to send to"); }
+  Handle receive(void*, std::int64_t, DType, int) override { wrong("there is nobody to receive from"); }
+  void barrier() override { device_->synchronize(); }
+
+ private:
+  [[noreturn]] void wrong(const std::string& what) const {
+    fail(Fault::programming, "communicator '" + name() + "'", "a group of one: " + what);
+  }
+  std::int64_t one(std::span<const std::int64_t> counts) const {
+    if (counts.size() != 1) wrong("expected one count, got " + std::to_string(counts.size()));
+    return counts[0];
+  }
+  Handle copy(const void* in, void* out, std::int64_t count, DType dtype) const {
+    if (count < 0) wrong("negative count " + std::to_string(count));
+    if (in == out || count == 0) return {};
+    kernels::Strided bytes;
+    bytes.rank = 1, bytes.shape[0] = count * size_of(dtype), bytes.to[0] = bytes.from[0] = 1;
+    device_->backend().copy(bytes, kernels::Num::u8, out, kernels::Num::u8, in);
+    return {};
+  }
+  std::shared_ptr<Device> device_;
+};
+
+}  // namespace
+
+std::shared_ptr<Communicator> make_gpu_solo(std::string name, std::vector<int> ranks, std::shared_ptr<Device> device) {
+  return std::make_shared<GpuSolo>(std::move(name), std::move(ranks), std::move(device));
+}
+
+}  // namespace capstan::comm

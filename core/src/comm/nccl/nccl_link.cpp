@@ -1,0 +1,123 @@
+#include "comm/nccl/nccl_link.h"
+
+#include <capstan/error.h>
+#include <fmt/format.h>
+
+#include <chrono>
+#include <thread>
+
+namespace capstan::comm {
+
+void check_cuda(cudaError_t code, const std::string& where) {
+  if (code != cudaSuccess) fail(Fault::runtime, where, std::string("CUDA: ") + cudaGetErrorString(code));
+}
+
+void Job::bind(const std::string& where) const { check_cuda(cudaSetDevice(gpu), where); }
+
+Link::Link(const Job& job, const std::string& name, const ncclUniqueId& id, int size, int rank) : job_(job), name_(name) {
+  const std::string where = fmt::format("communicator '{}'", name_);
+  job_.bind(where);
+  int least = 0, greatest = 0;
+  check_cuda(cudaDeviceGetStreamPriorityRange(&least, &greatest), where);
+  check_cuda(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, greatest), where);
+  // Not blocking: a rank that does not come must not hold this one in NCCL for ever.
+  ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
+  config.blocking = 0;
+  config.commName = name_.c_str();
+  const ncclResult_t code = ncclCommInitRankConfig(&comm_, size, id, rank, &config);
+  if (code != ncclInProgress) check(code, where);
+  settle(where);
+}
+
+Link::~Link() {
+  cudaSetDevice(job_.gpu);
+  if (!broken_) {
+    for (const Adopted& a : adopted_) {
+      if (a.handle == nullptr) continue;
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 0)
+      if (a.window)
+        ncclCommWindowDeregister(comm_, static_cast<ncclWindow_t>(a.handle));
+      else
+        ncclCommDeregister(comm_, a.handle);
+#else
+      ncclCommDeregister(comm_, a.handle);
+#endif
+    }
+    ncclCommFinalize(comm_);
+  }
+  if (!broken_ && wait_for_state())
+    ncclCommDestroy(comm_);
+  else
+    ncclCommAbort(comm_);
+  cudaStreamDestroy(stream_);
+}
+
+void Link::check(ncclResult_t code, const std::string& where) const {
+  if (code == ncclSuccess || code == ncclInProgress) return;
+  const char* last = ncclGetLastError(comm_);
+  fail(Fault::runtime, where, fmt::format("NCCL: {} {}", ncclGetErrorString(code), last ? last : ""));
+}
+
+/// False when NCCL failed or took longer than the timeout.
+bool Link::wait_for_state() const {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(job_.control->timeout());
+  ncclResult_t state = ncclInProgress;
+  while (ncclCommGetAsyncError(comm_, &state) == ncclSuccess && state == ncclInProgress) {
+    if (std::chrono::steady_clock::now() > deadline) return false;
+    std::this_thread::sleep_for(std::chrono::microseconds(50));
+  }
+  return state == ncclSuccess;
+}
+
+void Link::settle(const std::string& where) {
+  if (wait_for_state()) return;
+  const char* last = ncclGetLastError(comm_);
+  const std::string text = fmt::format("NCCL did not get under way within {:.3g} s, or failed: {}", job_.control->timeout(),
+                                       last ? last : "it does not say why");
+  broken_ = true;
+  job_.control->fail_job(where + ": " + text);
+  fail(Fault::runtime, where, text);
+}
+
+std::string Link::fault() const {
+  ncclResult_t state = ncclSuccess;
+  ncclCommGetAsyncError(comm_, &state);
+  if (state == ncclSuccess || state == ncclInProgress) return "";
+  const char* last = ncclGetLastError(comm_);
+  return fmt::format("NCCL: {} {}", ncclGetErrorString(state), last ? last : "");
+}
+
+void Link::adopt(std::shared_ptr<void> memory, std::size_t bytes) {
+  const std::string where = fmt::format("registering memory with communicator '{}'", name_);
+  job_.bind(where);
+  Adopted a;
+  a.memory = std::move(memory);
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 0)
+  ncclWindow_t window = nullptr;
+  const ncclResult_t code = ncclCommWindowRegister(comm_, a.memory.get(), bytes, &window, NCCL_WIN_COLL_SYMMETRIC);
+  check(code, where);
+  if (code == ncclInProgress) settle(where);
+  a.handle = window, a.window = window != nullptr;  // null where the GPUs have no symmetric memory
+#endif
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 19, 0)
+  if (a.handle == nullptr) {
+    const ncclResult_t local = ncclCommRegister(comm_, a.memory.get(), bytes, &a.handle);
+    check(local, where);
+    if (local == ncclInProgress) settle(where);
+  }
+#endif
+  adopted_.push_back(std::move(a));
+}
+
+std::shared_ptr<void> nccl_memory(const Job& job, std::size_t bytes) {
+  job.bind("memory for collectives");
+  void* data = nullptr;
+  if (ncclMemAlloc(&data, bytes) != ncclSuccess || data == nullptr) return nullptr;
+  return {data, [gpu = job.gpu](void* p) {
+            cudaSetDevice(gpu);
+            cudaDeviceSynchronize();  // unlike memory of the pool, it does not come back in the stream's order
+            ncclMemFree(p);
+          }};
+}
+
+}  // namespace capstan::comm

@@ -1,0 +1,67 @@
+// defines: Job, Link: one communicator of NCCL, the stream it works in, and the memory that it knows.
+#pragma once
+#include "comm/communicator.h"
+
+#include <capstan/device.h>
+#include <cuda_runtime_api.h>
+#include <nccl.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+namespace capstan::comm {
+
+/// What all links of a rank share.
+struct Job {
+  std::shared_ptr<World> control;
+  std::shared_ptr<Device> device;
+  int gpu = 0;
+  cudaStream_t compute = nullptr;
+  void bind(const std::string& where) const;
+};
+
+/// Throws Error(runtime) at `where`.
+void check_cuda(cudaError_t code, const std::string& where);
+
+class Link {
+ public:
+  /// Rank `rank` of `size`; returns when all have come. A rank that does not come ends the job within its timeout.
+  Link(const Job& job, const std::string& name, const ncclUniqueId& id, int size, int rank);
+  /// Lets NCCL end what is under way, or aborts it after abandon().
+  ~Link();
+  Link(const Link&) = delete;
+  Link& operator=(const Link&) = delete;
+
+  ncclComm_t comm() const { return comm_; }
+  cudaStream_t stream() const { return stream_; }
+  /// Error(runtime) at `where` unless NCCL took the call.
+  void check(ncclResult_t code, const std::string& where) const;
+  /// Waits until NCCL has taken what it was asked for.
+  void settle(const std::string& where);
+  /// What went wrong since; "" when nothing did.
+  std::string fault() const;
+  void abandon() { broken_ = true; }
+  /// Registers memory of ncclMemAlloc and keeps it: as a symmetric window where this NCCL and these GPUs have such, else for
+  /// this rank alone. All ranks of the link, with the same size.
+  void adopt(std::shared_ptr<void> memory, std::size_t bytes);
+
+ private:
+  bool wait_for_state() const;
+  struct Adopted {
+    std::shared_ptr<void> memory;
+    void* handle = nullptr;  // of ncclCommRegister
+    bool window = false;     // handle is one's
+  };
+  const Job& job_;
+  std::string name_;
+  ncclComm_t comm_ = nullptr;
+  cudaStream_t stream_ = nullptr;
+  std::vector<Adopted> adopted_;
+  bool broken_ = false;
+};
+
+/// Memory that NCCL can register on every path; null when there is none left.
+std::shared_ptr<void> nccl_memory(const Job& job, std::size_t bytes);
+
+}  // namespace capstan::comm

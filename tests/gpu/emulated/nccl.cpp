@@ -1,0 +1,285 @@
+// NCCL's calls for ranks that are threads of one process, over the emulated GPU: a call is queued on its stream, and there
+// the ranks of its communicator meet, exchange addresses and copy. A rank that does not come is waited for until the abort.
+#include "gpu/emulated/streams.h"
+
+#include <capstan/kernels/bf16.h>
+#include <nccl.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace capstan::emulated {
+void touch_device_memory(const std::function<void()>& work);
+}
+
+namespace {
+
+using capstan::kernels::bf16;
+
+struct Call {
+  enum Kind { all_reduce, reduce_scatter, all_gather, broadcast, send, receive } kind;
+  const void* in;
+  void* out;
+  std::size_t count;
+  ncclDataType_t type;
+  ncclRedOp_t op = ncclSum;
+  int other = 0;  // root or peer
+};
+
+std::size_t bytes_of(ncclDataType_t type) {
+  switch (type) {
+    case ncclInt8:
+    case ncclUint8:
+      return 1;
+    case ncclFloat16:
+    case ncclBfloat16:
+      return 2;
+    case ncclInt64:
+    case ncclUint64:
+    case ncclFloat64:
+      return 8;
+    default:
+      return 4;
+  }
+}
+
+/// Where the ranks of one communicator meet.
+struct Room {
+  explicit Room(int n) : size(n), calls(static_cast<std::size_t>(n)) {}
+  int size;
+  std::mutex mutex;
+  std::condition_variable changed;
+  int arrived = 0;
+  std::uint64_t round = 0;
+  bool aborted = false, mismatch = false;
+  std::vector<const Call*> calls;
+  struct Letter {
+    const void* data;
+    std::size_t bytes;
+    bool taken = false;
+  };
+  std::map<std::pair<int, int>, std::vector<std::shared_ptr<Letter>>> letters;  // from, to
+
+  /// False after an abort.
+  bool meet() {
+    std::unique_lock lock(mutex);
+    const std::uint64_t mine = round;
+    if (++arrived == size) {
+      arrived = 0, ++round;
+      changed.notify_all();
+      return !aborted;
+    }
+    changed.wait(lock, [&] { return round != mine || aborted; });
+    return !aborted;
+  }
+};
+
+std::mutex rooms_mutex;
+std::map<std::string, std::shared_ptr<Room>> rooms;
+std::uint64_t next_id = 0;
+
+template <class T>
+void reduce(const std::vector<const Call*>& calls, std::size_t from, std::size_t count, ncclRedOp_t op, void* to) {
+  using Sum = std::conditional_t<std::is_same_v<T, bf16>, float, T>;
+  for (std::size_t i = 0; i < count; ++i) {
+    Sum sum = static_cast<Sum>(static_cast<const T*>(calls[0]->in)[from + i]);
+    for (std::size_t r = 1; r < calls.size(); ++r) {
+      const Sum x = static_cast<Sum>(static_cast<const T*>(calls[r]->in)[from + i]);
+      sum = op == ncclSum ? static_cast<Sum>(sum + x) : op == ncclMax ? std::max(sum, x) : std::min(sum, x);
+    }
+    static_cast<T*>(to)[i] = T(sum);
+  }
+}
+
+void reduce(const std::vector<const Call*>& calls, std::size_t from, std::size_t count, ncclDataType_t type, ncclRedOp_t op,
+            void* to) {
+  switch (type) {
+    case ncclFloat64:
+      return reduce<double>(calls, from, count, op, to);
+    case ncclFloat32:
+      return reduce<float>(calls, from, count, op, to);
+    case ncclBfloat16:
+      return reduce<bf16>(calls, from, count, op, to);
+    case ncclInt32:
+      return reduce<std::int32_t>(calls, from, count, op, to);
+    case ncclInt64:
+      return reduce<std::int64_t>(calls, from, count, op, to);
+    default:
+      return reduce<std::uint8_t>(calls, from, count, op, to);
+  }
+}
+
+void together(Room& room, int rank, const Call& call) {
+  const auto me = static_cast<std::size_t>(rank);
+  const std::size_t block = call.count * bytes_of(call.type), n = static_cast<std::size_t>(room.size);
+  room.calls[me] = &call;
+  if (!room.meet()) return;
+  for (const Call* other : room.calls)
+    if (other->kind != call.kind || other->count != call.count || other->type != call.type) room.mismatch = true;
+  std::vector<char> result(call.kind == Call::all_gather ? n * block : block);
+  capstan::emulated::touch_device_memory([&] {
+    switch (call.kind) {
+      case Call::all_reduce:
+        return reduce(room.calls, 0, call.count, call.type, call.op, result.data());
+      case Call::reduce_scatter:
+        return reduce(room.calls, me * call.count, call.count, call.type, call.op, result.data());
+      case Call::all_gather:
+        for (std::size_t r = 0; r < n; ++r) std::memcpy(result.data() + r * block, room.calls[r]->in, block);
+        return;
+      default:
+        std::memcpy(result.data(), room.calls[static_cast<std::size_t>(call.other)]->in, block);
+    }
+  });
+  if (!room.meet()) return;  // everyone has read
+  capstan::emulated::touch_device_memory([&] { std::memcpy(call.out, result.data(), result.size()); });
+  room.meet();
+}
+
+/// Calls of one group start together: no send waits for a receive of the same group.
+void run(Room& room, int rank, const std::vector<Call>& calls) {
+  std::vector<std::shared_ptr<Room::Letter>> sent;
+  for (const Call& c : calls)
+    if (c.kind == Call::send) {
+      sent.push_back(std::make_shared<Room::Letter>(Room::Letter{c.in, c.count * bytes_of(c.type)}));
+      const std::lock_guard lock(room.mutex);
+      room.letters[{rank, c.other}].push_back(sent.back());
+      room.changed.notify_all();
+    }
+  for (const Call& c : calls) {
+    if (c.kind == Call::send) continue;
+    if (c.kind != Call::receive) {
+      together(room, rank, c);
+      continue;
+    }
+    std::unique_lock lock(room.mutex);
+    auto& box = room.letters[{c.other, rank}];
+    room.changed.wait(lock, [&] { return !box.empty() || room.aborted; });
+    if (room.aborted) return;
+    const auto letter = box.front();
+    box.erase(box.begin());
+    lock.unlock();
+    if (letter->bytes != c.count * bytes_of(c.type))
+      room.mismatch = true;
+    else
+      capstan::emulated::touch_device_memory([&] { std::memcpy(c.out, letter->data, letter->bytes); });
+    lock.lock();
+    letter->taken = true;
+    room.changed.notify_all();
+  }
+  std::unique_lock lock(room.mutex);
+  room.changed.wait(
+      lock, [&] { return room.aborted || std::all_of(sent.begin(), sent.end(), [](const auto& s) { return s->taken; }); });
+}
+
+}  // namespace
+
+struct ncclComm {
+  std::shared_ptr<Room> room;
+  int rank;
+};
+
+namespace {
+
+struct Group {
+  int depth = 0;
+  ncclComm* comm = nullptr;
+  cudaStream_t stream = nullptr;
+  std::vector<Call> calls;
+};
+thread_local Group group;
+
+void submit(ncclComm* comm, cudaStream_t stream, std::vector<Call> calls) {
+  capstan::emulated::enqueue(stream,
+                             [room = comm->room, rank = comm->rank, calls = std::move(calls)] { run(*room, rank, calls); });
+}
+
+ncclResult_t ask(ncclComm* comm, cudaStream_t stream, Call call) {
+  if (group.depth == 0) return submit(comm, stream, {call}), ncclSuccess;
+  if (group.comm != nullptr && group.comm != comm) return ncclInvalidUsage;
+  group.comm = comm, group.stream = stream;
+  group.calls.push_back(call);
+  return ncclSuccess;
+}
+
+}  // namespace
+
+extern "C" {
+
+ncclResult_t ncclGetVersion(int* version) { return *version = NCCL_VERSION_CODE, ncclSuccess; }
+ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
+  const std::lock_guard lock(rooms_mutex);
+  std::memset(id, 0, sizeof *id);
+  ++next_id;
+  std::memcpy(id->internal, &next_id, sizeof next_id);
+  return ncclSuccess;
+}
+ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id, int rank, ncclConfig_t*) {
+  const std::lock_guard lock(rooms_mutex);
+  auto& room = rooms[std::string(id.internal, sizeof next_id)];
+  if (!room) room = std::make_shared<Room>(ranks);
+  *comm = new ncclComm{room, rank};
+  return ncclInProgress;
+}
+ncclResult_t ncclCommFinalize(ncclComm_t) { return ncclSuccess; }
+ncclResult_t ncclCommDestroy(ncclComm_t comm) { return delete comm, ncclSuccess; }
+ncclResult_t ncclCommAbort(ncclComm_t comm) {
+  {
+    const std::lock_guard lock(comm->room->mutex);
+    comm->room->aborted = true;
+    comm->room->changed.notify_all();
+  }
+  return delete comm, ncclSuccess;
+}
+ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
+  const std::lock_guard lock(comm->room->mutex);
+  return *error = comm->room->mismatch ? ncclRemoteError : ncclSuccess, ncclSuccess;
+}
+const char* ncclGetErrorString(ncclResult_t) { return "an emulated failure"; }
+const char* ncclGetLastError(ncclComm_t) { return "the ranks' calls differ"; }
+ncclResult_t ncclMemAlloc(void** p, size_t bytes) {
+  return cudaMalloc(p, bytes) == cudaSuccess ? ncclSuccess : ncclSystemError;
+}
+ncclResult_t ncclMemFree(void* p) { return cudaFree(p) == cudaSuccess ? ncclSuccess : ncclInvalidArgument; }
+ncclResult_t ncclCommWindowRegister(ncclComm_t, void* p, size_t, ncclWindow_t* window, int) {
+  return *window = static_cast<ncclWindow_t>(p), ncclSuccess;
+}
+ncclResult_t ncclCommWindowDeregister(ncclComm_t, ncclWindow_t) { return ncclSuccess; }
+ncclResult_t ncclCommRegister(const ncclComm_t, void* p, size_t, void** handle) { return *handle = p, ncclSuccess; }
+ncclResult_t ncclCommDeregister(const ncclComm_t, void*) { return ncclSuccess; }
+ncclResult_t ncclGroupStart() { return ++group.depth, ncclSuccess; }
+ncclResult_t ncclGroupEnd() {
+  if (--group.depth > 0 || group.comm == nullptr) return ncclSuccess;
+  submit(std::exchange(group.comm, nullptr), group.stream, std::exchange(group.calls, {}));
+  return ncclSuccess;
+}
+ncclResult_t ncclAllReduce(const void* in, void* out, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
+                           cudaStream_t stream) {
+  return ask(comm, stream, {Call::all_reduce, in, out, count, type, op});
+}
+ncclResult_t ncclReduceScatter(const void* in, void* out, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
+                               cudaStream_t stream) {
+  return ask(comm, stream, {Call::reduce_scatter, in, out, count, type, op});
+}
+ncclResult_t ncclAllGather(const void* in, void* out, size_t count, ncclDataType_t type, ncclComm_t comm,
+                           cudaStream_t stream) {
+  return ask(comm, stream, {Call::all_gather, in, out, count, type});
+}
+ncclResult_t ncclBroadcast(const void* in, void* out, size_t count, ncclDataType_t type, int root, ncclComm_t comm,
+                           cudaStream_t stream) {
+  return ask(comm, stream, {Call::broadcast, in, out, count, type, ncclSum, root});
+}
+ncclResult_t ncclSend(const void* in, size_t count, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream) {
+  return ask(comm, stream, {Call::send, in, nullptr, count, type, ncclSum, peer});
+}
+ncclResult_t ncclRecv(void* out, size_t count, ncclDataType_t type, int peer, ncclComm_t comm, cudaStream_t stream) {
+  return ask(comm, stream, {Call::receive, nullptr, out, count, type, ncclSum, peer});
+}
+}

@@ -1,0 +1,166 @@
+// Collectives among GPUs: the battery of those among CPUs, staged on one GPU and, where each rank has its own, over NCCL;
+// which of the two is taken, and how a choice that cannot be is refused.
+#include "base/cuda_device.h"
+#include "comm/gpu_world.h"
+#include "core/comm/battery.h"
+#include "core/comm/threads.h"
+#include "gpu/ranks/facade.h"
+
+#include <capstan/error.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <thread>
+
+namespace capstan {
+namespace {
+
+using ::testing::AllOf;
+using testing::Battery;
+using ::testing::HasSubstr;
+using testing::on_ranks;
+
+/// The body on every rank, with the rank's own device on GPU local rank mod `gpus`.
+std::vector<std::string> on_gpus(int ranks, int gpus, GpuCommunication choice, double timeout,
+                                 const std::function<void(World&, Device&, const GpuRanks&)>& body) {
+  auto worlds = make_thread_worlds(ranks, timeout);
+  std::vector<std::string> errors(static_cast<std::size_t>(ranks));
+  std::vector<std::thread> threads;
+  for (int r = 0; r < ranks; ++r)
+    threads.emplace_back([&, r] {
+      const auto i = static_cast<std::size_t>(r);
+      try {
+        const std::shared_ptr<Device> device = make_cuda_device(r % gpus, 1);
+        const GpuRanks gpu = make_gpu_world(worlds[i], device, choice);
+        body(*gpu.world, *device, gpu);
+      } catch (const std::exception& e) {
+        errors[i] = e.what();
+        worlds[i]->fail_job(e.what());
+      }
+      worlds[i].reset();
+    });
+  for (auto& t : threads) t.join();
+  return errors;
+}
+
+/// Each with GPUs enough for NCCL, or skipped.
+int gpus_for(GpuCommunication choice, int ranks) { return choice == GpuCommunication::nccl ? ranks : 1; }
+
+class GpuCollectives : public ::testing::TestWithParam<std::tuple<GpuCommunication, int>> {
+ protected:
+  void SetUp() override {
+    if (gpus() > cuda_device_count()) GTEST_SKIP() << "NCCL wants a GPU for each rank";
+  }
+  GpuCommunication choice() const { return std::get<0>(GetParam()); }
+  int ranks() const { return std::get<1>(GetParam()); }
+  int gpus() const { return gpus_for(choice(), ranks()); }
+};
+
+INSTANTIATE_TEST_SUITE_P(Ranks, GpuCollectives,
+                         ::testing::Combine(::testing::Values(GpuCommunication::staged, GpuCommunication::nccl),
+                                            ::testing::Values(2, 3, 4)),
+                         [](const auto& info) {
+                           return std::string(std::get<0>(info.param) == GpuCommunication::nccl ? "nccl" : "staged") +
+                                  std::to_string(std::get<1>(info.param));
+                         });
+
+TEST_P(GpuCollectives, RandomOnesOnManyCommunicatorsAtOnceGiveThoseOfPlainLoops) {
+  const auto errors = on_gpus(ranks(), gpus(), choice(), 60, [&](World& world, Device& device, const GpuRanks& gpu) {
+    testing::FacadeWorld facade(gpu.world, device.shared_from_this());
+    Battery(facade, 7, {choice() == GpuCommunication::staged}).run(80, 60'000);
+    EXPECT_EQ(world.backend(), choice() == GpuCommunication::nccl ? "nccl" : "staged");
+  });
+  for (const auto& e : errors) EXPECT_EQ(e, "");
+}
+
+TEST_P(GpuCollectives, SeveralPiecesStartAfterWhatIsQueuedAndEndBeforeWhatIsQueuedLater) {
+  const int n = ranks();
+  const std::int64_t count = n == 2 ? (1 << 19) + 5 : 1001;  // several pieces, or one
+  const auto errors = on_gpus(n, gpus(), choice(), 60, [&](World& world, Device& device, const GpuRanks&) {
+    std::vector<int> all;
+    for (int r = 0; r < n; ++r) all.push_back(r);
+    const auto c = world.make("all", all), other = world.make("other", all);
+    const Tensor x = Tensor::full(Dims{count}, 1, DType::f32, device),
+                 whole = Tensor::zeros(Dims{count * n}, DType::f32, device);
+    x.fill(world.rank() + 1);  // not waited for
+    Handle gathered = other->all_gather(x.raw(), whole.raw(), count, DType::f32);
+    const Tensor y = x.clone();
+    Handle summed = c->all_reduce(y.raw(), count, DType::f32);
+    gathered.wait();
+    summed.wait();
+    const Tensor after = y.clone();  // in the stream, no wait of the host
+    const double sum = n * (n + 1) / 2.0;
+    for (const std::int64_t i : {std::int64_t{0}, count / 2, count - 1})
+      testing::require(after.narrow(0, i, 1).item() == sum, "sum");
+    for (int r = 0; r < n; ++r) testing::require(whole.narrow(0, count * r + count - 1, 1).item() == r + 1, "gather");
+    c->reduce_scatter(whole.raw(), x.raw(), count, DType::f32).wait();
+    testing::require(x.narrow(0, count - 3, 1).item() == n * (world.rank() + 1), "reduce_scatter");
+    // Memory of the kind that the communicator likes best.
+    const auto memory = world.shared_memory(static_cast<std::size_t>(4 * count));
+    c->adopt(memory, static_cast<std::size_t>(4 * count));
+    const Tensor z = Tensor::wrap(memory.get(), Dims{count}, DType::f32, device, memory);
+    z.fill(2);
+    c->all_reduce(z.raw(), count, DType::f32, Reduction::max).wait();
+    testing::require(z.narrow(0, 7, 1).item() == 2, "max");
+    c->barrier();
+  });
+  for (const auto& e : errors) EXPECT_EQ(e, "");
+}
+
+TEST_P(GpuCollectives, OneRankCopies) {
+  const auto errors = on_gpus(ranks(), gpus(), choice(), 60, [&](World& world, Device& device, const GpuRanks&) {
+    const auto c = world.make("alone", {world.rank()});
+    const Tensor x = Tensor::full(Dims{3}, 5, DType::bf16, device), y = Tensor::zeros(Dims{3}, DType::bf16, device);
+    c->all_gather(x.raw(), y.raw(), 3, DType::bf16).wait();
+    testing::require(y.narrow(0, 2, 1).item() == 5, "copy");
+  });
+  for (const auto& e : errors) EXPECT_EQ(e, "");
+}
+
+TEST_P(GpuCollectives, ARankThatDoesNotComeEndsTheJobByName) {
+  if (choice() == GpuCommunication::staged && ranks() > 2) GTEST_SKIP() << "once is enough";
+  const int n = ranks();
+  const auto errors = on_gpus(n, gpus(), choice(), 1, [&](World& world, Device& device, const GpuRanks&) {
+    std::vector<int> all;
+    for (int r = 0; r < n; ++r) all.push_back(r);
+    const auto c = world.make("shard/gather", all);
+    const Tensor x = Tensor::full(Dims{8}, 1, DType::f32, device);
+    if (world.rank() == n - 1) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(2500));
+      return;
+    }
+    Handle h = c->all_reduce(x.raw(), 8, DType::f32);
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(2);
+    while (!h.done() && std::chrono::steady_clock::now() < deadline)
+      std::this_thread::sleep_for(std::chrono::milliseconds(5));
+    h.wait();
+  });
+  EXPECT_THAT(errors[0], AllOf(HasSubstr("all_reduce"), HasSubstr("shard/gather"))) << errors[0];
+}
+
+TEST(GpuChoice, RanksThatShareAGpuGoThroughTheHostAndSaySo) {
+  const auto errors = on_gpus(3, 1, GpuCommunication::automatic, 20, [](World& world, Device&, const GpuRanks& gpu) {
+    testing::require(world.backend() == "staged", "backend");
+    testing::require(gpu.words == "through host memory (3 ranks share 1 GPU)", gpu.words);
+  });
+  for (const auto& e : errors) EXPECT_EQ(e, "");
+}
+
+TEST(GpuChoice, NcclForRanksThatShareAGpuIsRefusedWithTheKey) {
+  const auto errors = on_gpus(2, 1, GpuCommunication::nccl, 20, [](World&, Device&, const GpuRanks&) {});
+  for (const auto& e : errors)
+    EXPECT_THAT(e, AllOf(HasSubstr("mesh.gpu_communication"), HasSubstr("ranks 0 and 1 share"),
+                         HasSubstr("at most 1 rank on that host"), HasSubstr("staged")));
+}
+
+TEST(GpuChoice, AGpuForEachRankIsNccl) {
+  if (cuda_device_count() < 2) GTEST_SKIP() << "there is one GPU";
+  const auto errors = on_gpus(2, 2, GpuCommunication::automatic, 20, [](World& world, Device&, const GpuRanks& gpu) {
+    testing::require(world.backend() == "nccl" && gpu.words.starts_with("by NCCL 2."), gpu.words);
+  });
+  for (const auto& e : errors) EXPECT_EQ(e, "");
+}
+
+}  // namespace
+}  // namespace capstan
