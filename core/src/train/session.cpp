@@ -5,6 +5,7 @@
 #include "launch/launch.h"
 #include "recipe/mesh_schema.h"
 #include "recipe/run_schema.h"
+#include "train/precision.h"
 #include "train/state_tensors.h"
 
 #include <filesystem>
@@ -14,6 +15,7 @@ namespace capstan::train {
 EngineOptions Session::engine_options(bool gradients) const {
   EngineOptions e;
   e.compute = dtype_from(options().group("precision").text("compute"));
+  e.linear = linear_precision(options());
   e.seed = static_cast<std::uint64_t>(options().group("run").integer("seed"));
   e.gradients = gradients;
   e.recompute = options().group("train").text("recompute") == "block";
@@ -80,6 +82,7 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
   else mesh_from(s->options(), 1);  // a mesh that asks for more ranks is refused
   s->device = device_of(s->options().group("run"), launch::threads_of_rank(static_cast<int>(s->options().group("run").integer("threads")), s->world->local_size()), s->world->size());
   s->model = s->make_model();
+  if (placement != Placement::weights) check_precision(*s, placement == Placement::gradients);  // what writes text has no fp8
   if (s->model->vocabulary() < s->tokenizer->vocabulary())
     fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
                                     std::to_string(s->tokenizer->vocabulary()) + ": set model.vocabulary to 0 or to at least that");
