@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 
 namespace capstan::kernels {
 
@@ -94,8 +95,13 @@ class Backend {
   // Products and what is built on them.
   /// bias [N] and residual [M, N] (rows ldc apart) in c's type, or null; with a residual g.accumulate is off.
   virtual void gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias = nullptr, const void* residual = nullptr) = 0;
-  /// FLOP/s of a large product of `num`, the best of a few: about 60 ms of work.
+  /// FLOP/s of a large product of `num`, the best of a few: about 60 ms of work. f8e4m3: gemm_fp8 with one scale a matrix.
   virtual double gemm_rate(Num num) = 0;
+  virtual void quantize(const Quantize& q) = 0;
+  /// bias [N] and residual [M, N] (rows ldc apart) in c's type, or null; with a residual g.accumulate is off.
+  virtual void gemm_fp8(const GemmFp8& g, const void* a, const void* b, void* c, const void* bias = nullptr, const void* residual = nullptr) = 0;
+  /// Why gemm_fp8 cannot run here with scales of this kind, and what to do; "" when it can.
+  virtual std::string fp8_problem(Scaling scaling) = 0;
   virtual void attention(const Attention& a) = 0;
   virtual void attention_backward(const Attention& a) = 0;
   virtual void attention_paged(const PagedAttention& a) = 0;

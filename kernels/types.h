@@ -1,5 +1,5 @@
-// defines: Num, Gemm, BinaryOp, UnaryOp, Broadcast, Strided, Attention, PagedAttention, ScoreRows and the scalars
-// of the optimizers' steps: what every backend is told, in plain pointers and numbers.
+// defines: Num, Gemm, Quantize, GemmFp8, BinaryOp, UnaryOp, Broadcast, Strided, Attention, PagedAttention, ScoreRows and the
+// scalars of the optimizers' steps: what every backend is told, in plain pointers and numbers.
 #pragma once
 #include <capstan/kernels/bf16.h>
 
@@ -39,6 +39,30 @@ struct Gemm {
   /// Not null (one product, nothing added to it but a bias): what the product comes to goes here, in c's type, rows ldc apart,
   /// and C is its GELU.
   void* before_gelu = nullptr;
+};
+
+/// What one scale of an fp8 matrix covers: all of it, or 32 neighbours along what a product sums over (shared/fp8.h).
+enum class Scaling : std::uint8_t { tensor, block };
+
+/// A matrix x [rows, cols] of f32 or bf16, rows `stride` apart, to e4m3 or e5m2; cols a multiple of 16 (tensor) or 32 (block).
+/// Results lie as fp8_places() says; null: not wanted. All on 16 bytes.
+struct Quantize {
+  Num from = Num::bf16, to = Num::f8e4m3;
+  Scaling scaling = Scaling::tensor;
+  std::int64_t rows = 0, cols = 0, stride = 0;
+  const void* x = nullptr;
+  void *data = nullptr, *scale = nullptr;           ///< [rows, cols]; its scales: with Scaling::tensor always wanted
+  void *turned = nullptr, *turned_scale = nullptr;  ///< [cols, rows padded with zeros to 16 or 32]; its scales under Scaling::block
+};
+
+/// C[M,N] = A[M,K] B[N,K]^T, A and B in fp8 with their scales, rows K elements long; sums in f32, c f32 or bf16. K is a multiple
+/// of 16 (tensor) or 32 (block), N of 16; not both of A and B are e5m2.
+struct GemmFp8 {
+  Num a = Num::f8e4m3, b = Num::f8e4m3, c = Num::bf16;
+  Scaling scaling = Scaling::tensor;
+  std::int64_t m = 0, n = 0, k = 0, ldc = 0;
+  const void *a_scale = nullptr, *b_scale = nullptr;
+  bool accumulate = false;  ///< C is added to
 };
 
 enum class BinaryOp : std::uint8_t { add, sub, mul, div };

@@ -10,6 +10,7 @@
 #include <kernels/cpu/elementwise.h>
 #include <kernels/cpu/embedding.h>
 #include <kernels/cpu/fingerprint.h>
+#include <kernels/cpu/fp8.h>
 #include <kernels/cpu/gemm.h>
 #include <kernels/cpu/norm.h>
 #include <kernels/cpu/optimizer.h>
@@ -293,6 +294,11 @@ double CpuBackend::gemm_rate(Num num) {
     best = std::max(best, 2.0 * n * n * n / seconds);
   }
   return best;
+}
+
+void CpuBackend::quantize(const Quantize& q) { cpu::quantize(ctx_, q); }
+void CpuBackend::gemm_fp8(const GemmFp8& g, const void* a, const void* b, void* c, const void* bias, const void* residual) {
+  cpu::gemm_fp8(ctx_, g, a, b, c, bias, residual);
 }
 
 namespace {

@@ -65,6 +65,9 @@ class CpuBackend final : public Backend {
 
   void gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) override;
   double gemm_rate(Num num) override;
+  void quantize(const Quantize& q) override;
+  void gemm_fp8(const GemmFp8& g, const void* a, const void* b, void* c, const void* bias, const void* residual) override;
+  std::string fp8_problem(Scaling) override { return ""; }
   void attention(const Attention& a) override;
   void attention_backward(const Attention& a) override;
   void attention_paged(const PagedAttention& a) override;

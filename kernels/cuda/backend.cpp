@@ -4,6 +4,7 @@
 #include <kernels/cuda/copy_stream.h>
 #include <kernels/cuda/elementwise.h>
 #include <kernels/cuda/fingerprint.h>
+#include <kernels/cuda/fp8.h>
 #include <kernels/cuda/gemm.h>
 #include <kernels/cuda/gpu.h>
 #include <kernels/cuda/reduce.h>
@@ -199,7 +200,14 @@ class CudaGpu final : public Gpu {
     cuda::gemm(bound(), g, a, b, g.before_gelu, bias, nullptr);
     cuda::unary(bound(), UnaryOp::gelu, g.c, g.m * g.n, g.before_gelu, c);
   }
-  double gemm_rate(Num num) override { return cuda::gemm_rate(bound(), num); }
+  double gemm_rate(Num num) override { return num == Num::f8e4m3 ? cuda::gemm_rate_fp8(bound()) : cuda::gemm_rate(bound(), num); }
+  void quantize(const Quantize& q) override {
+    if (q.rows > 0 && q.cols > 0) cuda::quantize(bound(), q);
+  }
+  void gemm_fp8(const GemmFp8& g, const void* a, const void* b, void* c, const void* bias, const void* residual) override {
+    cuda::gemm_fp8(bound(), g, a, b, c, bias, residual);
+  }
+  std::string fp8_problem(Scaling scaling) override { return cuda::fp8_problem(bound(), scaling); }
   void attention(const Attention& a) override { cuda::attention(bound(), a); }
   void attention_backward(const Attention& a) override { cuda::attention_backward(bound(), a); }
   void attention_paged(const PagedAttention& a) override { cuda::attention_paged(bound(), a); }

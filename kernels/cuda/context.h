@@ -80,6 +80,7 @@ class Context {
   /// How attention runs: cuDNN or own kernels, an ordered backward within how much scratch.
   struct AttentionChoice { bool cudnn = true; std::int64_t workspace = std::int64_t{1} << 30; } attention_choice;
   std::shared_ptr<void> attention_state;  ///< cuDNN's handle and plans; goes before the stream
+  std::shared_ptr<void> fp8_plans;        ///< descriptors and algorithms of fp8 products
   /// Pinned host memory for staging, `staging_bytes`.
   static constexpr std::int64_t staging_bytes = std::int64_t{8} << 20;
   void* staging() const { return staging_; }

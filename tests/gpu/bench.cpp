@@ -2,6 +2,8 @@
 #include <capstan/ops.h>
 #include <capstan/random.h>
 #include <capstan/update.h>
+#include <kernels/backend.h>
+#include <kernels/shared/fp8.h>
 
 #include <algorithm>
 #include <chrono>
@@ -67,6 +69,17 @@ int main() {
     stream("add, bf16", 6 * d(m), [&] { ops::add(narrow, narrow2); });
     const Tensor rows = narrow.view(Dims{16384, 8192}), swi = ops::swiglu(rows);
     stream("swiglu, bf16 [16384, 8192]", 3 * d(m), [&] { ops::swiglu(rows); });
+    {
+      kernels::Quantize q;
+      q.rows = 16384, q.cols = q.stride = 8192, q.x = rows.raw();
+      const kernels::Fp8Places at = kernels::fp8_places(q.scaling, q.rows, q.cols, true, true);
+      const Tensor bytes = Tensor::empty(Dims{at.bytes}, DType::u8, gpu);
+      std::uint8_t* base = bytes.data<std::uint8_t>();
+      q.data = base + at.data, q.scale = base + at.scale, q.turned = base + at.turned, q.turned_scale = base + at.turned_scale;
+      stream("quantize to e4m3, straight and turned, bf16", 6 * d(m), [&] { gpu.backend().quantize(q); });
+      q.turned = q.turned_scale = nullptr;
+      stream("quantize to e4m3, straight, bf16", 5 * d(m), [&] { gpu.backend().quantize(q); });
+    }
     stream("column slice copy, bf16 [16384, 2048 of 8192]", 4 * 16384.0 * 2048, [&] { rows.narrow(1, 1024, 2048).contiguous(); });
     stream("transposing copy, bf16 [16384, 8192]", 4 * d(m), [&] { rows.transposed(0, 1).contiguous(); });
     stream("sum over rows, f32 [16384, 8192]", 4 * d(m), [&] { ops::sum(wide.view(Dims{16384, 8192}), 0); });
@@ -93,6 +106,10 @@ int main() {
     product("  32768 x 768 x 3072 (GPT-2 down)", DType::bf16, 32768, 768, 3072, peak);
     product("  16384 x 6400 x 1600 (GPT-2 XL up)", DType::bf16, 16384, 6400, 1600, peak);
     product("  16384 x 28672 x 4096 (Llama-3-8B gate, up)", DType::bf16, 16384, 28672, 4096, peak);
+    if (gpu.backend().fp8_problem(kernels::Scaling::tensor).empty()) {
+      const double narrow = gpu.backend().gemm_rate(kernels::Num::f8e4m3);
+      std::printf("%-44s %9.1f TFLOP/s %6.1f %% of the first\n", "product, e4m3, 8192 x 8192 x 8192", narrow * 1e-12, 100 * narrow / peak);
+    }
     product("product, f32, 4096 x 4096 x 4096", DType::f32, 4096, 4096, 4096, 0);
     return 0;
   } catch (const std::exception& e) {

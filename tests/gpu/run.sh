@@ -69,12 +69,20 @@ compared() { # MODE A B
   python3 tests/gpu/compare.py "$1" "$work/$2" "$work/$3"
 }
 
+refused() { # TEXT COMMAND...: it must fail and say so
+  local text=$1 said
+  shift
+  said=$("$@" 2>&1) && return 1
+  echo "$said"
+  echo "$said" | grep -q "$text"
+}
+
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee -a "$table"
 
 for part in $parts; do
   case $part in
     ops)
-      check "every op against f64, twice the same bits" timeout 420 "$home/bin/gpu_ops" '--gtest_filter=*OpTest*:Gpu.*' --gtest_brief=1
+      check "every op against f64, twice the same bits" timeout 420 "$home/bin/gpu_ops" '--gtest_filter=*OpTest*:Gpu*.*' --gtest_brief=1
       ;;
     kernels)
       check "kernels over odd shapes" timeout 300 "$home/bin/capstan_gpu_kernels" test
@@ -90,6 +98,18 @@ for part in $parts; do
           check "  50 losses beside the CPU's" compared near "$recipe-$type-cpu" "$recipe-$type-gpu"
           check "  again on the GPU" train $recipe "$recipe-$type-again" cuda precision.compute=$type
           check "  the same bits" compared same "$recipe-$type-gpu" "$recipe-$type-again"
+        done
+        # mxfp8 where the chip has block scales: elsewhere the recipe must be refused.
+        for linear in fp8 mxfp8; do
+          if [ $linear = mxfp8 ] && [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | cut -d. -f1)" -lt 10 ]; then
+            check "train $recipe mxfp8 is refused" refused "need 10.0" train $recipe "$recipe-mxfp8-gpu" cuda precision.compute=bf16 precision.linear=mxfp8
+            continue
+          fi
+          check "train $recipe $linear on the CPU" train $recipe "$recipe-$linear-cpu" cpu precision.compute=bf16 precision.linear=$linear
+          check "train $recipe $linear on the GPU" train $recipe "$recipe-$linear-gpu" cuda precision.compute=bf16 precision.linear=$linear
+          check "  50 losses beside the CPU's" compared near "$recipe-$linear-cpu" "$recipe-$linear-gpu"
+          check "  again on the GPU" train $recipe "$recipe-$linear-again" cuda precision.compute=bf16 precision.linear=$linear
+          check "  the same bits" compared same "$recipe-$linear-gpu" "$recipe-$linear-again"
         done
       done
       check "checkpoint of the GPU, 30 steps" train gpt across cuda train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
@@ -120,6 +140,7 @@ for part in $parts; do
       for recipe in gpt2_124m llama_1b gpt2_1558m; do
         echo "== $recipe" | tee -a "$table"
         timeout 150 "$capstan" bench "tests/gpu/$recipe.yaml" 2>&1 | tee -a "$table"
+        timeout 150 "$capstan" bench "tests/gpu/$recipe.yaml" precision.linear=fp8 2>&1 | tee -a "$table"
       done
       echo "== gpt2_124m by op" | tee -a "$table"
       timeout 100 "$capstan" bench tests/gpu/gpt2_124m.yaml --profile 2>&1 | tee -a "$table"

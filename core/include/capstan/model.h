@@ -29,6 +29,14 @@ struct LossEntry { std::string name; Tensor sum; double count = 0; double weight
 
 struct Call;
 
+/// What the products of nn::Linear multiply (recipe: precision.linear). Under fp8 and mxfp8 activations and weights become e4m3,
+/// gradients `gradient`; sums and results stay as they are.
+struct LinearPrecision {
+  enum class Kind : std::uint8_t { compute, fp8, mxfp8 } kind = Kind::compute;
+  DType gradient = DType::f8e5m2;  ///< or f8e4m3
+  bool narrow() const { return kind != Kind::compute; }
+};
+
 /// What a block sees of the world during one forward.
 class CAPSTAN_API ForwardContext {
  public:
@@ -42,6 +50,7 @@ class CAPSTAN_API ForwardContext {
   std::uint64_t step = 0, seed = 0;
   /// Among which ranks core's layers share their work; null: none.
   Mesh* mesh = nullptr;
+  LinearPrecision linear{};
 
   /// Carried values: "h" is the hidden state [T, hidden]. Error(programming) when nobody wrote it.
   Tensor get(std::string_view value) const;

@@ -15,7 +15,8 @@
 
 namespace capstan::nn {
 
-/// y = x W^T + b. Weight [out, in], by segments so that fused projections keep their names.
+/// y = x W^T + b. Weight [out, in], by segments so that fused projections keep their names. Multiplies as the forward's
+/// LinearPrecision says, where both dimensions (of this rank's part) allow it.
 class CAPSTAN_API Linear : public Module {
  public:
   Linear(std::string name, std::vector<Segment> out, std::vector<Segment> in, bool bias, double init_std);

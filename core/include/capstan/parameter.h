@@ -45,6 +45,7 @@ struct ParameterSpec {
   Init init;
   bool trainable = true;
   bool persistent = true;  ///< kept in checkpoints
+  bool linear = false;     ///< the weight [out, in] of an nn::Linear, whose products precision.linear chooses
 };
 
 /// A parameter has a name, a global shape by segments, and (once the engine has placed it) local values: all of it, or
@@ -76,6 +77,9 @@ class CAPSTAN_API Parameter {
   std::uint64_t version() const { return version_; }
   /// A form made from the values (packed for a GEMM library, cast, transposed), kept until they change.
   const Tensor& derived(std::string_view form, const std::function<Tensor(const Tensor&)>& make) const;
+  /// Bytes that derived forms hold; forget_derived() frees them.
+  std::int64_t derived_bytes() const;
+  void forget_derived() const { derived_.clear(); }
 
   // For engines.
   void set_placement(std::shared_ptr<const TensorPlacement> placement) { placement_ = std::move(placement); }

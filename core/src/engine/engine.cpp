@@ -263,6 +263,7 @@ void Engine::wait_gathered(std::size_t u) {
 void Engine::drop(std::size_t u) {
   if (!gathered_[u].at) return;
   wait_gathered(u);
+  for (const UnitParameter& p : units_[u]->parameters) p.parameter->forget_derived();  // they would outstay what was gathered
   units_[u]->whole.storage()->data = nullptr;
   gather_pool_->give(*gathered_[u].at);
   gathered_[u].at.reset();
@@ -547,6 +548,7 @@ ForwardContext Engine::context(const Batch& batch) const {
   ForwardContext context(batch, *device_, options_.compute);
   context.seed = options_.seed;
   context.mesh = mesh_.get();
+  context.linear = options_.linear;
   return context;
 }
 

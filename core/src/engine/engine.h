@@ -25,6 +25,7 @@ namespace capstan {
 
 struct EngineOptions {
   DType compute = DType::f32;   ///< of working copies and activations
+  LinearPrecision linear{};     ///< of linear layers' products
   std::uint64_t seed = 1;
   bool gradients = true;        ///< false for inference: weights alone
   bool recompute = false;       ///< keep only the inputs of blocks, run them again in the backward

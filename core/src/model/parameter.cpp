@@ -60,6 +60,12 @@ const Tensor& Parameter::derived(std::string_view form, const std::function<Tens
   return it->second.value;
 }
 
+std::int64_t Parameter::derived_bytes() const {
+  std::int64_t bytes = 0;
+  for (const auto& [form, derived] : derived_) bytes += derived.value.bytes();
+  return bytes;
+}
+
 namespace {
 
 /// `count` elements of the random stream of segment `segment` (of dimension 0) from `at` on, for element `to` on of the output.

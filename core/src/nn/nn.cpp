@@ -1,5 +1,6 @@
 // Linear, Norm, Embedding: what they compute and, where tensor ranks hold pieces of their weights, what they communicate.
 #include "nn/local.h"
+#include "ops/linear_fp8.h"
 #include "ops/linear_shared.h"
 #include "parallel/vocabulary.h"
 
@@ -19,6 +20,7 @@ Linear::Linear(std::string name, std::vector<Segment> out, std::vector<Segment> 
   w.dims = {std::move(out), std::move(in)};
   w.role = Role::matrix;
   w.init = {Init::Kind::normal, init_std};
+  w.linear = true;
   weight_ = &declare("weight", std::move(w));
   if (bias) {
     ParameterSpec b;
@@ -31,9 +33,14 @@ Linear::~Linear() = default;
 
 Tensor Linear::apply(ForwardContext& context, const Tensor& x, const Tensor& residual, bool gelu) const {
   const Tensor w = local_values(context, *weight_), b = bias_ != nullptr ? local_values(context, *bias_) : Tensor();
+  const bool narrow = ops::fits_fp8(context.linear, w.shape());
   Communicator* comm = cut_over(context, *weight_);
+  const auto linear = [&](const ops::SharedRows& rows, const Tensor& bias, const Tensor& add) {
+    return narrow ? ops::linear_fp8(x, rows, *weight_, w, bias, add, context.linear) : ops::linear_of_shared_rows(x, rows, w, bias, add);
+  };
   const auto product = [&](const ops::SharedRows& rows, const Tensor& bias, const Tensor& add) {
-    return gelu ? ops::linear_gelu_of_shared_rows(x, rows, w, bias) : ops::linear_of_shared_rows(x, rows, w, bias, add);
+    if (!gelu) return linear(rows, bias, add);
+    return narrow ? ops::gelu(linear(rows, bias, {})) : ops::linear_gelu_of_shared_rows(x, rows, w, bias);
   };
   if (comm == nullptr) return product({}, b, residual);
   const TensorPlacement& placed = *weight_->placement();
@@ -47,7 +54,7 @@ Tensor Linear::apply(ForwardContext& context, const Tensor& x, const Tensor& res
     fail(Fault::input, weight_->name(),
          "the segments of its in dimension are cut differently often over " + std::to_string(placed.size) +
              " tensor ranks: expected counts with the same common divisors; train with another tensor size");
-  Tensor y = parallel::reduce_scatter_rows(ops::linear(x, w), *comm);
+  Tensor y = parallel::reduce_scatter_rows(linear({}, {}, {}), *comm);
   // Where nothing divides the axis, several ranks computed the same part: each counts for its share of it.
   if (ways != placed.size) y = ops::scale(y, static_cast<double>(ways) / placed.size);
   if (b.defined()) y = ops::add(y, b);

@@ -394,6 +394,11 @@ Prediction predict(const Sources& sources, const Setting& setting, const DeviceM
     std::vector<int> calls;
     for (int s = r; s < stages; s += pp) calls.insert(calls.end(), cut[static_cast<std::size_t>(s)].begin(), cut[static_cast<std::size_t>(s)].end());
     Memory m = state_memory(sources, setting, r, std::move(calls));
+    const bool one_at_a_time = setting.engine.sharding.parameter && setting.pieces() > 1 && setting.engine.reshard_after_forward;
+    for (const int c : m.calls) {
+      const std::int64_t bytes = profile.calls[static_cast<std::size_t>(c)].quantized;
+      m.quantized = one_at_a_time ? std::max(m.quantized, bytes) : m.quantized + bytes;
+    }
     if (pp == 1) add_activations(m, profile);
     else add_activations(m, profile, schedule.rows[static_cast<std::size_t>(r)], cut, live[static_cast<std::size_t>(r)]);
     if (r == 0 && setting.sampled_tokens > 0) {

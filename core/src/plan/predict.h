@@ -35,13 +35,14 @@ struct Memory {
   int pipeline_rank = 0;
   std::vector<int> calls;            ///< of the model, that this rank runs
   EngineMemory engine;
+  std::int64_t quantized = 0;        ///< weights in fp8; under fsdp those of one call at a time
   std::int64_t activations = 0;      ///< kept from forwards to backwards, and the most that one call needs beside
   int live = 1;                      ///< microbatches that are kept at once
   std::int64_t logits = 0;           ///< the head's own room: a chunk of logits, its gradient
   std::int64_t staging = 0;          ///< what a checkpoint is written from while training goes on
   std::int64_t sampling = 0;         ///< between steps: keys and values of samples, and the whole model for them where ranks share it
   /// Most at once: samples are written while there are no activations.
-  std::int64_t total() const { return engine.total() + std::max(activations + logits, sampling) + staging; }
+  std::int64_t total() const { return engine.total() + quantized + std::max(activations + logits, sampling) + staging; }
 };
 
 /// One kind of communication of a step, of the rank that has most to do.

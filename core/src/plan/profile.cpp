@@ -2,6 +2,7 @@
 #include "plan/profile.h"
 
 #include "mesh/mesh.h"
+#include "ops/linear_fp8.h"
 #include "parallel/context_cut.h"
 #include "parallel/rows.h"
 #include "plan/paper_world.h"
@@ -63,6 +64,7 @@ Profile profile_model(const ModelMaker& make, const Setting& setting) {
     for (const Parameter* p : call.block->parameters()) {
       const Dims& local = p->local().shape();
       c.parameters.push_back({p->name(), local.product()});
+      if (p->spec().linear && ops::fits_fp8(options.linear, local)) c.quantized += ops::fp8_form(*p, options.linear).bytes();
       const bool table = p->role() == Role::embedding && !c.head;  // rows are looked up, not multiplied
       if (local.size() == 2 && !table) c.matrices.push_back({static_cast<double>(local[0]), static_cast<double>(local[1])});
       for (const auto& segments : p->spec().dims)
@@ -79,6 +81,7 @@ Profile profile_model(const ModelMaker& make, const Setting& setting) {
   ForwardContext run(batch, *meta, options.compute);
   run.grad = run.training = true;
   run.mesh = mesh.get();
+  run.linear = options.linear;
   meta->record(true);
   std::int64_t before = 0, peak = 0;
   const auto of = [&](const Call& call) -> CallProfile& { return profile.calls[static_cast<std::size_t>(&call - model->calls().data())]; };

@@ -47,6 +47,7 @@ struct CallProfile {
   std::int64_t kept = 0;                    ///< bytes that stay from its forward to its backward
   std::int64_t forward_room = 0, backward_room = 0;  ///< most bytes at once above those held before, in each
   std::vector<Matrix> matrices;             ///< of linear layers; of a head: its own alone
+  std::int64_t quantized = 0;               ///< bytes of its weights in fp8, straight and turned over
   struct Piece { std::string name; std::int64_t numel = 0; };
   std::vector<Piece> parameters;            ///< in order; elements that this tensor rank holds
 };

@@ -34,6 +34,7 @@ std::vector<std::pair<std::string, std::int64_t>> classes(const Memory& m) {
   const std::vector<std::pair<std::string, std::int64_t>> all{
       {"parameters (masters)", m.engine.masters}, {"working copies", m.engine.working},         {"gradients", m.engine.gradients},
       {"optimizer state", m.engine.optimizer},    {"gathered parameters", m.engine.gather_pool}, {"whole gradients", m.engine.gradient_pool},
+      {"weights in fp8", m.quantized},
       {"activations", m.activations},             {"logits", m.logits},                          {"checkpoint staging", m.staging},
       {"samples", m.sampling}};
   std::vector<std::pair<std::string, std::int64_t>> present;
@@ -104,7 +105,7 @@ std::string to_json(const Prediction& p, const Setting& s, const DeviceModel* de
     const Memory& m = p.memory[i];
     j["memory"].push_back({{"pipeline_rank", m.pipeline_rank}, {"fullest", i == p.worst}, {"masters", m.engine.masters}, {"working", m.engine.working},
                            {"gradients", m.engine.gradients}, {"optimizer", m.engine.optimizer}, {"gather_pool", m.engine.gather_pool},
-                           {"gradient_pool", m.engine.gradient_pool}, {"activations", m.activations}, {"live_microbatches", m.live}, {"logits", m.logits},
+                           {"gradient_pool", m.engine.gradient_pool}, {"quantized", m.quantized}, {"activations", m.activations}, {"live_microbatches", m.live}, {"logits", m.logits},
                            {"staging", m.staging}, {"sampling", m.sampling}, {"total", m.total()}});
   }
   j["traffic"] = Json::array();

@@ -15,6 +15,7 @@ enum class Kind : std::uint8_t { product, attention, communication, other };
 
 Kind kind_of(const OpRecord& r) {
   if (r.cost.comm > 0) return Kind::communication;
+  if (starts(r.name, "linear fp8")) return Kind::product;
   if (r.name == "linear" || r.name == "linear dx" || r.name == "linear dw") return Kind::product;
   if (r.name == "head logits" || r.name == "head dx" || r.name == "head dw") return Kind::product;
   if (r.name == "attention" || r.name == "attention dx") return Kind::attention;
@@ -32,10 +33,10 @@ double product_seconds(const OpRecord& r, const CallProfile& call, const Profile
     double bytes = wide * (rows * w.in + w.out * w.in + rows * w.out);
     if (ends(r.name, "dx")) p = {rows, w.in, w.out};
     if (ends(r.name, "dw")) p = {w.out, w.in, rows}, bytes = wide * (rows * w.in + rows * w.out) + 4 * w.out * w.in;
-    const bool narrow = f8 && !head;
+    const bool own = starts(r.name, "linear fp8") && device.peak_f8 > 0, narrow = (f8 && !head) || own;  // without fp8 it is emulated
     seconds += chunks * device.product(p, narrow ? DType::f8e4m3 : dtype, bytes);
-    // 8 bits: both factors are read for their largest element, read again and written.
-    if (narrow) seconds += device.streaming(0, (2 * wide + 1) * (p.m * p.k + p.n * p.k), 4);
+    // 8 bits: both factors are read for their largest element, read again and written. Ours has a record of its own.
+    if (narrow && !own) seconds += device.streaming(0, (2 * wide + 1) * (p.m * p.k + p.n * p.k), 4);
     flop += 2 * chunks * p.m * p.n * p.k;
   }
   return flop > 0 ? seconds * r.cost.flop / flop : device.streaming(0, r.cost.read + r.cost.write, static_cast<double>(r.calls)) + r.cost.flop / (0.7 * device.peak(dtype));

@@ -3,6 +3,7 @@
 
 #include "train/estimate.h"
 #include "train/machine.h"
+#include "train/precision.h"
 #include "train/session.h"
 
 #include <CLI/CLI.hpp>
@@ -65,12 +66,12 @@ void bench(const Program& program, const Words& words) {
   double tokens = 0;
   for (const Batch& b : batches) tokens += static_cast<double>(b.space().capacity);
   const double clip = session->options().group("train").number("clip");
-  // The limit is that of the products the step is made of; on the CPU that of f32 throughout.
-  const DType rate_type = device.kind() == DeviceKind::cuda ? engine.options().compute : DType::f32;
   std::vector<double> whole, gradients, updates, rates;
+  std::string products;
   for (int step = 1; step <= words.warmup + words.steps; ++step) {
     if (step == words.warmup + 1 && words.profile) device.record(true, true);
-    rates.push_back(train::measure_gemm_rate(device, rate_type));
+    const train::ProductRate limit = train::measure_products(*session, estimate);
+    rates.push_back(limit.rate), products = limit.what;
     const double t0 = now();
     for (const Batch& b : batches) engine.forward_backward(b, static_cast<std::uint64_t>(step));
     device.synchronize();
@@ -94,6 +95,7 @@ void bench(const Program& program, const Words& words) {
                              {"flops", rate},
                              {"gemm_flops", peak},
                              {"peak_share", rate / peak},
+                             {"precision", train::describe_precision(*session)},
                              {"peak_rss_mib", usage.ru_maxrss / 1024},
                              {"tensor_peak_mib", device.bytes_peak() >> 20}};
     fmt::print("{}\n", j.dump());
@@ -102,7 +104,8 @@ void bench(const Program& program, const Words& words) {
     fmt::print("{}\n", train::describe_machine(device));
     fmt::print("  step          {:.1f} ms (best {:.1f}): {:.0f} tokens/s\n", 1e3 * seconds, 1e3 * *std::min_element(whole.begin(), whole.end()), tokens / seconds);
     fmt::print("  gradients     {:.1f} ms, optimizer {:.1f} ms\n", 1e3 * median(gradients), 1e3 * median(updates));
-    fmt::print("  matrix rate   {:.0f} GFLOP/s, measured between the steps: the limit\n", peak * 1e-9);
+    fmt::print("  precision     {}\n", train::describe_precision(*session));
+    fmt::print("  matrix rate   {:.0f} GFLOP/s, measured between the steps{}: the limit\n", peak * 1e-9, products);
     fmt::print("  reached       {:.0f} GFLOP/s, {:.1f}% of the limit\n", rate * 1e-9, 100 * rate / peak);
     fmt::print("  memory        {} MiB resident at most, {} MiB in tensors\n", usage.ru_maxrss / 1024, device.bytes_peak() >> 20);
   }

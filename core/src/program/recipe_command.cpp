@@ -7,6 +7,7 @@
 #include "recipe/recipe.h"
 #include "recipe/run_schema.h"
 #include "train/estimate.h"
+#include "train/precision.h"
 
 #include <fmt/format.h>
 #include <fmt/ranges.h>
@@ -86,15 +87,16 @@ void check(const Program& program, const Words& words) {
   row("files", fmt::format("{}", fmt::join(recipe.files, ", ")));
   for (const char* kind : {"model", "tokenizer", "optimizer", "inference"}) row(kind, options.plugin(kind).name);
   row("checkpoint", options.group("checkpoint").plugin("format").name);
-  row("precision", options.group("precision").text("compute"));
+  row("precision", train::describe_precision(*session));
   for (const auto& set : data.groups("sets"))
     row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")));
   row("training", fmt::format("{} steps of {} sequences x {} tokens, {:.4g} million tokens in all", steps, sequences, length,
                               1e-6 * double(steps) * double(sequences) * double(length)));
   const auto gib = [](std::int64_t bytes) { return fmt::format("{:.3g} GiB", static_cast<double>(bytes) / (1 << 30)); };
   row("parameters", fmt::format("{} ({})", estimate.parameters, session->model->describe()));
-  row("memory", fmt::format("{} a rank: {} weights, gradients and optimizer, {} activations", gib(estimate.weights_bytes + estimate.activations_bytes),
+  row("memory", fmt::format("{} a rank: {} weights, gradients and optimizer, {} activations", gib(estimate.weights_bytes + estimate.quantized_bytes + estimate.activations_bytes),
                             gib(estimate.weights_bytes), gib(estimate.activations_bytes)) +
+                    (estimate.quantized_bytes > 0 ? ", " + gib(estimate.quantized_bytes) + " weights in fp8" : "") +
                     (estimate.staging_bytes > 0 ? ", " + gib(estimate.staging_bytes) + " to write checkpoints from" : "") +
                     (estimate.sampling_bytes > 0 ? ", " + gib(estimate.sampling_bytes) + " between steps for samples" : ""));
   row("compute", fmt::format("{:.4g} GFLOP a step, {:.4g} MFLOP a token", estimate.step_flop * 1e-9, estimate.model_flop_per_token * 1e-6));

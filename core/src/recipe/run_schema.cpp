@@ -36,6 +36,14 @@ Schema precision_group() {
          "type of weights and activations in forward and backward; under bf16 the optimizer keeps f32 "
          "master weights; f64 is for checking")
       .one_of({"f32", "f64", "bf16"});
+  s.text("linear", "compute",
+         "what linear layers multiply; compute: the type above; fp8: e4m3 with one scale a tensor, taken from its largest number; "
+         "mxfp8: e4m3 with a scale for every 32 numbers (GPUs: from compute capability 10.0 on). Sums, results, gradients and master "
+         "weights keep their types; embeddings, norms, attention, the head, and layers whose dimensions are not multiples of 16 (mxfp8: "
+         "32) keep precision.compute; so does what writes text")
+      .one_of({"compute", "fp8", "mxfp8"});
+  s.text("linear_gradient", "e5m2", "fp8, mxfp8: format of the gradients that come back to linear layers; e5m2 has range, e4m3 has precision, which is enough range for mxfp8")
+      .one_of({"e5m2", "e4m3"});
   return s;
 }
 
@@ -139,6 +147,9 @@ Schema run_schema() {
 
 void check_run_options(const Options& options) {
   check_mesh_options(options);
+  const Options& precision = options.group("precision");
+  if (precision.text("linear") != "compute" && precision.text("compute") == "f64")
+    precision.refuse("linear", precision.text("linear") + " rounds to 8 bits what precision.compute=f64 is for; expected compute, or precision.compute f32 or bf16");
   const Options& data = options.group("data");
   if (data.groups("sets").empty())
     data.refuse("sets", "an empty list; expected one data set or more, such as [{path: ...}]");

@@ -71,7 +71,10 @@ Estimate estimate_step(const Session& session) {
   engine.forward_backward(batch, 1);
   const double flop = meta->total_cost().flop;
   e.step_flop = flop * static_cast<double>(batch_size) / static_cast<double>(micro);
-  e.activations_bytes = meta->bytes_peak() - e.weights_bytes;
+  for (const OpRecord& r : meta->ledger())
+    if (r.name.starts_with("linear fp8")) e.fp8_flop += r.cost.flop * static_cast<double>(batch_size) / static_cast<double>(micro);
+  for (const Parameter* p : engine.model().parameters()) e.quantized_bytes += p->derived_bytes();
+  e.activations_bytes = meta->bytes_peak() - e.weights_bytes - e.quantized_bytes;
   e.model_flop_per_token = flop / static_cast<double>(micro * length);
   if (options.recompute) {  // model FLOPs leave the second forward out
     EngineOptions plain = options;

@@ -11,8 +11,10 @@ namespace capstan::train {
 struct Estimate {
   std::int64_t parameters = 0;
   double step_flop = 0;             ///< forward and backward of all microbatches, as run (causal attention counted once)
+  double fp8_flop = 0;              ///< of those, the products of precision.linear
   double model_flop_per_token = 0;  ///< the same without recomputation, per token
   std::int64_t weights_bytes = 0;   ///< parameters, gradients, optimizer state and working copies
+  std::int64_t quantized_bytes = 0; ///< of these weights in fp8, straight and turned over
   std::int64_t activations_bytes = 0;  ///< most that a microbatch holds beside them
   std::int64_t staging_bytes = 0;   ///< the copy that a checkpoint is written from while training goes on
   std::int64_t sampling_bytes = 0;  ///< keys and values that samples have room for; between steps

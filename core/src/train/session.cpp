@@ -7,6 +7,7 @@
 #include "launch/launch.h"
 #include "recipe/mesh_schema.h"
 #include "recipe/run_schema.h"
+#include "train/precision.h"
 #include "train/state_tensors.h"
 
 #include <filesystem>
@@ -17,6 +18,7 @@ namespace capstan::train {
 EngineOptions Session::engine_options(bool gradients) const {
   EngineOptions e;
   e.compute = dtype_from(options().group("precision").text("compute"));
+  e.linear = linear_precision(options());
   e.seed = static_cast<std::uint64_t>(options().group("run").integer("seed"));
   e.gradients = gradients;
   e.recompute = options().group("train").text("recompute") == "block";
@@ -107,6 +109,7 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
     s->communication = std::move(gpus.words);
   }
   s->model = s->make_model();
+  if (placement != Placement::weights) check_precision(*s, placement == Placement::gradients);  // what writes text has no fp8
   if (s->model->vocabulary() < s->tokenizer->vocabulary())
     fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
                                     std::to_string(s->tokenizer->vocabulary()) + ": set model.vocabulary to 0 or to at least that");

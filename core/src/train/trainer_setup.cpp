@@ -3,6 +3,7 @@
 #include "checkpoint/run_state.h"
 #include "data/build.h"
 #include "train/machine.h"
+#include "train/precision.h"
 #include "train/state_tensors.h"
 #include "train/trainer.h"
 
@@ -182,20 +183,22 @@ void Trainer::roll_back(const std::string& why) {
 void Trainer::print_header() {
   const Options& options = session_->options();
   const Options& d = options.group("data");
-  peak_ = measure_gemm_rate(*session_->device, session_->device->kind() == DeviceKind::cuda ? session_->engine->options().compute : DType::f32);
+  const ProductRate products = measure_products(*session_, estimate_);
+  peak_ = products.rate;
   if (session_->mesh) session_->mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(&peak_, 1, DType::f64).wait();
   const double tokens = static_cast<double>(steps_) * static_cast<double>(d.integer("batch_size") * d.integer("sequence_length"));
   const double step_seconds = estimate_.step_flop / (0.8 * peak_);
   std::vector<std::pair<std::string, std::string>> rows{
                    {"model", session_->model->describe()},
-                   {"parameters", short_count(static_cast<double>(estimate_.parameters)) + ", " + options.group("precision").text("compute")},
+                   {"parameters", short_count(static_cast<double>(estimate_.parameters)) + ", " + describe_precision(*session_)},
                    {"data", data_->describe()},
                    {"training", fmt::format("{} steps of {} x {} tokens, {} tokens in all ({:.1f} epochs)", steps_, d.integer("batch_size"), d.integer("sequence_length"),
                                             short_count(tokens), tokens / static_cast<double>(std::max<std::int64_t>(1, data_->train_tokens())))},
                    {"optimizer", fmt::format("{}, peak learning rate {:g}, {} decay after {} steps of warm-up", options.plugin("optimizer").name, optimizer_->peak_lr(),
                                              options.group("schedule").text("decay"), options.group("schedule").integer("warmup"))},
-                   {"machine", describe_machine(*session_->device) + fmt::format(", {:.0f} GFLOP/s in matrix products", peak_ * 1e-9)},
+                   {"machine", describe_machine(*session_->device) + fmt::format(", {:.0f} GFLOP/s in matrix products{}", peak_ * 1e-9, products.what)},
                    {"memory", short_bytes(static_cast<double>(estimate_.weights_bytes)) + " weights, gradients and optimizer, " +
+                                  (estimate_.quantized_bytes > 0 ? short_bytes(static_cast<double>(estimate_.quantized_bytes)) + " weights in fp8, " : "") +
                                   short_bytes(static_cast<double>(estimate_.activations_bytes)) + " activations"},
                    {"estimate", fmt::format("{:.3g} GFLOP a step, about {}", estimate_.step_flop * 1e-9, short_time(step_seconds * static_cast<double>(steps_ - step_)))},
                    {"run", folder_.path()}};

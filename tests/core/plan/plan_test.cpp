@@ -106,6 +106,7 @@ TEST_P(TwoRanks, MemoryAndTrafficArePredictedWithinFivePercent) {
   EXPECT_EQ(m.engine.working, real.engine.working);
   EXPECT_EQ(m.engine.gather_pool, real.engine.gather_pool);
   EXPECT_EQ(m.engine.gradient_pool, real.engine.gradient_pool);
+  EXPECT_EQ(m.quantized > 0, plan.setting.engine.linear.narrow());
   EXPECT_NEAR(double(m.total()) / double(real.peak[0]), 1, 0.05);
 
   double gathered = 0, scattered = 0, reduced = 0;
@@ -134,7 +135,9 @@ INSTANTIATE_TEST_SUITE_P(Strategies, TwoRanks,
                                            std::vector<std::string>{"mesh.strategy=fsdp", "precision.compute=bf16", "train.recompute=block", "model.tied=false"},
                                            std::vector<std::string>{"mesh.strategy=fsdp", "mesh.reshard_after_forward=false"}, std::vector<std::string>{"mesh.tensor=2"},
                                            std::vector<std::string>{"mesh.tensor=2", "precision.compute=bf16", "model.tied=false"},
-                                           std::vector<std::string>{"mesh.context=2"}, std::vector<std::string>{"mesh.strategy=fsdp", "data.micro_batch=1"}));
+                                           std::vector<std::string>{"mesh.context=2"}, std::vector<std::string>{"mesh.strategy=fsdp", "data.micro_batch=1"},
+                                           std::vector<std::string>{"mesh.strategy=fsdp", "precision.compute=bf16", "precision.linear=fp8"},
+                                           std::vector<std::string>{"mesh.strategy=ddp", "precision.linear=mxfp8"}));
 
 class Pipelines : public ::testing::TestWithParam<std::vector<std::string>> {};
 

@@ -130,7 +130,7 @@ REVEAL(Rng, &Rng::key_, &Rng::step_);
 REVEAL(Segment, &Segment::axis, &Segment::count, &Segment::width, &Segment::part);
 REVEAL(Init, &Init::kind, &Init::scale);
 REVEAL(ParameterSpec, &ParameterSpec::dims, &ParameterSpec::role, &ParameterSpec::init, &ParameterSpec::trainable,
-       &ParameterSpec::persistent);
+       &ParameterSpec::persistent, &ParameterSpec::linear);
 REVEAL(Parameter, &Parameter::name_, &Parameter::spec_, &Parameter::local_, &Parameter::version_, &Parameter::derived_);
 REVEAL(OptionSpec, &OptionSpec::name, &OptionSpec::help, &OptionSpec::unit, &OptionSpec::type, &OptionSpec::required,
        &OptionSpec::optional, &OptionSpec::default_text, &OptionSpec::minimum, &OptionSpec::maximum,
@@ -141,8 +141,9 @@ REVEAL(PluginChoice, &PluginChoice::kind, &PluginChoice::name, &PluginChoice::op
 REVEAL(PluginInfo, &PluginInfo::magic, &PluginInfo::size, &PluginInfo::core_epoch, &PluginInfo::kind_epoch, &PluginInfo::kind,
        &PluginInfo::name, &PluginInfo::version, &PluginInfo::toolchain);
 REVEAL(LossEntry, &LossEntry::name, &LossEntry::sum, &LossEntry::count, &LossEntry::weight);
+REVEAL(LinearPrecision, &LinearPrecision::kind, &LinearPrecision::gradient);
 REVEAL(ForwardContext, &ForwardContext::dtype, &ForwardContext::state, &ForwardContext::grad, &ForwardContext::training,
-       &ForwardContext::step, &ForwardContext::seed, &ForwardContext::values_, &ForwardContext::memo_, &ForwardContext::losses_);
+       &ForwardContext::step, &ForwardContext::seed, &ForwardContext::linear, &ForwardContext::values_, &ForwardContext::memo_, &ForwardContext::losses_);
 REVEAL(Module, &Module::name_, &Module::items_);
 REVEAL(LayerContext, &LayerContext::name, &LayerContext::hidden, &LayerContext::index, &LayerContext::layers,
        &LayerContext::init_std, &LayerContext::residual_init_std, &LayerContext::norm, &LayerContext::norm_epsilon,
@@ -176,7 +177,7 @@ std::string layouts() {
          LAYOUT(ParameterSpec, ParameterSpec) + LAYOUT(Parameter, Parameter) + LAYOUT(OptionSpec, OptionSpec) +
          LAYOUT(Schema, Schema) + LAYOUT(Options, Options) + LAYOUT(PluginChoice, PluginChoice) +
          LAYOUT(PluginInfo, PluginInfo) + SIZE(PluginError) + SIZE(Registrar) + SIZE(Error) + LAYOUT(LossEntry, LossEntry) +
-         LAYOUT(ForwardContext, ForwardContext) + LAYOUT(Module, Module) + SIZE(Block) + SIZE(Layer) + SIZE(LayerMaker) +
+         LAYOUT(LinearPrecision, LinearPrecision) + LAYOUT(ForwardContext, ForwardContext) + LAYOUT(Module, Module) + SIZE(Block) + SIZE(Layer) + SIZE(LayerMaker) +
          SIZE(Head) + SIZE(Model) + LAYOUT(LayerContext, LayerContext) + LAYOUT(Score, Score) + LAYOUT(Call, Call) +
          LAYOUT(Linear, nn::Linear) + LAYOUT(Norm, nn::Norm) + LAYOUT(Embedding, nn::Embedding) +
          LAYOUT(AttentionShape, ops::AttentionShape) + LAYOUT(HeadScore, ops::HeadScore) + LAYOUT(StateSpec, StateSpec) +
@@ -250,7 +251,7 @@ Batch 56/8: spaces@0+24[592] step_weight@24+8 streams_@32+24[192]
 Rng 16/8: key_@0+8 step_@8+8
 Segment 88/8: axis@0+32[1] count@32+8 width@40+8 part@48+32[1]
 Init 16/8: kind@0+1 scale@8+8
-ParameterSpec 56/8: dims@0+24[24] role@24+1 init@32+16 trainable@48+1 persistent@49+1
+ParameterSpec 56/8: dims@0+24[24] role@24+1 init@32+16 trainable@48+1 persistent@49+1 linear@50+1
 Parameter 320/8: name_@0+32[1] spec_@32+56 local_@88+160 version_@264+8 derived_@272+48[200]
 OptionSpec 248/8: name@0+32[1] help@32+32[1] unit@64+32[1] type@96+1 required@97+1 optional@98+1 default_text@104+32[1] minimum@136+16[8] maximum@152+16[8] exclusive_minimum@168+1 allowed@176+24[32] plugin_kind@200+32[1] group@232+16
 Schema 24/8: options_@0+24[248]
@@ -261,7 +262,8 @@ PluginError 1024/1:
 Registrar 8/8:
 Error 24/8:
 LossEntry 208/8: name@0+32[1] sum@32+160 count@192+8 weight@200+8
-ForwardContext 216/8: dtype@16+1 state@24+8 grad@32+1 training@33+1 step@40+8 seed@48+8 values_@64+48[192] memo_@112+48[192] losses_@160+24[208]
+LinearPrecision 2/1: kind@0+1 gradient@1+1
+ForwardContext 224/8: dtype@16+1 state@24+8 grad@32+1 training@33+1 step@40+8 seed@48+8 linear@64+2 values_@72+48[192] memo_@120+48[192] losses_@168+24[208]
 Module 64/8: name_@8+32[1] items_@40+24[32]
 Block 64/8:
 Layer 64/8:

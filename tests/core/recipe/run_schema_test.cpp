@@ -24,6 +24,8 @@ TEST_F(RunSchemaTest, DefaultsOfARun) {
   EXPECT_EQ(o.group("run").integer("threads"), 0);
   EXPECT_EQ(o.group("run").text("device"), "cpu");
   EXPECT_EQ(o.group("precision").text("compute"), "f32");
+  EXPECT_EQ(o.group("precision").text("linear"), "compute");
+  EXPECT_EQ(o.group("precision").text("linear_gradient"), "e5m2");
   EXPECT_EQ(o.plugin("tokenizer").name, "byte");
   EXPECT_EQ(o.plugin("inference").name, "basic");
   const Options& data = o.group("data");

@@ -23,15 +23,17 @@ TEST_P(EstimateOf, AStepIsWithinFivePercentOfTheRealOne) {
   s->engine->forward_backward(batch, 1);  // what a first step alone allocates is there to stay
   s->engine->gradient_norm();
   s->engine->discard();
+  std::int64_t quantized = 0;
+  for (const Parameter* p : s->model->parameters()) quantized += p->derived_bytes();
   s->device->reset_peak();
   s->device->record(true);
   s->engine->forward_backward(batch, 2);
-  const std::int64_t activations = s->device->bytes_peak() - weights;
+  const std::int64_t activations = s->device->bytes_peak() - weights - quantized;
   const double flop = s->device->total_cost().flop;
 
   s->device->record(false);
   s->engine->update(2, 1, s->engine->gradient_norm(), 1);
-  EXPECT_LE(s->device->bytes_peak() - weights, activations) << "the optimizer needs more than the backward";
+  EXPECT_LE(s->device->bytes_peak() - weights - quantized, activations) << "the optimizer needs more than the backward";
 
   std::printf("weights %.0f of %.0f KiB, activations %.0f of %.0f KiB\n", static_cast<double>(e.weights_bytes) / 1024, static_cast<double>(weights) / 1024,
               static_cast<double>(e.activations_bytes) / 1024, static_cast<double>(activations) / 1024);
@@ -39,6 +41,10 @@ TEST_P(EstimateOf, AStepIsWithinFivePercentOfTheRealOne) {
   EXPECT_NEAR(static_cast<double>(e.activations_bytes) / static_cast<double>(activations), 1, 0.05);
   EXPECT_NEAR(e.step_flop / (2 * flop), 1, 0.01);  // two microbatches
   EXPECT_EQ(e.parameters, s->engine->parameters());
+  EXPECT_EQ(e.quantized_bytes, quantized);
+  const bool fp8 = s->engine->options().linear.narrow();
+  EXPECT_EQ(quantized > 0, fp8);
+  EXPECT_EQ(e.fp8_flop > 0.4 * e.step_flop, fp8);
   // The usual count: six operations for each weight of a matrix product and token, attention apart.
   double matrices = 0;
   for (const Parameter* p : s->model->parameters())
@@ -55,7 +61,9 @@ INSTANTIATE_TEST_SUITE_P(Forms, EstimateOf,
                                            std::vector<std::string>{"model.norm=layer", "model.positions=learned", "model.activation=gelu", "model.bias=true", "model.dropout=0.1"},
                                            std::vector<std::string>{"precision.compute=bf16", "model.kv_heads=1", "model.qk_norm=true"},
                                            std::vector<std::string>{"train.recompute=block", "model.tied=false"},
-                                           std::vector<std::string>{"precision.compute=f64", "optimizer=muon"}));
+                                           std::vector<std::string>{"precision.compute=f64", "optimizer=muon"},
+                                           std::vector<std::string>{"precision.compute=bf16", "precision.linear=fp8"},
+                                           std::vector<std::string>{"precision.linear=mxfp8", "train.recompute=block"}));
 
 TEST_F(EstimateOf, ARunThatFitsNoMachineIsEstimatedAtOnce) {
   auto s = open({});

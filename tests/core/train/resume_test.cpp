@@ -19,12 +19,13 @@ class Resume : public ::testing::TestWithParam<std::string> {};
 
 TEST_P(Resume, AfterKillMinusNineGoesOnToTheBit) {
   Project project;
-  const std::string compute = "precision.compute=" + GetParam();
-  const Exit straight = train(project.recipe(), {project.dir("straight"), compute});
+  const bool fp8 = GetParam().ends_with("fp8");
+  const std::string compute = "precision.compute=" + (fp8 ? "bf16" : GetParam()), linear = "precision.linear=" + (fp8 ? GetParam() : "compute");
+  const Exit straight = train(project.recipe(), {project.dir("straight"), compute, linear});
   ASSERT_EQ(straight.code, 0) << straight.out << straight.err;
 
   {
-    Child child({"train", project.recipe(), project.dir("killed"), compute});
+    Child child({"train", project.recipe(), project.dir("killed"), compute, linear});
     ASSERT_TRUE(child.read_until("step 11/20")) << child.wait().err;  // and no further: the program waits for its reader
     ASSERT_TRUE(wait_for([&] { return latest(project / "killed") == 10; }));
     child.signal(SIGKILL);
@@ -34,7 +35,7 @@ TEST_P(Resume, AfterKillMinusNineGoesOnToTheBit) {
   EXPECT_GT(metrics_with(project / "killed", "lr").size(), 10u) << "nothing was trained past the checkpoint";
   std::ofstream(project / "killed/metrics.jsonl", std::ios::app) << "{\"step\": 13, \"lo";  // a line that the kill cut
 
-  const Exit resumed = train(project.recipe(), {project.dir("killed"), compute});
+  const Exit resumed = train(project.recipe(), {project.dir("killed"), compute, linear});
   ASSERT_EQ(resumed.code, 0) << resumed.out << resumed.err;
   EXPECT_THAT(resumed.out, HasSubstr("at step 10 of 20"));
   EXPECT_EQ(resumed.err, "");
@@ -45,7 +46,7 @@ TEST_P(Resume, AfterKillMinusNineGoesOnToTheBit) {
   EXPECT_NE(weights(project / "killed", 10), weights(project / "killed", 20));  // what is compared does change
 }
 
-INSTANTIATE_TEST_SUITE_P(Types, Resume, ::testing::Values("f32", "bf16"), [](const auto& info) { return info.param; });
+INSTANTIATE_TEST_SUITE_P(Types, Resume, ::testing::Values("f32", "bf16", "fp8", "mxfp8"), [](const auto& info) { return info.param; });
 
 class Signals : public ::testing::TestWithParam<int> {};
 

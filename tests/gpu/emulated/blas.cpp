@@ -1,8 +1,9 @@
 // cuBLASLt's meaning, plainly: column-major D = op(A) op(B) + beta C (+ bias along the rows), batched. Shapes that the library
-// would refuse are refused.
+// would refuse are refused; of fp8 products everything that Hopper (scalars) and Blackwell (scales of 32) refuse.
 #include <cublasLt.h>
 
 #include <capstan/kernels/bf16.h>
+#include <kernels/shared/fp8.h>
 
 #include <cstdint>
 #include <cstring>
@@ -23,6 +24,9 @@ struct Operation {
   cublasLtEpilogue_t epilogue = CUBLASLT_EPILOGUE_DEFAULT;
   const void* bias = nullptr;
   cudaDataType_t bias_type = CUDA_R_32F;
+  std::int32_t a_mode = 0, b_mode = 0;
+  const void *a_scale = nullptr, *b_scale = nullptr;
+  std::int8_t fast = -1;  // as it was set
 };
 struct Layout {
   cudaDataType_t type;
@@ -39,6 +43,8 @@ double read(const void* p, cudaDataType_t type, std::int64_t i) {
   switch (type) {
     case CUDA_R_64F: return static_cast<const double*>(p)[i];
     case CUDA_R_32F: return static_cast<double>(static_cast<const float*>(p)[i]);
+    case CUDA_R_8F_E4M3: return static_cast<double>(capstan::kernels::from_fp8<capstan::kernels::E4M3>(static_cast<const std::uint8_t*>(p)[i]));
+    case CUDA_R_8F_E5M2: return static_cast<double>(capstan::kernels::from_fp8<capstan::kernels::E5M2>(static_cast<const std::uint8_t*>(p)[i]));
     default: return static_cast<double>(static_cast<float>(static_cast<const bf16*>(p)[i]));
   }
 }
@@ -50,11 +56,28 @@ void write(void* p, cudaDataType_t type, std::int64_t i, double v) {
   }
 }
 
+bool is_fp8(const Layout& l) { return l.type == CUDA_R_8F_E4M3 || l.type == CUDA_R_8F_E5M2; }
+
+/// The scale of number p along the sum, in row (or column) `line` of an operand with k numbers a line.
+double scale_of(std::int32_t mode, const void* scale, std::int64_t line, std::int64_t p, std::int64_t k) {
+  if (mode != CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0) return static_cast<double>(static_cast<const float*>(scale)[0]);
+  return static_cast<double>(capstan::kernels::e8m0_value(static_cast<const std::uint8_t*>(scale)[capstan::kernels::block_scale_at(line, p / 32, k / 32)]));
+}
+
 bool fits(const Operation& op, const Layout& a, const Layout& b, const Layout& c, const Layout& d) {
   const std::int64_t m = op.a == CUBLAS_OP_N ? a.rows : a.cols, k = op.a == CUBLAS_OP_N ? a.cols : a.rows;
   const std::int64_t k2 = op.b == CUBLAS_OP_N ? b.rows : b.cols, n = op.b == CUBLAS_OP_N ? b.cols : b.rows;
   for (const Layout* l : {&a, &b, &c, &d})
     if (l->ld < l->rows || l->batch != d.batch) return false;
+  if (is_fp8(a) || is_fp8(b)) {
+    const bool blocks = op.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0;
+    if (!is_fp8(a) || !is_fp8(b) || (a.type == CUDA_R_8F_E5M2 && b.type == CUDA_R_8F_E5M2)) return false;
+    if (op.a != CUBLAS_OP_T || op.b != CUBLAS_OP_N || op.compute != CUBLAS_COMPUTE_32F || op.fast != 0) return false;
+    if (op.a_mode != op.b_mode || op.a_scale == nullptr || op.b_scale == nullptr) return false;
+    if (k % (blocks ? 32 : 16) != 0 || m % 16 != 0 || a.ld % 16 != 0 || b.ld % 16 != 0 || d.ld % 8 != 0) return false;
+    if (d.type != CUDA_R_16BF && d.type != CUDA_R_32F) return false;
+    if (op.epilogue == CUBLASLT_EPILOGUE_BIAS && op.bias_type != CUDA_R_16BF) return false;
+  }
   return k == k2 && c.rows == m && c.cols == n && d.rows == m && d.cols == n;
 }
 
@@ -77,6 +100,11 @@ cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMa
     case CUBLASLT_MATMUL_DESC_EPILOGUE: std::memcpy(&o.epilogue, value, sizeof o.epilogue); break;
     case CUBLASLT_MATMUL_DESC_BIAS_POINTER: std::memcpy(&o.bias, value, sizeof o.bias); break;
     case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: std::memcpy(&o.bias_type, value, sizeof o.bias_type); break;
+    case CUBLASLT_MATMUL_DESC_A_SCALE_MODE: std::memcpy(&o.a_mode, value, sizeof o.a_mode); break;
+    case CUBLASLT_MATMUL_DESC_B_SCALE_MODE: std::memcpy(&o.b_mode, value, sizeof o.b_mode); break;
+    case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER: std::memcpy(&o.a_scale, value, sizeof o.a_scale); break;
+    case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER: std::memcpy(&o.b_scale, value, sizeof o.b_scale); break;
+    case CUBLASLT_MATMUL_DESC_FAST_ACCUM: std::memcpy(&o.fast, value, sizeof o.fast); break;
     default: return CUBLAS_STATUS_NOT_SUPPORTED;
   }
   return CUBLAS_STATUS_SUCCESS;
@@ -123,8 +151,9 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const vo
           double sum = 0;
           float narrow = 0;
           for (std::int64_t p = 0; p < k; ++p) {
-            const double x = read(a, A.type, batch * A.stride + (op.a == CUBLAS_OP_N ? p * A.ld + i : i * A.ld + p));
-            const double y = read(b, B.type, batch * B.stride + (op.b == CUBLAS_OP_N ? j * B.ld + p : p * B.ld + j));
+            double x = read(a, A.type, batch * A.stride + (op.a == CUBLAS_OP_N ? p * A.ld + i : i * A.ld + p));
+            double y = read(b, B.type, batch * B.stride + (op.b == CUBLAS_OP_N ? j * B.ld + p : p * B.ld + j));
+            if (is_fp8(A)) x *= scale_of(op.a_mode, op.a_scale, i, p, k), y *= scale_of(op.b_mode, op.b_scale, j, p, k);
             if (wide) sum += x * y;
             else narrow += static_cast<float>(x) * static_cast<float>(y);
           }

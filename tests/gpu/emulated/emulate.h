@@ -62,6 +62,11 @@ inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long e
   if (old == expected) *at = value;
   return old;
 }
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+  const unsigned old = *at;
+  if (value > old) *at = value;
+  return old;
+}
 inline std::int64_t min(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 using std::isfinite;
 inline void sincospi(double x, double* s, double* c) {

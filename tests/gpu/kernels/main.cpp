@@ -48,7 +48,7 @@ int main(int argc, char** argv) {
   try {
     Context ctx(0);
     if (mode == "test") {
-      if (part != "attention") test_rows(ctx, false), test_scores(ctx, false);
+      if (part != "attention") test_rows(ctx, false), test_scores(ctx, false), test_fp8(ctx, false);
       if (part != "rows") test_attention(ctx, false);
       std::printf("%d checks passed, %d failed\n", passes, failures);
       return failures == 0 ? 0 : 1;

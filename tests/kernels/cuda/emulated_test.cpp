@@ -18,5 +18,6 @@ void run(void (*test)(Context&, bool)) {
 TEST(EmulatedGpu, NormsSoftmaxAndRowsById) { run(test_rows); }
 TEST(EmulatedGpu, Scores) { run(test_scores); }
 TEST(EmulatedGpu, Attention) { run(test_attention); }
+TEST(EmulatedGpu, QuantizersToFp8) { run(test_fp8); }
 
 }  // namespace

@@ -194,6 +194,11 @@ inline unsigned long long atomicCAS(unsigned long long* at, unsigned long long e
   if (old == expected) *at = value;
   return old;
 }
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+  const unsigned old = *at;
+  if (value > old) *at = value;
+  return old;
+}
 inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(unsigned u) { return emulated::from_bits(u); }
 inline float __int_as_float(int i) { return emulated::from_bits(static_cast<unsigned>(i)); }
