@@ -101,7 +101,11 @@ void bench_attention(Context& ctx) {
     a.dout = g.data(), a.dout_stride = hq, a.dq = grads.data(), a.dk = grads.data() + hq, a.dv = grads.data() + hq + hk, a.dq_stride = a.dkv_stride = stride;
     const double flops = 2.0 * static_cast<double>(c.sequences * c.length * c.length * c.heads * c.head_size);  // two products, half of the pairs
     const double forward = median_seconds(ctx, 20, [&](int) { cuda::attention_forward_tensor(ctx, a); });
-    const double backward = median_seconds(ctx, 20, [&](int) { cuda::attention_backward_tensor(ctx, a); });
+    const double backward = median_seconds(ctx, 20, [&](int) {
+      void* delta = ctx.scratch(a.heads * a.rows * 4);
+      cuda::attention_delta(ctx, a, delta);
+      cuda::attention_backward_tensor(ctx, a, delta);
+    });
     char name[80];
     std::snprintf(name, sizeof name, "own    %3ld x %5ld, %2ld/%2ld heads of %3ld", static_cast<long>(c.sequences), static_cast<long>(c.length), static_cast<long>(c.heads),
                   static_cast<long>(c.kv_heads), static_cast<long>(c.head_size));
