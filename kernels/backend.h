@@ -12,9 +12,13 @@
 
 namespace capstan::kernels {
 
+class Queue;
+
 class Backend {
  public:
   virtual ~Backend() = default;
+  /// Null where calls return when their work is done.
+  virtual Queue* queue() { return nullptr; }
 
   // Memory.
   virtual void upload(void* to, const void* host_from, std::int64_t bytes) = 0;  ///< host_from may be reused at once

@@ -124,8 +124,8 @@ REVEAL(Leaf, &Leaf::hook, &Leaf::parameter_, &Leaf::filled_, &Leaf::uses_, &Leaf
 REVEAL(Deferred, &Deferred::items);
 REVEAL(DeferredItem, &Deferred::Item::node, &Deferred::Item::grads);
 REVEAL(Space, &Space::name, &Space::starts, &Space::positions, &Space::sample_ids, &Space::host_starts, &Space::past,
-       &Space::capacity, &Space::longest);
-REVEAL(Batch, &Batch::spaces, &Batch::step_weight, &Batch::streams_);
+       &Space::capacity, &Space::longest, &Space::recorded);
+REVEAL(Batch, &Batch::spaces, &Batch::step_weight, &Batch::own_weight, &Batch::streams_);
 REVEAL(Rng, &Rng::key_, &Rng::step_);
 REVEAL(Segment, &Segment::axis, &Segment::count, &Segment::width, &Segment::part);
 REVEAL(Init, &Init::kind, &Init::scale);
@@ -199,7 +199,7 @@ std::string vtables() {
          VTABLE(Model, &Model::calls, &Model::head, &Model::vocabulary, &Model::hidden, &Model::longest, &Model::describe) +
          VTABLE(SequenceState, &SequenceState::append, &SequenceState::slot, &SequenceState::truncate, &SequenceState::commit,
                 &SequenceState::fork, &SequenceState::weights_version) +
-         VTABLE(Optimizer, &Optimizer::state_of, &Optimizer::atomicity, &Optimizer::peak_lr, &Optimizer::update) +
+         VTABLE(Optimizer, &Optimizer::state_of, &Optimizer::atomicity, &Optimizer::peak_lr, &Optimizer::update, &Optimizer::gated) +
          VTABLE(CheckpointFormat, &CheckpointFormat::name, &CheckpointFormat::extension, &CheckpointFormat::write_shard,
                 &CheckpointFormat::read, &CheckpointFormat::write_index) +
          VTABLE(Tokenizer, &Tokenizer::name, &Tokenizer::vocabulary, &Tokenizer::end_of_document, &Tokenizer::encode,
@@ -232,7 +232,7 @@ std::string enumerators() {
 }
 
 /// The table of epoch `golden_epoch`.
-constexpr std::uint32_t golden_epoch = 3;
+constexpr std::uint32_t golden_epoch = 4;
 constexpr const char* golden = R"(
 Dims 56/8: v_@0+48[8] size_@48+4
 Storage 56/8: device@0+16 data@16+8 bytes@24+8 owned@32+1 keeper@40+16
@@ -246,8 +246,8 @@ Node 40/8: inputs@8+24[24] outputs@32+4 released@36+1
 Leaf 240/8: hook@40+32 parameter_@72+1 filled_@73+1 uses_@76+4 grad_@80+160
 Deferred 24/8: items@0+24[40]
 Deferred::Item 40/8: node@0+16 grads@16+24[160]
-Space 592/8: name@0+32[1] starts@32+160 positions@192+160 sample_ids@352+160 host_starts@512+24[4] past@536+24[4] capacity@560+8 longest@568+8
-Batch 56/8: spaces@0+24[592] step_weight@24+8 streams_@32+24[192]
+Space 600/8: name@0+32[1] starts@32+160 positions@192+160 sample_ids@352+160 host_starts@512+24[4] past@536+24[4] capacity@560+8 longest@568+8 recorded@592+1
+Batch 64/8: spaces@0+24[600] step_weight@24+8 own_weight@32+8 streams_@40+24[192]
 Rng 16/8: key_@0+8 step_@8+8
 Segment 88/8: axis@0+32[1] count@32+8 width@40+8 part@48+32[1]
 Init 16/8: kind@0+1 scale@8+8
@@ -343,7 +343,8 @@ Optimizer::state_of slot 2 MN7capstan9OptimizerEKFSt6vectorINS_9StateDeclESaIS2_
 Optimizer::atomicity slot 3 MN7capstan9OptimizerEKFNS_9AtomicityERKNS_9ParameterEE
 Optimizer::peak_lr slot 4 MN7capstan9OptimizerEKFdvE
 Optimizer::update slot 5 MN7capstan9OptimizerEFvRKNS_13UpdateContextESt4spanINS_10UpdateItemELm18446744073709551615EEE
-Optimizer slots 6
+Optimizer::gated slot 6 MN7capstan9OptimizerEKFbvE
+Optimizer slots 7
 CheckpointFormat::name slot 2 MN7capstan16CheckpointFormatEKFSt17basic_string_viewIcSt11char_traitsIcEEvE
 CheckpointFormat::extension slot 3 MN7capstan16CheckpointFormatEKFSt17basic_string_viewIcSt11char_traitsIcEEvE
 CheckpointFormat::write_shard slot 4 MN7capstan16CheckpointFormatEFvRKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEESt4spanINS_11SavedTensorELm18446744073709551615EERKSt8functionIFvlEEE
