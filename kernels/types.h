@@ -119,6 +119,8 @@ struct PagedAttention {
   std::int64_t q_stride = 0, out_stride = 0, page = 64;
   const void *k_pages = nullptr, *v_pages = nullptr;
   const std::int32_t *blocks = nullptr, *lengths = nullptr;  ///< on the device
+  /// host_starts null (CUDA): the launch must serve other `starts` of as many sequences too; what rows past the last one
+  /// get is then undefined.
   const std::int32_t *host_starts = nullptr, *starts = nullptr;
   std::int64_t blocks_stride = 0, sequences = 0, rows = 0;
   std::int64_t heads = 0, kv_heads = 0, head_size = 0, window = 0;

@@ -150,6 +150,7 @@ void attention_paged(Context& ctx, const PagedAttention& a) {
   if (a.rows == 0) return;
   if (a.num == Num::bf16) attention_paged_tensor(ctx, a);
   else attention_paged_plain(ctx, a);
+  if (a.host_starts == nullptr) return;
   const std::int64_t used = a.host_starts[a.sequences], bytes = bytes_of(a.num);
   if (used < a.rows)
     check(cudaMemset2DAsync(static_cast<char*>(a.out) + used * a.out_stride * bytes, static_cast<std::size_t>(a.out_stride * bytes), 0,

@@ -178,15 +178,8 @@ class CudaGpu final : public Gpu {
     cuda::scatter_add_rows(bound(), num, count, cols, ids, g, table_rows, table_num, table, overwrite);
   }
   void store_pages(Num num, std::int64_t tokens, std::int64_t heads, std::int64_t size, std::int64_t page, const void* from, std::int64_t row_stride,
-                   std::int64_t head_stride, const std::int64_t* host_rows, void* pages) override {
-    if (tokens == 0) return;
-    Context& ctx = bound();
-    const std::int64_t bytes = tokens * static_cast<std::int64_t>(sizeof(std::int64_t));
-    void* rows = ctx.allocate(bytes);
-    if (rows == nullptr) throw std::runtime_error("[cuda memory] no room for the places of " + std::to_string(tokens) + " tokens");
-    upload(rows, host_rows, bytes);
-    cuda::store_pages(ctx, num, tokens, heads, size, page, from, row_stride, head_stride, static_cast<const std::int64_t*>(rows), pages);
-    ctx.release(rows);
+                   std::int64_t head_stride, const std::int64_t* rows, void* pages) override {
+    cuda::store_pages(bound(), num, tokens, heads, size, page, from, row_stride, head_stride, rows, pages);
   }
 
   void gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) override {

@@ -147,7 +147,7 @@ Tensor attention_paged(const Tensor& q, const PagedKV& past, const Space& space,
   a.k_pages = past.k.raw(), a.v_pages = past.v.raw();
   a.blocks = past.blocks.data<std::int32_t>(), a.lengths = past.lengths.data<std::int32_t>();
   const Tensor starts = device_starts(space, q.device());
-  a.host_starts = space.host_starts.data(), a.starts = starts.data<std::int32_t>();
+  a.host_starts = space.recorded ? nullptr : space.host_starts.data(), a.starts = starts.data<std::int32_t>();
   a.blocks_stride = past.blocks.strides()[0], a.sequences = space.sequences(), a.rows = q.size(0);
   a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.head_size = shape.head_size, a.window = shape.window, a.scale = scale_of(shape);
   q.device().backend().attention_paged(a);

@@ -11,6 +11,7 @@
 #include <capstan/options.h>
 #include <capstan/paged_state.h>
 #include <capstan/plugin.h>
+#include <capstan/recorded.h>
 #include <capstan/tokenizer.h>
 #include <capstan/walk.h>
 
@@ -158,6 +159,7 @@ REVEAL(AttentionShape, &ops::AttentionShape::heads, &ops::AttentionShape::kv_hea
 REVEAL(HeadScore, &ops::HeadScore::logprob, &ops::HeadScore::logsumexp, &ops::HeadScore::entropy, &ops::HeadScore::objective);
 REVEAL(StateSpec, &StateSpec::kind, &StateSpec::name, &StateSpec::shape);
 REVEAL(PagedKV, &PagedKV::k, &PagedKV::v, &PagedKV::blocks, &PagedKV::lengths, &PagedKV::page);
+REVEAL(PagedCapacity, &PagedCapacity::sequences, &PagedCapacity::rows, &PagedCapacity::pages);
 REVEAL(StateDecl, &StateDecl::name, &StateDecl::dtype);
 REVEAL(UpdateItem, &UpdateItem::parameter, &UpdateItem::value, &UpdateItem::grad, &UpdateItem::state);
 REVEAL(UpdateContext, &UpdateContext::device, &UpdateContext::step, &UpdateContext::lr_scale, &UpdateContext::grad_scale);
@@ -181,7 +183,7 @@ std::string layouts() {
          SIZE(Head) + SIZE(Model) + LAYOUT(LayerContext, LayerContext) + LAYOUT(Score, Score) + LAYOUT(Call, Call) +
          LAYOUT(Linear, nn::Linear) + LAYOUT(Norm, nn::Norm) + LAYOUT(Embedding, nn::Embedding) +
          LAYOUT(AttentionShape, ops::AttentionShape) + LAYOUT(HeadScore, ops::HeadScore) + LAYOUT(StateSpec, StateSpec) +
-         LAYOUT(PagedKV, PagedKV) + SIZE(SequenceState) + SIZE(PagedState) + SIZE(WalkHooks) + LAYOUT(StateDecl, StateDecl) + LAYOUT(UpdateItem, UpdateItem) +
+         LAYOUT(PagedKV, PagedKV) + SIZE(SequenceState) + SIZE(PagedState) + LAYOUT(PagedCapacity, PagedCapacity) + SIZE(Recorded) + SIZE(WalkHooks) + LAYOUT(StateDecl, StateDecl) + LAYOUT(UpdateItem, UpdateItem) +
          LAYOUT(UpdateContext, UpdateContext) + SIZE(Optimizer) + LAYOUT(Box, Box) + LAYOUT(SavedTensor, SavedTensor) +
          SIZE(CheckpointFormat) + SIZE(Tokenizer) + LAYOUT(SamplingParams, SamplingParams) + LAYOUT(Request, Request) +
          LAYOUT(Completion, Completion) + SIZE(InferenceEngine);
@@ -281,7 +283,9 @@ ops::HeadScore 640/8: logprob@0+160 logsumexp@160+160 entropy@320+160 objective@
 StateSpec 96/8: kind@0+1 name@8+32[1] shape@40+56
 PagedKV 648/8: k@0+160 v@160+160 blocks@320+160 lengths@480+160 page@640+8
 SequenceState 8/8:
-PagedState 528/8:
+PagedState 736/8:
+PagedCapacity 24/8: sequences@0+8 rows@8+8 pages@16+8
+Recorded 64/8:
 WalkHooks 64/8:
 StateDecl 40/8: name@0+32[1] dtype@32+1
 UpdateItem 352/8: parameter@0+8 value@8+160 grad@168+160 state@328+24[160]
