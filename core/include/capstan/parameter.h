@@ -85,7 +85,6 @@ class CAPSTAN_API Parameter {
   void set_placement(std::shared_ptr<const TensorPlacement> placement) { placement_ = std::move(placement); }
   void place(Tensor local, bool with_gradient = true);
   void changed() { ++version_; }
-  void forget_derived() const { derived_.clear(); }
   /// Writes initial values of rows [row_begin, row_begin + values.size(0)) of dimension 0 into `values`.
   void initialize(std::uint64_t seed, const Tensor& values, std::int64_t row_begin = 0) const;
   /// Writes initial values of elements [begin, begin + values.numel()) of the row-major local tensor into the contiguous
