@@ -12,9 +12,13 @@
 
 namespace capstan::kernels {
 
+class Queue;
+
 class Backend {
  public:
   virtual ~Backend() = default;
+  /// Null where calls return when their work is done.
+  virtual Queue* queue() { return nullptr; }
 
   // Memory.
   virtual void upload(void* to, const void* host_from, std::int64_t bytes) = 0;  ///< host_from may be reused at once
@@ -88,9 +92,10 @@ class Backend {
   virtual void gather_rows(std::int64_t count, std::int64_t row_bytes, const void* table, std::int64_t table_rows, const std::int32_t* ids, void* out) = 0;
   virtual void scatter_add_rows(Num num, std::int64_t count, std::int64_t cols, const std::int32_t* ids, const void* g,
                                 std::int64_t table_rows, Num table_num, void* table, bool overwrite) = 0;
-  /// pages[rows[t] / page, h, rows[t] % page, :] = from[t * row_stride + h * head_stride + ...]; size elements.
+  /// pages[rows[t] / page, h, rows[t] % page, :] = from[t * row_stride + h * head_stride + ...]; size elements. A row below
+  /// 0 is nobody's: nothing is stored.
   virtual void store_pages(Num num, std::int64_t tokens, std::int64_t heads, std::int64_t size, std::int64_t page, const void* from,
-                           std::int64_t row_stride, std::int64_t head_stride, const std::int64_t* host_rows, void* pages) = 0;
+                           std::int64_t row_stride, std::int64_t head_stride, const std::int64_t* rows, void* pages) = 0;
 
   // Products and what is built on them.
   /// bias [N] and residual [M, N] (rows ldc apart) in c's type, or null; with a residual g.accumulate is off.

@@ -68,6 +68,10 @@ class Pool {
     free_.insert({it->second.size, it->first});
   }
 
+  /// Whether `data` is a piece that take() gave out; its size then.
+  bool holds(const void* data) const { return chunks_.contains(static_cast<char*>(const_cast<void*>(data))); }
+  std::int64_t size_of(const void* data) const { return chunks_.at(static_cast<char*>(const_cast<void*>(data))).size; }
+
   /// Gives back the regions of which nothing is in use; returns their bytes.
   std::int64_t trim() {
     std::int64_t bytes = 0;

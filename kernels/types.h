@@ -91,7 +91,9 @@ struct Attention {
   std::int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0;
   std::int64_t heads = 0, kv_heads = 0, head_size = 0, window = 0;
   double scale = 1;
-  const std::int32_t* host_starts = nullptr;    ///< [sequences + 1]
+  /// [sequences + 1]; null (CUDA): the launch must serve other `starts` too, of as many sequences, which use all rows and
+  /// none of which is longer than `longest`.
+  const std::int32_t* host_starts = nullptr;
   const std::int32_t* starts = nullptr;         ///< the same on the device
   std::int64_t sequences = 0, rows = 0, longest = 0;
   /// Not null: the rows of sequence s are the last ones of keys and values [host_key_begins[s], + host_key_counts[s]) of
@@ -117,6 +119,8 @@ struct PagedAttention {
   std::int64_t q_stride = 0, out_stride = 0, page = 64;
   const void *k_pages = nullptr, *v_pages = nullptr;
   const std::int32_t *blocks = nullptr, *lengths = nullptr;  ///< on the device
+  /// host_starts null (CUDA): the launch must serve other `starts` of as many sequences too; what rows past the last one
+  /// get is then undefined.
   const std::int32_t *host_starts = nullptr, *starts = nullptr;
   std::int64_t blocks_stride = 0, sequences = 0, rows = 0;
   std::int64_t heads = 0, kv_heads = 0, head_size = 0, window = 0;

@@ -240,6 +240,7 @@ void CpuBackend::store_pages(Num num, std::int64_t tokens, std::int64_t heads, s
                              std::int64_t row_stride, std::int64_t head_stride, const std::int64_t* rows, void* pages) {
   const std::int64_t bytes = bytes_of(num), row = size * bytes;
   for (std::int64_t t = 0; t < tokens; ++t) {
+    if (rows[t] < 0) continue;
     const std::int64_t at = rows[t] / page, slot = rows[t] % page;
     for (std::int64_t h = 0; h < heads; ++h)
       std::memcpy(to<char>(pages) + ((at * heads + h) * page + slot) * row,

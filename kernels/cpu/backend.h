@@ -61,7 +61,7 @@ class CpuBackend final : public Backend {
   void scatter_add_rows(Num num, std::int64_t count, std::int64_t cols, const std::int32_t* ids, const void* g, std::int64_t table_rows,
                         Num table_num, void* table, bool overwrite) override;
   void store_pages(Num num, std::int64_t tokens, std::int64_t heads, std::int64_t size, std::int64_t page, const void* from,
-                   std::int64_t row_stride, std::int64_t head_stride, const std::int64_t* host_rows, void* pages) override;
+                   std::int64_t row_stride, std::int64_t head_stride, const std::int64_t* rows, void* pages) override;
 
   void gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) override;
   double gemm_rate(Num num) override;

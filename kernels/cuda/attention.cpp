@@ -25,7 +25,8 @@ void check_shape(const char* op, Num num, std::int64_t head_size, std::int64_t w
 
 Attention with_plain_window(const Attention& a) {
   Attention b = a;
-  b.window = attention_window(a.window, a.host_starts, a.sequences);
+  // By the batch's capacity, recorded or not: the same kernels, the same bits.
+  b.window = a.window < a.longest ? a.window : a.host_starts == nullptr ? 0 : attention_window(a.window, a.host_starts, a.sequences);
   return b;
 }
 
@@ -57,6 +58,7 @@ void for_stretches(const Attention& a, Run&& run) {
 
 /// Rows past the last sequence belong to nobody: they are zero.
 void clear_dead(Context& ctx, const Attention& a, void* to, std::int64_t stride, std::int64_t heads) {
+  if (a.host_starts == nullptr) return;  // all rows are in use
   const std::int64_t used = a.host_starts[a.sequences], bytes = bytes_of(a.num);
   if (used >= a.rows) return;
   check(cudaMemset2DAsync(static_cast<char*>(to) + used * stride * bytes, static_cast<std::size_t>(stride * bytes), 0, static_cast<std::size_t>(heads * a.head_size * bytes),
@@ -148,6 +150,7 @@ void attention_paged(Context& ctx, const PagedAttention& a) {
   if (a.rows == 0) return;
   if (a.num == Num::bf16) attention_paged_tensor(ctx, a);
   else attention_paged_plain(ctx, a);
+  if (a.host_starts == nullptr) return;
   const std::int64_t used = a.host_starts[a.sequences], bytes = bytes_of(a.num);
   if (used < a.rows)
     check(cudaMemset2DAsync(static_cast<char*>(a.out) + used * a.out_stride * bytes, static_cast<std::size_t>(a.out_stride * bytes), 0,

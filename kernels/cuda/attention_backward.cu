@@ -222,7 +222,7 @@ void attention_backward_tensor(Context& ctx, const Attention& a, const void* del
   b.sequences = static_cast<int>(a.sequences), b.scale = static_cast<float>(a.scale), b.window = window_of(a.window), b.starts = a.starts;
   b.lse = static_cast<const float*>(a.lse), b.delta = static_cast<const float*>(delta);
   b.length = rows_of_one(a), b.past = keys_ahead_of_one(a);
-  b.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, 64));
+  b.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, a.rows, 64));
   b.vector = (a.head_size | a.q_stride | a.k_stride | a.v_stride | a.dout_stride | a.dq_stride | a.dkv_stride) % 8 == 0 &&
              all_on_16(a.q, a.k, a.v, a.dout, a.dq, a.dk, a.dv);
   const AttentionPlan dkv = plan_attention_dkv(a.head_size), dq = plan_attention_dq(a.head_size);

@@ -173,7 +173,7 @@ void attention_forward_tensor(Context& ctx, const Attention& a) {
   f.heads = static_cast<int>(a.heads), f.kv_heads = static_cast<int>(a.kv_heads), f.head_size = static_cast<int>(a.head_size);
   f.sequences = static_cast<int>(a.sequences), f.scale = static_cast<float>(a.scale), f.window = window_of(a.window), f.starts = a.starts, f.lse = static_cast<float*>(a.lse);
   f.length = rows_of_one(a), f.past = keys_ahead_of_one(a);
-  f.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, plan_attention_forward(a.head_size, false, ctx.capability()).rows));
+  f.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, a.rows, plan_attention_forward(a.head_size, false, ctx.capability()).rows));
   f.vector = a.head_size % 8 == 0 && (a.q_stride | a.k_stride | a.v_stride | a.out_stride) % 8 == 0 && all_on_16(a.q, a.k, a.v, a.out);
   run<false>(ctx, f, static_cast<unsigned>(a.heads));
 }
@@ -185,7 +185,7 @@ void attention_paged_tensor(Context& ctx, const PagedAttention& a) {
   f.heads = static_cast<int>(a.heads), f.kv_heads = static_cast<int>(a.kv_heads), f.head_size = static_cast<int>(a.head_size);
   f.sequences = static_cast<int>(a.sequences), f.scale = static_cast<float>(a.scale), f.window = window_of(a.window), f.starts = a.starts;
   f.blocks = a.blocks, f.lengths = a.lengths, f.blocks_stride = a.blocks_stride, f.page = static_cast<int>(a.page);
-  f.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, plan_attention_forward(a.head_size, true, ctx.capability()).rows, a.heads / a.kv_heads));
+  f.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, a.rows, plan_attention_forward(a.head_size, true, ctx.capability()).rows, a.heads / a.kv_heads));
   f.vector = a.head_size % 8 == 0 && (a.q_stride | a.out_stride) % 8 == 0 && all_on_16(a.q, a.k_pages, a.v_pages, a.out);
   run<true>(ctx, f, static_cast<unsigned>(a.kv_heads));
 }

@@ -236,7 +236,7 @@ PlainArguments<T> shape_of(const A& a, int tile) {
   p.q = static_cast<const T*>(a.q), p.out = static_cast<T*>(a.out), p.q_stride = a.q_stride, p.out_stride = a.out_stride, p.rows = a.rows;
   p.heads = static_cast<int>(a.heads), p.kv_heads = static_cast<int>(a.kv_heads), p.head_size = static_cast<int>(a.head_size);
   p.sequences = static_cast<int>(a.sequences), p.scale = static_cast<T>(a.scale), p.window = window_of(a.window), p.starts = a.starts;
-  p.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, tile));
+  p.tiles = static_cast<int>(attention_tiles(a.host_starts, a.sequences, a.rows, tile));
   return p;
 }
 

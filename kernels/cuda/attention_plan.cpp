@@ -55,7 +55,8 @@ AttentionPlan plan_attention_dq(std::int64_t head_size) {
   return p;
 }
 
-std::int64_t attention_tiles(const std::int32_t* starts, std::int64_t sequences, std::int64_t rows, std::int64_t times) {
+std::int64_t attention_tiles(const std::int32_t* starts, std::int64_t sequences, std::int64_t total, std::int64_t rows, std::int64_t times) {
+  if (starts == nullptr) return total * times / rows + sequences;
   std::int64_t n = 0;
   for (std::int64_t s = 0; s < sequences; ++s) n += ((starts[s + 1] - starts[s]) * times + rows - 1) / rows;
   return n;

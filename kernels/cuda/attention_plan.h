@@ -27,8 +27,8 @@ AttentionPlan plan_attention_dkv(std::int64_t head_size);
 AttentionPlan plan_attention_dq(std::int64_t head_size);
 
 /// Tiles of `rows` rows over sequences [starts[s], starts[s + 1]), none of which spans two sequences. `times` counts
-/// a row several times (heads packed into rows).
-std::int64_t attention_tiles(const std::int32_t* starts, std::int64_t sequences, std::int64_t rows, std::int64_t times = 1);
+/// a row several times (heads packed into rows). Starts null: the most that sequences of `total` rows together can have.
+std::int64_t attention_tiles(const std::int32_t* starts, std::int64_t sequences, std::int64_t total, std::int64_t rows, std::int64_t times = 1);
 
 /// Kernels without tensor cores (f32, f64): tile is rows and keys of a tile.
 struct PlainAttentionPlan { int tile = 0, width = 0; std::int64_t shared_bytes = 0; };

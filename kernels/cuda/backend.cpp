@@ -7,6 +7,7 @@
 #include <kernels/cuda/fp8.h>
 #include <kernels/cuda/gemm.h>
 #include <kernels/cuda/gpu.h>
+#include <kernels/cuda/queue.h>
 #include <kernels/cuda/reduce.h>
 #include <kernels/cuda/rows.h>
 
@@ -22,7 +23,8 @@ namespace {
 /// Every call binds the thread to the GPU first: data loaders and savers are other threads.
 class CudaGpu final : public Gpu {
  public:
-  explicit CudaGpu(int device) : ctx_(device) {}
+  explicit CudaGpu(int device) : ctx_(device), queue_(ctx_) {}
+  Queue* queue() override { return &queue_; }
 
   void* allocate(std::int64_t bytes) override { return bound().allocate(bytes); }
   void release(void* data) noexcept override {
@@ -62,33 +64,14 @@ class CudaGpu final : public Gpu {
   }
   void* stream() const override { return ctx_.stream(); }
 
-  void upload(void* to, const void* host_from, std::int64_t bytes) override {
-    Context& ctx = bound();
-    std::lock_guard lock(staging_);
-    // Through pinned memory in pieces: the caller's memory may go at once, and the GPU does not wait for pages.
-    const char* from = static_cast<const char*>(host_from);
-    for (std::int64_t at = 0; at < bytes; at += Context::staging_bytes) {
-      const std::int64_t n = std::min(Context::staging_bytes, bytes - at);
-      check(cudaEventSynchronize(ctx.staging_free()), "waiting for staging memory");
-      std::memcpy(ctx.staging(), from + at, static_cast<std::size_t>(n));
-      check(cudaMemcpyAsync(static_cast<char*>(to) + at, ctx.staging(), static_cast<std::size_t>(n), cudaMemcpyHostToDevice, ctx.stream()), "copying to the GPU");
-      check(cudaEventRecord(ctx.staging_free(), ctx.stream()), "marking staging memory");
-    }
-  }
+  void upload(void* to, const void* host_from, std::int64_t bytes) override { bound().upload(to, host_from, bytes); }
   void download(void* host_to, const void* from, std::int64_t bytes) override {
-    Context& ctx = bound();
-    std::lock_guard lock(staging_);
-    for (std::int64_t at = 0; at < bytes; at += Context::staging_bytes) {
-      const std::int64_t n = std::min(Context::staging_bytes, bytes - at);
-      check(cudaEventSynchronize(ctx.staging_free()), "waiting for staging memory");
-      check(cudaMemcpyAsync(ctx.staging(), static_cast<const char*>(from) + at, static_cast<std::size_t>(n), cudaMemcpyDeviceToHost, ctx.stream()), "copying from the GPU");
-      check(cudaStreamSynchronize(ctx.stream()), "waiting for the GPU");
-      std::memcpy(static_cast<char*>(host_to) + at, ctx.staging(), static_cast<std::size_t>(n));
-    }
-    ctx.throw_fault();
+    bound().download(host_to, from, bytes);
+    ctx_.throw_fault();
   }
   void synchronize() override {
     Context& ctx = bound();
+    ctx.refuse_in_record("waiting for the GPU");
     check(cudaStreamSynchronize(ctx.stream()), "waiting for the GPU");
     ctx.throw_fault();
   }
@@ -125,7 +108,10 @@ class CudaGpu final : public Gpu {
             bool inverse) override {
     cuda::rope(bound(), num, rows, heads, size, x, stride, table, y, inverse);
   }
-  void random(Num num, const RandomFill& fill, std::int64_t n, void* to) override { cuda::random(bound(), num, fill, n, to); }
+  void random(Num num, const RandomFill& fill, std::int64_t n, void* to) override {
+    bound().refuse_in_record("filling memory with random numbers");
+    cuda::random(bound(), num, fill, n, to);
+  }
 
   void sum_middle(Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, double factor, Num out_num, void* out) override {
     cuda::sum_middle(bound(), num, outer, n, inner, a, factor, out_num, out);
@@ -143,9 +129,18 @@ class CudaGpu final : public Gpu {
   void column_sum(Num num, const void* from, std::int64_t rows, std::int64_t cols, std::int64_t stride, Num to_num, void* to, bool accumulate) override {
     cuda::column_sum(bound(), num, from, rows, cols, stride, to_num, to, accumulate);
   }
-  double sum_of_squares(std::span<const Piece> pieces) override { return cuda::sum_of_squares(bound(), pieces); }
-  std::int64_t first_nonfinite(std::span<const Piece> pieces) override { return cuda::first_nonfinite(bound(), pieces); }
-  std::uint64_t fingerprint(Num num, std::int64_t n, const void* data, std::uint64_t first) override { return cuda::fingerprint(bound(), num, n, data, first); }
+  double sum_of_squares(std::span<const Piece> pieces) override {
+    bound().refuse_in_record("a sum that the host reads");
+    return cuda::sum_of_squares(bound(), pieces);
+  }
+  std::int64_t first_nonfinite(std::span<const Piece> pieces) override {
+    bound().refuse_in_record("a search that the host reads");
+    return cuda::first_nonfinite(bound(), pieces);
+  }
+  std::uint64_t fingerprint(Num num, std::int64_t n, const void* data, std::uint64_t first) override {
+    bound().refuse_in_record("a fingerprint that the host reads");
+    return cuda::fingerprint(bound(), num, n, data, first);
+  }
   void normalize(Num num, std::int64_t n, void* x, double least) override { cuda::normalize(bound(), num, n, x, least); }
 
   std::int64_t norm_blocks(std::int64_t rows, std::int64_t cols) override { return cuda::norm_blocks(bound(), rows, cols); }
@@ -183,15 +178,8 @@ class CudaGpu final : public Gpu {
     cuda::scatter_add_rows(bound(), num, count, cols, ids, g, table_rows, table_num, table, overwrite);
   }
   void store_pages(Num num, std::int64_t tokens, std::int64_t heads, std::int64_t size, std::int64_t page, const void* from, std::int64_t row_stride,
-                   std::int64_t head_stride, const std::int64_t* host_rows, void* pages) override {
-    if (tokens == 0) return;
-    Context& ctx = bound();
-    const std::int64_t bytes = tokens * static_cast<std::int64_t>(sizeof(std::int64_t));
-    void* rows = ctx.allocate(bytes);
-    if (rows == nullptr) throw std::runtime_error("[cuda memory] no room for the places of " + std::to_string(tokens) + " tokens");
-    upload(rows, host_rows, bytes);
-    cuda::store_pages(ctx, num, tokens, heads, size, page, from, row_stride, head_stride, static_cast<const std::int64_t*>(rows), pages);
-    ctx.release(rows);
+                   std::int64_t head_stride, const std::int64_t* rows, void* pages) override {
+    cuda::store_pages(bound(), num, tokens, heads, size, page, from, row_stride, head_stride, rows, pages);
   }
 
   void gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) override {
@@ -242,7 +230,7 @@ class CudaGpu final : public Gpu {
     return ctx_;
   }
   Context ctx_;
-  std::mutex staging_;
+  CudaQueue queue_;
 };
 
 /// Why no GPU can be used; "" when `device` can.

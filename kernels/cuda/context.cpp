@@ -5,7 +5,16 @@
 #include <kernels/pool.h>
 
 #include <algorithm>
+#include <cstring>
+#include <deque>
+#include <thread>
 #include <vector>
+
+#if defined(CAPSTAN_EMULATED_GPU)
+namespace capstan::emulated {
+void released(void* data, std::size_t bytes);  // spoils it: what is read afterwards is seen to be wrong
+}
+#endif
 
 namespace capstan::kernels::cuda {
 
@@ -21,18 +30,51 @@ void check(cublasStatus_t code, const char* doing) {
 
 struct Context::FaultTexts { std::vector<std::string> texts; };
 
+namespace {
+
+char* take_region(std::int64_t bytes) {
+  void* base = nullptr;
+  if (cudaMalloc(&base, static_cast<std::size_t>(bytes)) == cudaSuccess) return static_cast<char*>(base);
+  cudaGetLastError();  // out of memory is an answer, not a fault
+  return nullptr;
+}
+void give_region(char* base, std::int64_t) { cudaFree(base); }
+
+std::int64_t whole_lines(std::int64_t bytes) { return (std::max<std::int64_t>(bytes, 1) + 255) / 256 * 256; }
+
+void spoil([[maybe_unused]] void* data, [[maybe_unused]] std::int64_t bytes) {
+#if defined(CAPSTAN_EMULATED_GPU)
+  emulated::released(data, static_cast<std::size_t>(bytes));
+#endif
+}
+
+}  // namespace
+
 class Pool {
  public:
   Pool()
-      : pool([](std::int64_t bytes) -> char* {
-               void* base = nullptr;
-               if (cudaMalloc(&base, static_cast<std::size_t>(bytes)) == cudaSuccess) return static_cast<char*>(base);
-               cudaGetLastError();  // out of memory is an answer, not a fault
-               return nullptr;
-             },
-             [](char* base, std::int64_t) { cudaFree(base); }, 256, std::int64_t{512} << 20, std::int64_t{2} << 20) {}
+      : pool(take_region, give_region, 256, std::int64_t{512} << 20, std::int64_t{2} << 20),
+        records(take_region, give_region, 256, std::int64_t{64} << 20, std::int64_t{2} << 20) {}
   kernels::Pool pool;
+  kernels::Pool records;         // what recorded work takes: nothing else ever lives there
+  std::vector<void*> foreign;    // given back inside of a record, though taken before
+  std::int64_t held = 0;         // pieces of `records` in use
+  std::thread::id recorder;      // other threads' memory is not the record's
+  bool recording = false;
   std::mutex mutex;
+  bool is_recorder() const { return recording && std::this_thread::get_id() == recorder; }
+};
+
+/// A ring of pinned memory; each piece is free again when the copy that reads it is done.
+struct Context::Staging {
+  static constexpr std::int64_t bytes = std::int64_t{8} << 20, most = bytes / 4;  // of one copy
+  std::mutex mutex;
+  struct Piece { std::int64_t begin, end; cudaEvent_t done; };
+  char* base = nullptr;
+  std::int64_t at = 0;
+  std::deque<Piece> pieces;        // oldest first
+  std::vector<cudaEvent_t> spare;
+  Piece next{};
 };
 
 Context::Context(int device) : device_(device) {
@@ -47,12 +89,15 @@ Context::Context(int device) : device_(device) {
     throw std::runtime_error(std::string("[cuda] the GPU ") + properties.name + " has compute capability " + std::to_string(properties.major) + "." +
                              std::to_string(properties.minor) + ": kernels are compiled for 9.0 (H100, H200) and 10.x (B200)");
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");
-  check(cudaEventCreateWithFlags(&staging_free_, cudaEventDisableTiming), "making an event");
-  check(cudaHostAlloc(&staging_, staging_bytes, cudaHostAllocDefault), "taking pinned memory");
-  void* faults = nullptr;
-  check(cudaMalloc(&faults, sizeof(Fault)), "taking memory");
-  check(cudaMemset(faults, 0, sizeof(Fault)), "clearing memory");
-  faults_ = static_cast<Fault*>(faults);
+  staging_ = std::make_unique<Staging>();
+  void* staging = nullptr;
+  check(cudaHostAlloc(&staging, Staging::bytes, cudaHostAllocDefault), "taking pinned memory");
+  staging_->base = static_cast<char*>(staging);
+  void* cells = nullptr;  // the faults, then the step's offset
+  check(cudaMalloc(&cells, sizeof(Fault) + sizeof(std::uint64_t)), "taking memory");
+  check(cudaMemset(cells, 0, sizeof(Fault) + sizeof(std::uint64_t)), "clearing memory");
+  faults_ = static_cast<Fault*>(cells);
+  step_offset_ = reinterpret_cast<std::uint64_t*>(static_cast<char*>(cells) + sizeof(Fault));
   check(cublasLtCreate(&blas_), "starting cuBLASLt");
   pool_ = std::make_unique<Pool>();
   gemms_ = std::make_unique<GemmCache>();
@@ -67,8 +112,9 @@ Context::~Context() {
   if (blas_ != nullptr) cublasLtDestroy(blas_);
   pool_.reset();
   cudaFree(faults_);
-  cudaFreeHost(staging_);
-  cudaEventDestroy(staging_free_);
+  for (const Staging::Piece& p : staging_->pieces) cudaEventDestroy(p.done);
+  for (cudaEvent_t event : staging_->spare) cudaEventDestroy(event);
+  cudaFreeHost(staging_->base);
   cudaStreamDestroy(stream_);
 }
 
@@ -80,9 +126,15 @@ void Context::bind() const {
 }
 
 void* Context::allocate(std::int64_t bytes) {
-  const std::int64_t size = (std::max<std::int64_t>(bytes, 1) + 255) / 256 * 256;
+  const std::int64_t size = whole_lines(bytes);
   std::lock_guard lock(pool_->mutex);
+  if (pool_->is_recorder()) {
+    void* data = pool_->records.take(size);
+    if (data != nullptr) ++pool_->held;
+    return data;
+  }
   if (void* data = pool_->pool.take(size)) return data;
+  if (pool_->recording) return nullptr;  // waiting would break the record
   // Regions that nobody uses may be of the wrong size: they go back, once the kernels that read them are done.
   if (cudaStreamSynchronize(stream_) != cudaSuccess) return nullptr;
   if (pool_->pool.trim() == 0) return nullptr;
@@ -91,15 +143,93 @@ void* Context::allocate(std::int64_t bytes) {
 
 void Context::release(void* data) noexcept {
   std::lock_guard lock(pool_->mutex);
-  pool_->pool.give(data);
+  if (pool_->records.holds(data)) {
+    spoil(data, pool_->records.size_of(data));
+    pool_->records.give(data);
+    --pool_->held;
+  } else if (pool_->is_recorder()) {
+    pool_->foreign.push_back(data);
+  } else {
+    spoil(data, pool_->pool.size_of(data));
+    pool_->pool.give(data);
+  }
 }
 
 std::int64_t Context::reserved() const {
   std::lock_guard lock(pool_->mutex);
-  return pool_->pool.reserved();
+  return pool_->pool.reserved() + pool_->records.reserved();
+}
+
+std::int64_t Context::record_bytes() const {
+  std::lock_guard lock(pool_->mutex);
+  return pool_->records.reserved();
+}
+
+/// Pinned memory for a copy that is queued next; then staged().
+void* Context::stage(std::int64_t bytes) {
+  Staging& s = *staging_;
+  const std::int64_t size = whole_lines(bytes);
+  if (s.at + size > Staging::bytes) s.at = 0;
+  const auto in_the_way = [&](const Staging::Piece& p) { return p.begin < s.at + size && s.at < p.end; };
+  while (std::any_of(s.pieces.begin(), s.pieces.end(), in_the_way)) {
+    check(cudaEventSynchronize(s.pieces.front().done), "waiting for staging memory");
+    s.spare.push_back(s.pieces.front().done);
+    s.pieces.pop_front();
+  }
+  s.next = {s.at, s.at + size, nullptr};
+  s.at += size;
+  return s.base + s.next.begin;
+}
+
+void Context::staged() {
+  Staging& s = *staging_;
+  if (s.spare.empty()) {
+    cudaEvent_t event = nullptr;
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+    s.spare.push_back(event);
+  }
+  s.next.done = s.spare.back();
+  s.spare.pop_back();
+  s.pieces.push_back(s.next);
+  check(cudaEventRecord(s.next.done, stream_), "marking staging memory");
+}
+
+void Context::upload(void* to, const void* host_from, std::int64_t bytes) {
+  refuse_in_record("a copy of host values to the GPU");
+  std::lock_guard lock(staging_->mutex);
+  for (std::int64_t at = 0; at < bytes; at += Staging::most) {
+    const std::int64_t n = std::min(Staging::most, bytes - at);
+    void* from = stage(n);
+    std::memcpy(from, static_cast<const char*>(host_from) + at, static_cast<std::size_t>(n));
+    check(cudaMemcpyAsync(static_cast<char*>(to) + at, from, static_cast<std::size_t>(n), cudaMemcpyHostToDevice, stream_), "copying to the GPU");
+    staged();
+  }
+}
+
+void Context::download(void* host_to, const void* from, std::int64_t bytes) {
+  refuse_in_record("a copy to the host");
+  std::lock_guard lock(staging_->mutex);
+  for (std::int64_t at = 0; at < bytes; at += Staging::most) {
+    const std::int64_t n = std::min(Staging::most, bytes - at);
+    void* to = stage(n);
+    check(cudaMemcpyAsync(to, static_cast<const char*>(from) + at, static_cast<std::size_t>(n), cudaMemcpyDeviceToHost, stream_), "copying from the GPU");
+    staged();
+    check(cudaStreamSynchronize(stream_), "waiting for the GPU");
+    std::memcpy(static_cast<char*>(host_to) + at, to, static_cast<std::size_t>(n));
+  }
 }
 
 void* Context::scratch(std::int64_t bytes) {
+  if (recording_) {
+    // Its address is in the records: an older, smaller one stays where it is.
+    if (bytes <= record_scratch_bytes_) return record_scratch_;
+    const std::int64_t size = whole_lines(std::max(bytes, scratch_bytes_));
+    std::lock_guard lock(pool_->mutex);
+    void* larger = pool_->records.take(size);
+    if (larger == nullptr) throw std::runtime_error("[cuda memory] no room for " + std::to_string(size) + " bytes of scratch memory");
+    record_scratch_ = larger, record_scratch_bytes_ = size;
+    return record_scratch_;
+  }
   if (bytes <= scratch_bytes_) return scratch_;
   if (scratch_ != nullptr) release(scratch_);
   scratch_ = nullptr, scratch_bytes_ = 0;
@@ -108,6 +238,63 @@ void* Context::scratch(std::int64_t bytes) {
   scratch_bytes_ = bytes;
   return scratch_;
 }
+
+void Context::refuse_in_record(const char* what) const {
+  if (recording_)
+    throw std::runtime_error(std::string("[cuda graphs] ") + what +
+                             " cannot be part of a recorded step: expected work on device memory alone; set run.cuda_graphs: off, or move it out of forward()");
+}
+
+void Context::begin_record(std::uint64_t step) {
+  refuse_in_record("a second record");
+  // Relaxed: records may take memory, and other threads go on as they please.
+  check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), "beginning a record");
+  recording_ = true, record_ = {step, step_offset_};
+  std::lock_guard lock(pool_->mutex);
+  pool_->recording = true, pool_->recorder = std::this_thread::get_id();
+}
+
+namespace {
+/// Memory given back inside goes back now.
+void stop_recording(Pool& pool, std::int64_t& held, std::size_t& foreign) {
+  std::lock_guard lock(pool.mutex);
+  pool.recording = false;
+  held = pool.held, foreign = pool.foreign.size();
+  for (void* data : pool.foreign) pool.pool.give(data);
+  pool.foreign.clear();
+}
+}  // namespace
+
+cudaGraph_t Context::end_record() {
+  cudaGraph_t graph = nullptr;
+  const cudaError_t code = cudaStreamEndCapture(stream_, &graph);
+  recording_ = false;
+  std::int64_t held = 0;
+  std::size_t foreign = 0;
+  stop_recording(*pool_, held, foreign);
+  std::string wrong;
+  if (code == cudaSuccess && held > 0)
+    wrong = std::to_string(held) + " pieces of memory that were taken inside of the recorded step outlive it";
+  if (code == cudaSuccess && foreign > 0)
+    wrong += (wrong.empty() ? "" : ", and ") + std::to_string(foreign) + " pieces of memory that were taken before the recorded step were given back inside of it: a replay would touch what others hold by then";
+  if (code == cudaSuccess && wrong.empty()) return graph;
+  if (graph != nullptr) cudaGraphDestroy(graph);
+  if (wrong.empty()) check(code, "ending a record");
+  throw std::runtime_error("[cuda graphs] " + wrong + "; set run.cuda_graphs: off, or keep such tensors out of forward()");
+}
+
+void Context::cancel_record() noexcept {
+  if (!recording_) return;
+  cudaGraph_t graph = nullptr;
+  if (cudaStreamEndCapture(stream_, &graph) == cudaSuccess && graph != nullptr) cudaGraphDestroy(graph);
+  cudaGetLastError();  // what broke the record is on its way to the caller already
+  recording_ = false;
+  std::int64_t held = 0;
+  std::size_t foreign = 0;
+  stop_recording(*pool_, held, foreign);
+}
+
+void Context::set_step_offset(std::uint64_t difference) { upload(step_offset_, &difference, sizeof difference); }
 
 unsigned long long Context::fault_number(const char* text) {
   auto& texts = fault_texts_->texts;

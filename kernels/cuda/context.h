@@ -1,6 +1,7 @@
 // defines: Context: what CUDA kernels share: the stream, scratch memory, library handles, the chip's numbers; check()
 // for return codes; launch() for kernels; Faults, what kernels found wrong and nobody has waited for yet.
 #pragma once
+#include <kernels/queue.h>
 #include <kernels/types.h>
 
 #include <cublasLt.h>
@@ -75,29 +76,54 @@ class Context {
   /// Throws std::runtime_error with what was reported since the last call; the stream must be idle.
   void throw_fault();
 
+  /// While a record is made calls are noted instead of run. Not null then.
+  struct Record {
+    std::uint64_t step = 0;                       ///< what step numbers are baked in
+    const std::uint64_t* step_offset = nullptr;   ///< on the device: what a replay adds to them
+  };
+  const Record* record() const { return recording_ ? &record_ : nullptr; }
+  /// Throws when a record is being made: `what` cannot be in one.
+  void refuse_in_record(const char* what) const;
+  void begin_record(std::uint64_t step);
+  /// The graph of what was asked for since; whoever calls destroys it.
+  cudaGraph_t end_record();
+  void cancel_record() noexcept;
+  /// For the replays behind it: step numbers are `difference` more than those recorded.
+  void set_step_offset(std::uint64_t difference);
+  std::int64_t record_bytes() const;
+  /// What optimizers' kernels obey; null: nothing.
+  const Gate* gate = nullptr;
+
   cublasLtHandle_t blas() const { return blas_; }
   GemmCache& gemms() { return *gemms_; }
   /// How attention runs: cuDNN or own kernels, an ordered backward within how much scratch.
   struct AttentionChoice { bool cudnn = true; std::int64_t workspace = std::int64_t{1} << 30; } attention_choice;
   std::shared_ptr<void> attention_state;  ///< cuDNN's handle and plans; goes before the stream
-  std::shared_ptr<void> fp8_plans;        ///< descriptors and algorithms of fp8 products
-  /// Pinned host memory for staging, `staging_bytes`.
-  static constexpr std::int64_t staging_bytes = std::int64_t{8} << 20;
-  void* staging() const { return staging_; }
-  cudaEvent_t staging_free() const { return staging_free_; }
+  /// Through pinned memory, in pieces: the caller's memory may go at once, and the GPU does not wait for pages. Those of a
+  /// few steps fit beside each other, so that no copy waits for kernels that were queued ahead of it.
+  void upload(void* to, const void* host_from, std::int64_t bytes);
+  /// Waits.
+  void download(void* host_to, const void* from, std::int64_t bytes);
 
  private:
   int device_, multiprocessors_ = 0, shared_limit_ = 0, capability_ = 0;
   std::int64_t capacity_ = 0;
   cudaStream_t stream_ = nullptr;
-  cudaEvent_t staging_free_ = nullptr;
   cublasLtHandle_t blas_ = nullptr;
   std::unique_ptr<Pool> pool_;
   std::unique_ptr<GemmCache> gemms_;
   void* scratch_ = nullptr;
   std::int64_t scratch_bytes_ = 0;
-  void* staging_ = nullptr;
+  struct Staging;
+  void* stage(std::int64_t bytes);
+  void staged();
+  std::unique_ptr<Staging> staging_;
   Fault* faults_ = nullptr;
+  bool recording_ = false;
+  Record record_;
+  std::uint64_t* step_offset_ = nullptr;
+  void* record_scratch_ = nullptr;
+  std::int64_t record_scratch_bytes_ = 0;
   struct FaultTexts;
   std::unique_ptr<FaultTexts> fault_texts_;
 };
@@ -115,7 +141,7 @@ void launch(Context& context, const Launch& l, const char* name, void (*kernel)(
   if (l.grid_x == 0 || l.grid_y == 0 || l.grid_z == 0) return;
 #if defined(CAPSTAN_EMULATED_KERNELS)
   static_cast<void>(context), static_cast<void>(name);
-  emulated::launch(reinterpret_cast<const void*>(kernel), dim3(l.grid_x, l.grid_y, l.grid_z), dim3(l.block), [&] { kernel(arguments...); });
+  emulated::launch(reinterpret_cast<const void*>(kernel), dim3(l.grid_x, l.grid_y, l.grid_z), dim3(l.block), [=] { kernel(arguments...); });
 #else
   if (l.shared > 48 * 1024)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared)), name);

@@ -13,7 +13,15 @@ std::int64_t power_of_two(std::int64_t n) {
   return p;
 }
 
+/// Of one sequence: the tokens of the longest, or what any may have.
+std::int64_t longest_of(const Attention& a) {
+  std::int64_t longest = a.host_starts == nullptr ? a.longest : 0;
+  for (std::int64_t i = 0; a.host_starts != nullptr && i < a.sequences; ++i) longest = std::max<std::int64_t>(longest, a.host_starts[i + 1] - a.host_starts[i]);
+  return longest;
+}
+
 bool equal_lengths(const Attention& a) {
+  if (a.host_starts == nullptr) return false;
   const std::int64_t length = a.host_starts[1] - a.host_starts[0];
   for (std::int64_t s = 1; s < a.sequences; ++s)
     if (a.host_starts[s + 1] - a.host_starts[s] != length) return false;
@@ -31,8 +39,8 @@ std::int64_t largest_divisor(std::int64_t n, std::int64_t most) {
 CudnnShape cudnn_shape(const Attention& a, bool backward, bool ordered) {
   CudnnShape s;
   s.ragged = !equal_lengths(a);
-  std::int64_t longest = 0;
-  for (std::int64_t i = 0; i < a.sequences; ++i) longest = std::max<std::int64_t>(longest, a.host_starts[i + 1] - a.host_starts[i]);
+  std::int64_t longest = longest_of(a);
+  if (s.ragged) longest = std::max(longest, a.longest);  // by the batch's capacity, recorded or not: the same graph, the same bits
   s.batch = s.ragged ? power_of_two(a.sequences) : a.sequences;
   s.length = s.ragged ? std::max<std::int64_t>(128, power_of_two(longest)) : longest;
   s.window = a.window < longest ? a.window : 0;
@@ -52,9 +60,7 @@ std::string cudnn_refuses(const Attention& a, bool backward, int capability) {
     return "rows do not begin on 16 bytes";
   if (backward && ((a.dout_stride | a.dq_stride | a.dkv_stride) % 8 != 0 || !aligned(a.dout) || !aligned(a.dq) || !aligned(a.dk) || !aligned(a.dv)))
     return "rows of the gradients do not begin on 16 bytes";
-  std::int64_t longest = 0;
-  for (std::int64_t i = 0; i < a.sequences; ++i) longest = std::max<std::int64_t>(longest, a.host_starts[i + 1] - a.host_starts[i]);
-  if (longest < 2) return "no sequence has two tokens";
+  if (longest_of(a) < 2) return "no sequence has two tokens";
   const std::int64_t widest = std::max({a.q_stride, a.k_stride, a.v_stride, a.out_stride, a.dout_stride, a.dq_stride, a.dkv_stride});
   if (a.rows * widest > 0x7fffffff) return "offsets do not fit 32 bits";
   return {};

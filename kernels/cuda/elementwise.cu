@@ -155,12 +155,13 @@ __global__ void swiglu_backward_kernel(std::int64_t n, std::int64_t width, const
 /// One thread, one aligned Philox block of a row: at most four elements.
 template <class T>
 __global__ void dropout_kernel(std::int64_t rows, std::int64_t cols, std::int64_t groups, const T* x, const std::int64_t* sample_ids,
-                               std::uint32_t threshold, Compute<T> scale, std::uint64_t key, std::uint64_t step, T* y) {
+                               std::uint32_t threshold, Compute<T> scale, std::uint64_t key, std::uint64_t step, const std::uint64_t* later, T* y) {
   const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * block + threadIdx.x;
   const std::int64_t row = i / groups;
   if (row >= rows) return;
   const std::uint64_t base = static_cast<std::uint64_t>(sample_ids[row]) * static_cast<std::uint64_t>(cols);
   const std::uint64_t number = base / 4 + static_cast<std::uint64_t>(i - row * groups);  // of the Philox block
+  if (later != nullptr) step += *later;  // a record, replayed in another step
   const Philox4 bits = philox4x32_10(key, step, number);
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -304,10 +305,15 @@ void dropout(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const 
   if (rows == 0 || cols == 0) return;
   // (bits + 0.5) 2^-32 >= p, as integers.
   const auto threshold = static_cast<std::uint32_t>(std::ceil(std::ldexp(p, 32) - 0.5));
+  const std::uint64_t* later = nullptr;
+  if (const Context::Record* record = ctx.record()) {
+    if (step != record->step) ctx.refuse_in_record("dropout with a step number that is not the training step's");
+    later = record->step_offset;
+  }
   const std::int64_t groups = (cols + 6) / 4;  // aligned blocks that a row can touch, wherever it begins
   visit(num, [&]<class T>() {
     launch(ctx, launch_for(rows * groups), "dropout", dropout_kernel<T>, rows, cols, groups, static_cast<const T*>(x), sample_ids, threshold,
-           static_cast<Compute<T>>(1.0 / (1.0 - p)), key, step, static_cast<T*>(y));
+           static_cast<Compute<T>>(1.0 / (1.0 - p)), key, step, later, static_cast<T*>(y));
   });
 }
 

@@ -120,6 +120,7 @@ __global__ void store_pages_kernel(std::int64_t tokens, int heads, int size, int
   if (t >= tokens) return;
   const int h = static_cast<int>(i % width) / size, j = static_cast<int>(i % size);
   const std::int64_t row = rows[t];
+  if (row < 0) return;
   pages[((row / page * heads + h) * page + row % page) * size + j] = from[t * row_stride + h * head_stride + j];
 }
 

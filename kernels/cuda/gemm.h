@@ -1,6 +1,7 @@
 // defines: gemm() over cuBLASLt and the cache of its choices.
 #pragma once
 #include <kernels/cuda/context.h>
+#include <kernels/cuda/gemm_choice.h>
 
 #include <map>
 #include <tuple>
@@ -24,6 +25,9 @@ struct GemmCache {
     std::size_t workspace = 0;
   };
   std::map<Key, Entry> entries;
+  GemmChoices choices;
+  /// From here on products are timed (Queue::tune_products); what was chosen before is chosen again.
+  std::string tune(Context& ctx, const std::string& file);
   ~GemmCache();
 };
 

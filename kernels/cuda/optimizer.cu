@@ -24,6 +24,11 @@ void visit_state(Num num, Num state, F&& f) {
   else throw std::invalid_argument("[cuda] optimizers take f32 values with f32 state, or f64 values with f32 or f64 state");
 }
 
+/// What multiplies the gradient: the host's factor, and the gate's where one is obeyed.
+template <class T>
+__device__ __forceinline__ T gradient_scale(double scale, const Gate* gate) { return gate == nullptr ? T(scale) : T(scale * gate->factor); }
+__device__ __forceinline__ bool is_shut(const Gate* gate) { return gate != nullptr && gate->shut != 0; }
+
 template <class T>
 struct AdamWNumbers { T grad_scale, keep, rate, beta1_rest, beta2, beta2_rest, v_scale, epsilon; };
 
@@ -39,8 +44,10 @@ __device__ __forceinline__ void adamw_element(const AdamWNumbers<T>& s, T& value
 }
 
 template <class T, class S, int N>
-__global__ void adamw_kernel(AdamWNumbers<T> s, std::int64_t n, T* value, const T* grad, S* m, S* v) {
+__global__ void adamw_kernel(AdamWNumbers<T> s, double grad_scale, const Gate* gate, std::int64_t n, T* value, const T* grad, S* m, S* v) {
   const std::int64_t i = (static_cast<std::int64_t>(blockIdx.x) * block + threadIdx.x) * N;
+  if (is_shut(gate)) return;
+  s.grad_scale = gradient_scale<T>(grad_scale, gate);
   if (i + N <= n) {
     Pack<T, N> p = *reinterpret_cast<Pack<T, N>*>(value + i);
     const Pack<T, N> g = *reinterpret_cast<const Pack<T, N>*>(grad + i);
@@ -56,12 +63,14 @@ __global__ void adamw_kernel(AdamWNumbers<T> s, std::int64_t n, T* value, const 
 }
 
 template <class T>
-struct SgdNumbers { T grad_scale, decay, momentum, lr; bool nesterov; };
+struct SgdNumbers { double grad_scale; T decay, momentum, lr; bool nesterov; };
 
 template <class T, class S>
-__global__ void sgd_kernel(SgdNumbers<T> s, std::int64_t n, T* value, const T* grad, S* buffer) {
+__global__ void sgd_kernel(SgdNumbers<T> s, const Gate* gate, std::int64_t n, T* value, const T* grad, S* buffer) {
+  if (is_shut(gate)) return;
+  const T scale = gradient_scale<T>(s.grad_scale, gate);
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * block + threadIdx.x; i < n; i += static_cast<std::int64_t>(gridDim.x) * block) {
-    const T g = grad[i] * s.grad_scale + s.decay * value[i];
+    const T g = grad[i] * scale + s.decay * value[i];
     if (buffer == nullptr) {
       value[i] -= s.lr * g;
       continue;
@@ -73,19 +82,22 @@ __global__ void sgd_kernel(SgdNumbers<T> s, std::int64_t n, T* value, const T* g
 }
 
 template <class T, class S>
-__global__ void momentum_kernel(T scale, T mu, bool nesterov, std::int64_t n, std::int64_t cols, std::int64_t stride, const T* grad, S* buffer, T* direction) {
+__global__ void momentum_kernel(double grad_scale, const Gate* gate, T mu, bool nesterov, std::int64_t n, std::int64_t cols, std::int64_t stride, const T* grad, S* buffer, T* direction) {
+  const bool shut = is_shut(gate);  // then the direction is still made, of nothing that is kept
+  const T scale = gradient_scale<T>(grad_scale, gate);
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * block + threadIdx.x; i < n; i += static_cast<std::int64_t>(gridDim.x) * block) {
     const std::int64_t row = i / cols, at = row * stride + (i - row * cols);
     const T g = grad[at] * scale;
     const T b = mu * static_cast<T>(buffer[at]) + (1 - mu) * g;
-    buffer[at] = static_cast<S>(b);
+    if (!shut) buffer[at] = static_cast<S>(b);
     direction[i] = nesterov ? (1 - mu) * g + mu * b : b;
   }
 }
 
 template <class T>
-__global__ void axpby_kernel(std::int64_t n, std::int64_t cols, T a, const T* x, std::int64_t x_stride, T b, const T* y, std::int64_t y_stride, T* out,
+__global__ void axpby_kernel(const Gate* gate, std::int64_t n, std::int64_t cols, T a, const T* x, std::int64_t x_stride, T b, const T* y, std::int64_t y_stride, T* out,
                              std::int64_t out_stride) {
+  if (is_shut(gate)) return;
   for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * block + threadIdx.x; i < n; i += static_cast<std::int64_t>(gridDim.x) * block) {
     const std::int64_t row = i / cols, col = i - row * cols;
     const T u = a * x[row * x_stride + col];
@@ -102,15 +114,15 @@ void adamw(Context& ctx, const AdamWStep& step, Num num, Num state_num, std::int
     auto *p = static_cast<T*>(value);
     const auto* g = static_cast<const T*>(grad);
     auto *a = static_cast<S*>(m), *b = static_cast<S*>(v);
-    if (vector_width(sizeof(T), {value, grad, m, v}) == wide) launch(ctx, launch_for(blocks_for(n, wide)), "adamw", adamw_kernel<T, S, wide>, s, n, p, g, a, b);
-    else launch(ctx, launch_for(n), "adamw", adamw_kernel<T, S, 1>, s, n, p, g, a, b);
+    if (vector_width(sizeof(T), {value, grad, m, v}) == wide) launch(ctx, launch_for(blocks_for(n, wide)), "adamw", adamw_kernel<T, S, wide>, s, step.grad_scale, ctx.gate, n, p, g, a, b);
+    else launch(ctx, launch_for(n), "adamw", adamw_kernel<T, S, 1>, s, step.grad_scale, ctx.gate, n, p, g, a, b);
   });
 }
 
 void sgd(Context& ctx, const SgdStep& step, Num num, Num state_num, std::int64_t n, void* value, const void* grad, void* buffer) {
   visit_state(num, state_num, [&]<class T, class S>() {
-    const SgdNumbers<T> s{T(step.grad_scale), T(step.decay), T(step.momentum), T(step.lr), step.nesterov};
-    launch(ctx, launch_for(n), "sgd", sgd_kernel<T, S>, s, n, static_cast<T*>(value), static_cast<const T*>(grad), static_cast<S*>(buffer));
+    const SgdNumbers<T> s{step.grad_scale, T(step.decay), T(step.momentum), T(step.lr), step.nesterov};
+    launch(ctx, launch_for(n), "sgd", sgd_kernel<T, S>, s, ctx.gate, n, static_cast<T*>(value), static_cast<const T*>(grad), static_cast<S*>(buffer));
   });
 }
 
@@ -118,7 +130,7 @@ void momentum(Context& ctx, const MomentumStep& step, Num num, Num state_num, st
               const void* grad, void* buffer, void* direction) {
   visit_state(num, state_num, [&]<class T, class S>() {
     const std::int64_t n = rows * cols;
-    launch(ctx, launch_for(n), "momentum", momentum_kernel<T, S>, T(step.grad_scale), T(step.mu), step.nesterov, n, cols, stride, static_cast<const T*>(grad),
+    launch(ctx, launch_for(n), "momentum", momentum_kernel<T, S>, step.grad_scale, ctx.gate, T(step.mu), step.nesterov, n, cols, stride, static_cast<const T*>(grad),
            static_cast<S*>(buffer), static_cast<T*>(direction));
   });
 }
@@ -127,7 +139,7 @@ void axpby(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, double a
            const void* y, std::int64_t y_stride, void* out, std::int64_t out_stride) {
   const auto run = [&]<class T>() {
     const std::int64_t n = rows * cols;
-    launch(ctx, launch_for(n), "axpby", axpby_kernel<T>, n, cols, T(a), static_cast<const T*>(x), x_stride, T(b), static_cast<const T*>(y), y_stride,
+    launch(ctx, launch_for(n), "axpby", axpby_kernel<T>, ctx.gate, n, cols, T(a), static_cast<const T*>(x), x_stride, T(b), static_cast<const T*>(y), y_stride,
            static_cast<T*>(out), out_stride);
   };
   if (num == Num::f64) run.template operator()<double>();

@@ -2,6 +2,7 @@
 // then the chunks in order. No atomics.
 #include <kernels/cuda/lane.cuh>
 #include <kernels/cuda/plan.h>
+#include <kernels/cuda/queue.h>
 #include <kernels/cuda/reduce.h>
 
 #include <algorithm>
@@ -142,6 +143,17 @@ __global__ void total_kernel(std::int64_t count, const double* partial, double* 
   if (threadIdx.x == 0) *out = sum;
 }
 
+/// One thread: the pieces' sums in order, as the host adds them.
+__global__ void gate_kernel(std::int64_t pieces, const double* sums, std::int64_t count, const double* losses, double clip, Gate* gate) {
+  double total = 0, loss = 0;
+  for (std::int64_t i = 0; i < pieces; ++i) total += sums[i];
+  for (std::int64_t i = 0; i < count; ++i) loss += losses[i];
+  const double norm = ::sqrt(total);
+  gate->norm = norm;
+  gate->factor = clip > 0 && norm > clip ? clip / norm : 1.0;
+  if (!isfinite(norm) || !isfinite(loss)) gate->shut = 1;
+}
+
 template <class T>
 __global__ void nonfinite_kernel(std::int64_t n, const T* x, int* found) {
   bool bad = false;
@@ -276,6 +288,13 @@ double sum_of_squares(Context& ctx, std::span<const Piece> pieces) {
   double total = 0;
   for (const double s : sums) total += s;
   return total;
+}
+
+void measure(Context& ctx, std::span<const Piece> gradient, const double* losses, std::int64_t count, double clip, Gate* gate) {
+  const auto pieces = static_cast<std::int64_t>(gradient.size());
+  auto* room = static_cast<double*>(ctx.scratch((most_square_blocks + pieces) * static_cast<std::int64_t>(sizeof(double))));
+  for (std::size_t i = 0; i < gradient.size(); ++i) squares(ctx, gradient[i], room, room + most_square_blocks + i);
+  launch(ctx, Launch{}, "norm of the gradient", gate_kernel, pieces, static_cast<const double*>(room + most_square_blocks), count, losses, clip, gate);
 }
 
 std::int64_t first_nonfinite(Context& ctx, std::span<const Piece> pieces) {

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Everything that needs an NVIDIA GPU, in one command: the ops' own tests with the GPU as the device, the kernels' tests, training
 # against the CPU, the same bits twice, a checkpoint across devices, and the first measurements. Ends with one table.
-#   tests/gpu/run.sh [--carried FOLDER] [PART...]      parts: ops kernels train ranks speed; all by default, each under 10 minutes
+#   tests/gpu/run.sh [--carried FOLDER] [PART...]      parts: ops kernels train graphs ranks speed; all by default, each under 10 minutes
 # Without --carried it builds into build-gpu. CUDA's libraries are looked for where pip and the toolkit put them.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 root=$PWD
 carried=
 [ "${1:-}" = --carried ] && { carried=$(realpath "$2"); shift 2; }
-parts=${*:-ops kernels train ranks speed}
+parts=${*:-ops kernels train graphs ranks speed}
 if [ -n "$carried" ]; then
   home=$carried
 else
@@ -120,6 +120,26 @@ for part in $parts; do
       check "  continued on the GPU" train gpt back cuda train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
       check "  both beside each other" compared near across back
       ;;
+    graphs)
+      for recipe in gpt llama; do
+        for type in f32 bf16; do
+          for graphs in off on; do
+            check "train $recipe $type, cuda_graphs $graphs" train $recipe "graphs-$recipe-$type-$graphs" cuda precision.compute=$type run.cuda_graphs=$graphs
+          done
+          check "  the same bits" compared same "graphs-$recipe-$type-off" "graphs-$recipe-$type-on"
+        done
+      done
+      check "timed products" train gpt tuned-1 cuda precision.compute=bf16 run.gemm_choice=tuned "run.gemm_file=$work/products.txt"
+      check "timed products, read" train gpt tuned-2 cuda precision.compute=bf16 run.gemm_choice=tuned "run.gemm_file=$work/products.txt"
+      check "  the same bits" compared same tuned-1 tuned-2
+      for recipe in gpt2_124m llama_1b; do
+        for words in "run.cuda_graphs=off" "run.cuda_graphs=on" "run.cuda_graphs=on run.gemm_choice=tuned run.gemm_file=$work/bench.txt"; do
+          echo "== $recipe $words" | tee -a "$table"
+          # shellcheck disable=SC2086
+          timeout 150 "$capstan" bench "tests/gpu/$recipe.yaml" $words 2>&1 | tee -a "$table"
+        done
+      done
+      ;;
     ranks)
       check "collectives and meshes, ranks as threads" timeout 300 "$home/bin/gpu_ranks" --gtest_brief=1
       check "one rank" train gpt ranks_one cuda
@@ -145,7 +165,7 @@ for part in $parts; do
       echo "== gpt2_124m by op" | tee -a "$table"
       timeout 100 "$capstan" bench tests/gpu/gpt2_124m.yaml --profile 2>&1 | tee -a "$table"
       ;;
-    *) echo "there is no part '$part': ops kernels train ranks speed"; exit 2 ;;
+    *) echo "there is no part '$part': ops kernels train graphs ranks speed"; exit 2 ;;
   esac
 done
 rm -rf "$work"

@@ -59,6 +59,9 @@ class CAPSTAN_API Leaf : public Node {
   Tensor accumulate_into(const Tensor& like, bool& overwrite);
   void done();
 
+  /// The buffer was filled behind our back, by recorded work.
+  void mark_filled() { filled_ = true; }
+
   const Tensor& grad() const { return grad_; }
   bool has_grad() const { return filled_; }
   /// The gradient is kept here from now on (engines point it into a flat buffer); contents are ignored.

@@ -30,6 +30,9 @@ struct CAPSTAN_API Space {
   /// Not null: these rows are this rank's chunks of sequences that the context axis shares, positions and sample_ids
   /// being those of the whole sequences; what looks across rows must know that (nn::attention does).
   std::shared_ptr<const ContextCut> cut;
+  /// The work on this batch is recorded and will run again with other contents of the same capacities: host_starts are
+  /// those of one of them, and only `starts` tells where sequences begin.
+  bool recorded = false;
   std::int64_t sequences() const { return static_cast<std::int64_t>(host_starts.size()) - 1; }
   std::int64_t used() const { return host_starts.empty() ? 0 : host_starts.back(); }
 };
@@ -45,6 +48,8 @@ class CAPSTAN_API Batch {
   const std::vector<std::pair<std::string, Tensor>>& streams() const { return streams_; }
   /// Sum of "weight" over the whole optimizer step's microbatches and ranks: the loss's normalizer.
   double step_weight = 0;
+  /// Sum of "weight" over this batch's rows; negative where only the stream knows.
+  double own_weight = -1;
 
  private:
   std::vector<std::pair<std::string, Tensor>> streams_;

@@ -47,6 +47,9 @@ class CAPSTAN_API Optimizer {
   /// The peak learning rate, for display and the schedule.
   virtual double peak_lr() const = 0;
   virtual void update(const UpdateContext& context, std::span<UpdateItem> items) = 0;
+  /// True when values and states change through update.h alone: an update can then be asked of a GPU before the host knows
+  /// whether the gradient is finite, for those functions leave everything as it is when it is not.
+  virtual bool gated() const { return false; }
 };
 
 }  // namespace capstan

@@ -11,6 +11,13 @@
 
 namespace capstan {
 
+/// What a forward is made for, whatever it holds: then the tables that append() returns keep their place, and a recorded forward
+/// serves every later one of the same capacity. Rows and sequences past those of the forward are nobody's.
+struct PagedCapacity {
+  std::int64_t sequences = 0;  ///< 0: as many as there are
+  std::int64_t rows = 0, pages = 0;  ///< of all tokens together; of one sequence
+};
+
 /// A pool of pages of 64 tokens (attention's tile), handed out to sequences as they grow (Kwon et al. 2023). One page
 /// number stands for the same page in every layer. A sequence has an id, the tokens that it holds, and the version of
 /// the weights that computed them. A forward lies between begin() and end():
@@ -46,7 +53,7 @@ class CAPSTAN_API PagedState : public SequenceState {
 
   /// Opens a forward in which sequence ids[i] gets tokens[i] new tokens (at least one; each id once), in the order of the
   /// batch's sequences. Error(runtime) when the pool is too small; nothing has changed then.
-  void begin(std::span<const std::int64_t> ids, std::span<const std::int32_t> tokens);
+  void begin(std::span<const std::int64_t> ids, std::span<const std::int32_t> tokens, const PagedCapacity& capacity = {});
   /// The forward is done: its tokens are held.
   void end();
   /// The forward failed: the sequences are as before begin().
@@ -88,7 +95,9 @@ class CAPSTAN_API PagedState : public SequenceState {
   std::int64_t next_id_ = 0;
   std::vector<Part> forward_;
   std::int64_t forward_tokens_ = 0;
-  Tensor blocks_, lengths_;
+  struct Tables { Tensor blocks, lengths, rows; };  // of the forward; rows of the pages, for each token
+  Tables tables_;
+  std::map<std::int64_t, Tables> fixed_;  // by PagedCapacity::sequences
 };
 
 }  // namespace capstan

@@ -27,13 +27,13 @@ namespace capstan {
 
 /// Raised by hand whenever a public type of core changes its layout or a virtual function changes
 /// (tests/core/plugin pins the layouts); every plugin must then be rebuilt.
-inline constexpr std::uint32_t core_epoch = 3;
+inline constexpr std::uint32_t core_epoch = 4;
 
 /// One epoch for each kind of plugin, raised when that kind's interface changes.
 constexpr std::uint32_t kind_epoch(std::string_view kind) {
   if (kind == "model") return 1;
   if (kind == "layer") return 1;
-  if (kind == "optimizer") return 1;
+  if (kind == "optimizer") return 2;
   if (kind == "checkpoint") return 1;
   if (kind == "tokenizer") return 1;
   if (kind == "inference") return 1;

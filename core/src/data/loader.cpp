@@ -85,6 +85,7 @@ Batch to_batch(HostBatch host, std::int64_t sequence_length, double step_weight,
   space.positions = tensor(positions);
   space.sample_ids = tensor(host.rows.sample_ids);
   Batch batch;
+  batch.own_weight = std::accumulate(host.rows.weight.begin(), host.rows.weight.end(), 0.0);
   batch.spaces.push_back(std::move(space));
   batch.set("tokens", tensor(host.rows.tokens));
   batch.set("targets", tensor(host.rows.targets));

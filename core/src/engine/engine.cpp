@@ -36,6 +36,7 @@ bool contains(const std::vector<std::size_t>& all, std::size_t one) { return std
 }  // namespace
 
 Engine::~Engine() {
+  queue_.reset();
   reducing_.clear();  // handles wait
   if (model_ && model_->runtime() != nullptr) model_->set_runtime(nullptr);
 }
@@ -593,15 +594,18 @@ std::vector<LossEntry> Engine::forward_backward(std::span<const Batch> batches, 
       return executor_->run(contexts, hooks());
     });
   std::vector<LossEntry> all;
-  for (const Batch& batch : batches) {
-    const Batch local = localize(batch);
-    ForwardContext c = context(local);
-    c.grad = c.training = true;
-    c.step = step;
-    capstan::forward_backward(*model_, c, hooks(), options_.recompute);
-    for (const LossEntry& entry : c.losses()) all.push_back(entry);
-  }
+  for (const Batch& batch : batches)
+    for (LossEntry& entry : walk(batch, step)) all.push_back(std::move(entry));
   return all;
+}
+
+std::vector<LossEntry> Engine::walk(const Batch& batch, std::uint64_t step) {
+  const Batch local = localize(batch);
+  ForwardContext c = context(local);
+  c.grad = c.training = true;
+  c.step = step;
+  capstan::forward_backward(*model_, c, hooks(), options_.recompute);
+  return c.losses();
 }
 
 std::vector<LossEntry> Engine::evaluate(const Batch& batch) { return evaluate(std::span<const Batch>(&batch, 1)); }

@@ -3,6 +3,7 @@
 #pragma once
 #include "engine/pool.h"
 #include "engine/sharding.h"
+#include "engine/step_queue.h"
 #include "engine/unit.h"
 #include "mesh/mesh.h"
 #include "pipeline/executor.h"
@@ -35,6 +36,7 @@ struct EngineOptions {
   DType reduce = DType::f32;          ///< gradients are sent in; bf16 halves what is sent, sums stay f32
   pipeline::Plan pipeline{};          ///< with pp > 1
   std::vector<int> stage_of_call{};   ///< with pp > 1: the stage of each of the model's calls
+  Recording recording = Recording::off;  ///< of queued steps
 };
 
 /// What a tensor of the run looks like to a checkpoint: a box of a named global tensor, in memory.
@@ -88,6 +90,17 @@ class CAPSTAN_API Engine {
   std::string first_nonfinite_gradient();
   /// One optimizer step; `clip` > 0 scales the gradient to at most that norm. All ranks.
   void update(std::int64_t step, double lr_scale, double norm, double clip);
+  /// Why steps cannot be queued here: queue_step() is for one rank on a GPU, with an optimizer that obeys a gate. "" when they can.
+  std::string cannot_queue() const;
+  /// A whole step, forward to update, that the host does not wait for. A gradient that is not finite leaves the weights, and
+  /// shuts the way for the steps behind it until reopen().
+  QueuedStep queue_step(std::span<const Batch> batches, std::int64_t step, double lr_scale, double clip);
+  /// Waits for that step alone. In order.
+  StepNumbers collect(const QueuedStep& step);
+  void reopen();
+  /// Null before the first queued step.
+  StepQueue* queued() const { return queue_.get(); }
+
   /// Compares what ranks should hold alike by a fingerprint of each parameter: "" or which parameter differs on which ranks
   /// (of two that differ both, else the few). All ranks get the same text.
   std::string disagreement();
@@ -108,7 +121,10 @@ class CAPSTAN_API Engine {
   std::vector<std::string> names(bool with_optimizer) const;
 
  private:
+  friend class StepQueue;
   struct Reducing;
+  std::vector<LossEntry> walk(const Batch& batch, std::uint64_t step);
+  std::vector<kernels::Piece> gradient_pieces();
   ForwardContext context(const Batch& batch) const;
   Batch localize(const Batch& batch) const;
   void make_units();
@@ -159,6 +175,7 @@ class CAPSTAN_API Engine {
   std::vector<Gradient> gradient_;                   // per unit: where its whole gradient is; its piece holds something
   std::vector<std::unique_ptr<Reducing>> reducing_;  // oldest first
   std::unique_ptr<pipeline::Executor> executor_;
+  std::unique_ptr<StepQueue> queue_;
 };
 
 }  // namespace capstan

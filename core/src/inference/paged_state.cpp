@@ -92,7 +92,7 @@ std::int64_t PagedState::pages_needed(std::int64_t id, std::int64_t tokens) cons
   return needed;
 }
 
-void PagedState::begin(std::span<const std::int64_t> ids, std::span<const std::int32_t> tokens) {
+void PagedState::begin(std::span<const std::int64_t> ids, std::span<const std::int32_t> tokens, const PagedCapacity& capacity) {
   refuse_inside("begin");
   if (ids.size() != tokens.size() || ids.empty()) {
     fail(Fault::programming, "PagedState::begin",
@@ -100,7 +100,7 @@ void PagedState::begin(std::span<const std::int64_t> ids, std::span<const std::i
              std::to_string(tokens.size()));
   }
   std::set<std::int64_t> seen;
-  std::int64_t needed = 0;
+  std::int64_t needed = 0, rows_asked = 0, most_pages = 0;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     if (!seen.insert(ids[i]).second) {
       fail(Fault::programming, "PagedState::begin", "sequence " + std::to_string(ids[i]) + " is named twice");
@@ -110,6 +110,12 @@ void PagedState::begin(std::span<const std::int64_t> ids, std::span<const std::i
            "sequence " + std::to_string(ids[i]) + ": expected at least one new token, got " + std::to_string(tokens[i]));
     }
     needed += pages_needed(ids[i], tokens[i]);
+    rows_asked += tokens[i], most_pages = std::max(most_pages, pages_of(find(ids[i], "begin").length + tokens[i]));
+  }
+  if (capacity.sequences > 0 && (static_cast<std::int64_t>(ids.size()) > capacity.sequences || rows_asked > capacity.rows || most_pages > capacity.pages)) {
+    fail(Fault::programming, "PagedState::begin",
+         "expected at most " + std::to_string(capacity.sequences) + " sequences, " + std::to_string(capacity.rows) + " rows and " + std::to_string(capacity.pages) +
+             " pages of one, got " + std::to_string(ids.size()) + ", " + std::to_string(rows_asked) + " and " + std::to_string(most_pages));
   }
   // Counted one by one, a page shared by two of these sequences is copied for both though one copy would do; the bound
   // holds either way, and begin() never fails half way.
@@ -135,15 +141,28 @@ void PagedState::begin(std::span<const std::int64_t> ids, std::span<const std::i
     forward_.push_back({ids[i], tokens[i]});
     forward_tokens_ += tokens[i];
   }
-  std::vector<std::int32_t> table(ids.size() * most, 0), lengths(ids.size());
+  const std::size_t n = capacity.sequences > 0 ? static_cast<std::size_t>(capacity.sequences) : ids.size();
+  if (capacity.sequences > 0) most = static_cast<std::size_t>(capacity.pages);
+  std::vector<std::int32_t> table(n * most, 0), lengths(n, 0);
+  std::vector<std::int64_t> rows;
   for (std::size_t i = 0; i < ids.size(); ++i) {
     const Sequence& s = find(ids[i], "begin");
     std::copy(s.blocks.begin(), s.blocks.end(), table.begin() + static_cast<std::ptrdiff_t>(i * most));
     lengths[i] = static_cast<std::int32_t>(s.length + tokens[i]);
+    for (std::int64_t t = s.length; t < s.length + tokens[i]; ++t)
+      rows.push_back(s.blocks[static_cast<std::size_t>(t / page_tokens)] * page_tokens + t % page_tokens);
   }
-  const auto n = static_cast<std::int64_t>(ids.size());
-  blocks_ = Tensor::of<std::int32_t>(table, {n, static_cast<std::int64_t>(most)}, *device_);
-  lengths_ = Tensor::of<std::int32_t>(lengths, {n}, *device_);
+  if (capacity.sequences > 0) rows.resize(static_cast<std::size_t>(capacity.rows), -1);
+  const Dims shape{static_cast<std::int64_t>(n), static_cast<std::int64_t>(most)};
+  const auto count = static_cast<std::int64_t>(rows.size());
+  Tables fresh;
+  Tables& to = capacity.sequences > 0 ? fixed_[capacity.sequences] : fresh;
+  if (!to.blocks.defined() || !(to.blocks.shape() == shape) || to.rows.numel() != count)
+    to = {Tensor::empty(shape, DType::i32, *device_), Tensor::empty({shape[0]}, DType::i32, *device_), Tensor::empty({count}, DType::i64, *device_)};
+  to.blocks.copy_from_host(table.data(), to.blocks.bytes());
+  to.lengths.copy_from_host(lengths.data(), to.lengths.bytes());
+  to.rows.copy_from_host(rows.data(), to.rows.bytes());
+  tables_ = to;
 }
 
 void PagedState::end() {
@@ -213,28 +232,22 @@ PagedKV PagedState::append(std::string_view name, const Tensor& k, const Tensor&
   const Store& store = it->second;
   if (forward_.empty()) fail(Fault::programming, std::string(name), "append() outside begin() and end() of a forward");
   for (const Tensor* t : {&k, &v}) {
-    if (t->rank() != 3 || t->size(0) < forward_tokens_ || t->size(1) != store.shape[0] || t->size(2) != store.shape[1] ||
+    if (t->rank() != 3 || t->size(0) < tables_.rows.numel() || t->size(1) != store.shape[0] || t->size(2) != store.shape[1] ||
         t->dtype() != store.k.dtype()) {
       fail(Fault::programming, std::string(name),
-           "append: expected " + std::string(name_of(store.k.dtype())) + " [" + std::to_string(forward_tokens_) +
+           "append: expected " + std::string(name_of(store.k.dtype())) + " [" + std::to_string(tables_.rows.numel()) +
                " or more, " + std::to_string(store.shape[0]) + ", " + std::to_string(store.shape[1]) + "], got " +
                std::string(name_of(t->dtype())) + " " + to_string(t->shape()));
     }
   }
   if (!k.is_meta()) {
-    std::vector<std::int64_t> rows;  // of the pages, for each token
-    for (const Part& part : forward_) {
-      const Sequence& s = find(part.id, "append");
-      for (std::int64_t i = s.length; i < s.length + part.tokens; ++i)
-        rows.push_back(s.blocks[static_cast<std::size_t>(i / page_tokens)] * page_tokens + i % page_tokens);
-    }
     for (const auto& [source, target] : {std::pair<Tensor, Tensor>{k, store.k}, std::pair<Tensor, Tensor>{v, store.v}}) {
       const Tensor from = source.strides()[2] == 1 ? source : source.contiguous();
-      from.device().backend().store_pages(static_cast<kernels::Num>(from.dtype()), static_cast<std::int64_t>(rows.size()), store.shape[0], store.shape[1],
-                                          page_tokens, from.raw(), from.strides()[0], from.strides()[1], rows.data(), target.raw());
+      from.device().backend().store_pages(static_cast<kernels::Num>(from.dtype()), tables_.rows.numel(), store.shape[0], store.shape[1],
+                                          page_tokens, from.raw(), from.strides()[0], from.strides()[1], tables_.rows.data<std::int64_t>(), target.raw());
     }
   }
-  return {store.k, store.v, blocks_, lengths_, page_tokens};
+  return {store.k, store.v, tables_.blocks, tables_.lengths, page_tokens};
 }
 
 }  // namespace capstan

@@ -61,6 +61,7 @@ Batch make_batch(Device& device, std::span<const std::int32_t> tokens, std::span
     if (w.empty())
       for (std::int32_t t : targets) w.push_back(t >= 0 ? 1.f : 0.f);
     for (float x : w) batch.step_weight += static_cast<double>(x);
+    batch.own_weight = batch.step_weight;
     batch.set("weight", Tensor::of<float>(w, Dims{rows}, device));
   }
   return batch;

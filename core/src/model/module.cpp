@@ -64,7 +64,9 @@ void Head::forward(ForwardContext& context) {
   score(context, targets, &scaled, &objective);
   double count = 0;
   const Tensor mine = nn::stream_rows(context, weight);  // as score() does, so that ranks only add
-  if (!mine.is_meta()) {
+  if (mine.numel() == weight.numel() && context.batch.own_weight >= 0) {
+    count = context.batch.own_weight;
+  } else if (!mine.is_meta()) {
     std::vector<float> host(static_cast<std::size_t>(mine.numel()));
     mine.contiguous().copy_to_host(host.data(), mine.bytes());
     for (const float w : host) count += static_cast<double>(w);

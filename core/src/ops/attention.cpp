@@ -31,6 +31,7 @@ struct Saved {
   Tensor q, k, v, out, lse, starts;
   std::vector<std::int32_t> host_starts;
   std::int64_t longest = 0;
+  bool recorded = false;
   AttentionShape shape;
   kernels::Attention args() const {
     kernels::Attention a;
@@ -38,7 +39,7 @@ struct Saved {
     a.q = q.raw(), a.k = k.raw(), a.v = v.raw(), a.out = out.raw();
     a.q_stride = q.strides()[0], a.k_stride = k.strides()[0], a.v_stride = v.strides()[0], a.out_stride = out.strides()[0];
     a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.head_size = shape.head_size, a.window = shape.window, a.scale = scale_of(shape);
-    a.host_starts = host_starts.data(), a.starts = starts.data<std::int32_t>();
+    a.host_starts = recorded ? nullptr : host_starts.data(), a.starts = starts.data<std::int32_t>();
     a.sequences = static_cast<std::int64_t>(host_starts.size()) - 1, a.rows = q.size(0), a.longest = longest;
     a.lse = lse.defined() ? lse.raw() : nullptr;
     return a;
@@ -52,9 +53,9 @@ Tensor device_starts(const Space& space, Device& device) {
   return Tensor::of<std::int32_t>(space.host_starts, Dims{static_cast<std::int64_t>(space.host_starts.size())}, device);
 }
 
-/// Tokens of the longest sequence.
+/// The most tokens that a sequence has, or may have in a batch of these capacities.
 std::int64_t longest_of(const Space& space) {
-  std::int64_t n = 0;
+  std::int64_t n = space.longest;
   for (std::size_t s = 1; s < space.host_starts.size(); ++s) n = std::max<std::int64_t>(n, space.host_starts[s] - space.host_starts[s - 1]);
   return n;
 }
@@ -113,7 +114,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Space&
   if (space.host_starts.empty() || space.used() > q.size(0))
     fail(Fault::programming, "attention", "the batch's sequences end at row " + std::to_string(space.used()) + ", q has " + std::to_string(q.size(0)));
   Saved saved{row_matrix(q), row_matrix(k), row_matrix(v), Tensor::empty(q.shape(), q.dtype(), q.device()), Tensor(), device_starts(space, q.device()),
-              space.host_starts, longest_of(space), shape};
+              space.host_starts, longest_of(space), space.recorded, shape};
   const bool grad = any_requires_grad({&q, &k, &v});
   if (grad) saved.lse = Tensor::empty(Dims{shape.heads, q.size(0)}, q.dtype() == DType::f64 ? DType::f64 : DType::f32, q.device());
   const double n = pairs(space, shape.window);
@@ -146,7 +147,7 @@ Tensor attention_paged(const Tensor& q, const PagedKV& past, const Space& space,
   a.k_pages = past.k.raw(), a.v_pages = past.v.raw();
   a.blocks = past.blocks.data<std::int32_t>(), a.lengths = past.lengths.data<std::int32_t>();
   const Tensor starts = device_starts(space, q.device());
-  a.host_starts = space.host_starts.data(), a.starts = starts.data<std::int32_t>();
+  a.host_starts = space.recorded ? nullptr : space.host_starts.data(), a.starts = starts.data<std::int32_t>();
   a.blocks_stride = past.blocks.strides()[0], a.sequences = space.sequences(), a.rows = q.size(0);
   a.heads = shape.heads, a.kv_heads = shape.kv_heads, a.head_size = shape.head_size, a.window = shape.window, a.scale = scale_of(shape);
   q.device().backend().attention_paged(a);

@@ -14,6 +14,8 @@
 #include <algorithm>
 #include <chrono>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -55,6 +57,42 @@ std::vector<Batch> random_step(Device& device, const Options& data, std::int64_t
   return batches;
 }
 
+/// What steps took that were asked for one ahead of their results.
+struct Ahead {
+  std::vector<double> whole, host;  ///< seconds a step: from end to end, and of the host asking for it
+  double busy = 0;                  ///< share of the time in which the GPU had a step's work to do
+  std::int64_t recorded = 0;
+};
+
+Ahead steps_ahead(Engine& engine, const std::vector<Batch>& batches, const Words& words, double clip) {
+  const std::span<const Batch> all(batches);
+  std::int64_t step = 0;
+  for (; step < std::max(2, words.warmup); ++step) engine.collect(engine.queue_step(all, step + 1, 1.0, clip));  // the second is recorded
+  StepQueue& queue = *engine.queued();
+  Ahead a;
+  std::optional<QueuedStep> before;
+  std::vector<std::int64_t> marks{queue.mark()};  // each step's end, then begin, begin, end of the next: two marks where two spans meet
+  for (int i = 0; i < words.steps; ++i, ++step) {
+    marks.push_back(queue.mark()), marks.push_back(queue.mark());
+    const double t0 = now();
+    const QueuedStep next = engine.queue_step(all, step + 1, 1.0, clip);
+    a.host.push_back(now() - t0);
+    marks.push_back(queue.mark()), marks.push_back(queue.mark());
+    if (before) engine.collect(*before);
+    before = next;
+  }
+  if (before) engine.collect(*before);
+  double inside = 0, between = 0;
+  for (std::size_t i = 0; i + 3 < marks.size(); i += 4) {
+    const double idle = queue.seconds(marks[i], marks[i + 1]), busy = queue.seconds(marks[i + 2], marks[i + 3]);
+    inside += busy, between += idle;
+    a.whole.push_back(busy + idle);
+  }
+  a.busy = inside / (inside + between);
+  a.recorded = queue.recorded();
+  return a;
+}
+
 void bench(const Program& program, const Words& words) {
   const auto session = train::open_session(words.recipe, words.overrides, program.executable, train::Placement::gradients);
   Engine& engine = *session->engine;
@@ -68,10 +106,21 @@ void bench(const Program& program, const Words& words) {
   const double clip = session->options().group("train").number("clip");
   std::vector<double> whole, gradients, updates, rates;
   std::string products;
-  for (int step = 1; step <= words.warmup + words.steps; ++step) {
-    if (step == words.warmup + 1 && words.profile) device.record(true, true);
+  const auto measure = [&] {
     const train::ProductRate limit = train::measure_products(*session, estimate);
     rates.push_back(limit.rate), products = limit.what;
+  };
+  // A GPU's steps as a run asks for them, one ahead of its result; by op each has to be waited for.
+  std::optional<Ahead> ahead;
+  if (engine.cannot_queue().empty() && !words.profile) {
+    measure();
+    ahead = steps_ahead(engine, batches, words, clip);
+    measure();
+    whole = ahead->whole;
+  }
+  for (int step = 1; !ahead && step <= words.warmup + words.steps; ++step) {
+    if (step == words.warmup + 1 && words.profile) device.record(true, true);
+    measure();
     const double t0 = now();
     for (const Batch& b : batches) engine.forward_backward(b, static_cast<std::uint64_t>(step));
     device.synchronize();
@@ -90,20 +139,26 @@ void bench(const Program& program, const Words& words) {
                              {"threads", train::thread_count(device)},
                              {"tokens_per_s", tokens / seconds},
                              {"best_tokens_per_s", tokens / *std::min_element(whole.begin(), whole.end())},
-                             {"forward_backward_ms", 1e3 * median(gradients)},
-                             {"optimizer_ms", 1e3 * median(updates)},
+                             {"forward_backward_ms", ahead ? nlohmann::ordered_json() : nlohmann::ordered_json(1e3 * median(gradients))},
+                             {"optimizer_ms", ahead ? nlohmann::ordered_json() : nlohmann::ordered_json(1e3 * median(updates))},
                              {"flops", rate},
                              {"gemm_flops", peak},
                              {"peak_share", rate / peak},
                              {"precision", train::describe_precision(*session)},
                              {"peak_rss_mib", usage.ru_maxrss / 1024},
                              {"tensor_peak_mib", device.bytes_peak() >> 20}};
+    if (ahead) j["host_ms"] = 1e3 * median(ahead->host), j["busy_share"] = ahead->busy, j["recorded"] = ahead->recorded;
     fmt::print("{}\n", j.dump());
   } else {
     fmt::print("{}\n", session->model->describe());
     fmt::print("{}\n", train::describe_machine(device));
     fmt::print("  step          {:.1f} ms (best {:.1f}): {:.0f} tokens/s\n", 1e3 * seconds, 1e3 * *std::min_element(whole.begin(), whole.end()), tokens / seconds);
-    fmt::print("  gradients     {:.1f} ms, optimizer {:.1f} ms\n", 1e3 * median(gradients), 1e3 * median(updates));
+    if (ahead)
+      fmt::print("  host          {:.2f} ms to ask for a step ({}), the GPU is busy {:.1f}% of the time between steps\n", 1e3 * median(ahead->host),
+                 ahead->recorded > 0 ? fmt::format("{} kinds of microbatches recorded", ahead->recorded) : "nothing recorded", 100 * ahead->busy);
+    else
+      fmt::print("  gradients     {:.1f} ms, optimizer {:.1f} ms\n", 1e3 * median(gradients), 1e3 * median(updates));
+    if (!session->products.empty()) fmt::print("  products      {}\n", session->products);
     fmt::print("  precision     {}\n", train::describe_precision(*session));
     fmt::print("  matrix rate   {:.0f} GFLOP/s, measured between the steps{}: the limit\n", peak * 1e-9, products);
     fmt::print("  reached       {:.0f} GFLOP/s, {:.1f}% of the limit\n", rate * 1e-9, 100 * rate / peak);

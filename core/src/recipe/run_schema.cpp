@@ -27,6 +27,15 @@ Schema run_group() {
          "the GPUs of each host that are used, by CUDA's numbers: local rank r takes the r-th, and from the start again when there are "
          "more ranks; []: all that a process sees")
       .range(0, 4095);
+  s.text("cuda_graphs", "auto",
+         "whether a GPU replays a training step that was recorded once instead of being told each kernel anew, with the same bits; auto: where "
+         "it can be; on: or else an error that says why not; off: never")
+      .one_of({"auto", "on", "off"});
+  s.text("gemm_choice", "heuristic",
+         "which of cuBLASLt's algorithms a GPU's matrix products take; heuristic: the library's first proposal; tuned: the fastest of its "
+         "proposals, timed once for each kind of product and kept in gemm_file, so that whoever reads that file gets the same bits")
+      .one_of({"heuristic", "tuned"});
+  s.path("gemm_file", "", "the kept choices of gemm_choice: tuned; several runs and ranks may share one; empty: products.txt in the run's folder");
   return s;
 }
 

@@ -10,8 +10,12 @@
 #include "train/precision.h"
 #include "train/state_tensors.h"
 
+#include <kernels/backend.h>
+#include <kernels/queue.h>
+
 #include <filesystem>
 #include <numeric>
+#include <stdexcept>
 
 namespace capstan::train {
 
@@ -29,6 +33,8 @@ EngineOptions Session::engine_options(bool gradients) const {
   e.reshard_after_forward = mesh_options.flag("reshard_after_forward");
   e.prefetch = mesh_options.flag("prefetch");
   if (mesh_options.text("reduce") == "bf16") e.reduce = DType::bf16;
+  const std::string& graphs = options().group("run").text("cuda_graphs");
+  e.recording = graphs == "off" ? Recording::off : graphs == "on" ? Recording::required : Recording::automatic;
   return e;
 }
 
@@ -81,6 +87,20 @@ GpuCommunication communication_of(const Options& mesh) {
   return choice == "nccl" ? GpuCommunication::nccl : choice == "staged" ? GpuCommunication::staged : GpuCommunication::automatic;
 }
 
+/// run.gemm_choice, where there is a GPU to follow it.
+std::string choose_products(const Session& s) {
+  const Options& run = s.options().group("run");
+  if (s.device->kind() != DeviceKind::cuda) return "";
+  if (run.text("gemm_choice") == "heuristic") return "cuBLASLt's first proposals";
+  const std::string& named = run.path("gemm_file");
+  const std::string file = !named.empty() ? named : (std::filesystem::path(s.run_folder()) / "products.txt").string();
+  try {
+    return s.device->backend().queue()->tune_products(file);
+  } catch (const std::runtime_error& e) {
+    run.refuse("gemm_file", e.what());
+  }
+}
+
 }  // namespace
 
 std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
@@ -113,8 +133,8 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
   if (s->model->vocabulary() < s->tokenizer->vocabulary())
     fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
                                     std::to_string(s->tokenizer->vocabulary()) + ": set model.vocabulary to 0 or to at least that");
-  if (placement != Placement::none)
-    {
+  if (placement != Placement::none) {
+    s->products = choose_products(*s);
     EngineOptions e = s->engine_options(placement == Placement::gradients);
     if (s->mesh && s->mesh->size("pp") > 1) s->cut_into_stages(e);
     s->engine = std::make_unique<Engine>(s->model, s->device, std::move(e), s->mesh);

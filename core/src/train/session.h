@@ -28,6 +28,7 @@ struct CAPSTAN_API Session {
   std::string communication;     ///< how the ranks' GPUs reach each other, in words; "" on CPUs and on one rank
   std::shared_ptr<Model> model;
   std::unique_ptr<Engine> engine;  ///< null with Placement::none
+  std::string products;            ///< how a GPU's matrix products are chosen, for a person; "" elsewhere
 
   const Options& options() const { return recipe.options; }
   int rank() const { return mesh ? mesh->rank() : 0; }

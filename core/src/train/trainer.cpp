@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace capstan::train {
 
@@ -15,41 +16,92 @@ int Trainer::run() {
   print_header();
   Engine& engine = *session_->engine;
   int signal = 0;
-  while (step_ < steps_ && signal == 0) {
+  while ((step_ < steps_ && signal == 0) || !flights_.empty()) {
     const auto begin = steady_clock::now();
     const std::int64_t step = step_ + 1;
-    // 1. fetch, forward, backward
-    StepResult result = forward_backward(step);
-    // 2. reduce: the norm sees every element, so one number tells whether the gradient is finite
-    result.grad_norm = engine.gradient_norm();
-    // 3. update, unless the step is bad
     const double factor = schedule_.factor(step, steps_);
+    // 1. fetch, forward, backward; 2. reduce: the norm sees every element, so one number tells whether the gradient is finite
+    StepResult result = queued_ ? queued_step(step, signal) : forward_backward(step);
     result.lr = optimizer_->peak_lr() * factor;
+    // 3. update, unless the step is bad
     if (accept(result, step)) {
-      engine.update(step, factor, result.grad_norm, clip_);
+      if (!result.updated) engine.update(step, factor, result.grad_norm, clip_);
       step_ = step;
       tokens_ += result.tokens;
       // 4. report
-      result.seconds = std::chrono::duration<double>(steady_clock::now() - begin).count();
+      if (!result.updated) result.seconds = std::chrono::duration<double>(steady_clock::now() - begin).count();
       report(result);
     }
     // 5. validate, sample, save; after a rollback the checkpoint's own step has had its turn
-    signal = agree(interrupted_());
+    if (!queued_) signal = agree(interrupted_());
     if (step_ == step) after_step(result);
   }
   finish(signal);
   return signal;
 }
 
+Trainer::Fetched Trainer::fetch() {
+  if (fetched_.empty()) {
+    Fetched next{data_->next(), {}};
+    next.after = data_->cursor();
+    return next;
+  }
+  Fetched next = std::move(fetched_.front());
+  fetched_.pop_front();
+  return next;
+}
+
+std::int64_t Trainer::tokens_of_step() const {
+  const Options& data = session_->options().group("data");
+  return data.integer("batch_size") * data.integer("sequence_length");
+}
+
 StepResult Trainer::forward_backward(std::int64_t step) {
   session_->world->at(step, "training");
   StepResult result;
-  const std::vector<Batch> batches = data_->next();
-  for (const LossEntry& entry : session_->engine->forward_backward(std::span<const Batch>(batches), static_cast<std::uint64_t>(step)))
+  const Fetched data = fetch();
+  cursor_ = data.after;
+  for (const LossEntry& entry : session_->engine->forward_backward(std::span<const Batch>(data.batches), static_cast<std::uint64_t>(step)))
     result.loss += entry.weight * entry.sum.item();
   result.loss = sum_of_losses(result.loss);
-  const Options& data = session_->options().group("data");
-  result.tokens = data.integer("batch_size") * data.integer("sequence_length");
+  result.tokens = tokens_of_step();
+  result.grad_norm = session_->engine->gradient_norm();
+  return result;
+}
+
+void Trainer::queue_step(std::int64_t step) {
+  session_->world->at(step, "training");
+  Flight flight{step, fetch(), {}, steady_clock::now()};
+  flight.queued = session_->engine->queue_step(std::span<const Batch>(flight.data.batches), step, schedule_.factor(step, steps_), clip_);
+  flights_.push_back(std::move(flight));
+}
+
+/// The next step is asked for before this one's result is read, so that the device never waits for the host. A bad step shut the
+/// way to the weights for those behind it: it is done again in the plain way, which tells what was bad, and they follow anew.
+StepResult Trainer::queued_step(std::int64_t step, int& signal) {
+  Engine& engine = *session_->engine;
+  if (flights_.empty()) queue_step(step), last_result_ = flights_.back().begin;
+  signal = std::max(signal, agree(interrupted_()));
+  if (signal == 0 && flights_.size() == 1 && step < steps_ && !due_after(step)) queue_step(step + 1);
+  const Flight flight = std::move(flights_.front());
+  flights_.pop_front();
+  const StepNumbers numbers = engine.collect(flight.queued);
+  if (!numbers.updated) {
+    for (; !flights_.empty(); flights_.pop_back()) {
+      engine.collect(flights_.back().queued);
+      fetched_.push_front(std::move(flights_.back().data));
+    }
+    fetched_.push_front(flight.data);
+    engine.reopen();
+    engine.discard();
+    return forward_backward(step);
+  }
+  StepResult result;
+  result.loss = numbers.loss, result.grad_norm = numbers.norm, result.updated = true;
+  result.tokens = tokens_of_step();
+  const auto now = steady_clock::now();
+  result.seconds = std::chrono::duration<double>(now - std::exchange(last_result_, now)).count();
+  cursor_ = flight.data.after;
   return result;
 }
 
@@ -68,7 +120,7 @@ int Trainer::agree(int signal) {
 }
 
 bool Trainer::accept(const StepResult& result, std::int64_t step) {
-  if (result.finite()) {
+  if (result.updated || result.finite()) {
     if (step > refused_step_) refused_in_a_row_ = 0;  // the way back to the refused step proves nothing
     return true;
   }

@@ -12,6 +12,7 @@
 #include <capstan/inference.h>
 
 #include <chrono>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -27,6 +28,7 @@ struct StepResult {
   double lr = 0;
   std::int64_t tokens = 0;
   double seconds = 0;
+  bool updated = false;            ///< the weights have changed already: it was finite
   bool finite() const;
 };
 
@@ -47,7 +49,25 @@ class CAPSTAN_API Trainer {
   void log(const std::string& line) { folder_.log(line); }
 
  private:
+  /// A step's batches, and where the data stands behind them.
+  struct Fetched {
+    std::vector<Batch> batches;
+    data::DataCursor after;
+  };
+  /// A step that was asked for and whose result is not read yet.
+  struct Flight {
+    std::int64_t step = 0;
+    Fetched data;
+    QueuedStep queued;
+    std::chrono::steady_clock::time_point begin;
+  };
+  Fetched fetch();
   StepResult forward_backward(std::int64_t step);
+  /// The whole step, one ahead of its result where nothing else is due between.
+  StepResult queued_step(std::int64_t step, int& signal);
+  void queue_step(std::int64_t step);
+  bool due_after(std::int64_t step) const;
+  std::int64_t tokens_of_step() const;
   /// The sum of every rank's part of a loss.
   double sum_of_losses(double mine) const;
   /// What ranks decide together: the largest signal of any, and whether rank 0's clock says that a save is due.
@@ -79,6 +99,12 @@ class CAPSTAN_API Trainer {
   std::unique_ptr<checkpoint::Saver> saver_;
   std::shared_ptr<InferenceEngine> inference_;
 
+  std::deque<Fetched> fetched_;  // taken from the data already, to be trained on next
+  std::deque<Flight> flights_;   // in order; of a device that works behind the calls
+  data::DataCursor cursor_;      // behind the batches of the step at hand
+  bool queued_ = false;          // steps are asked for ahead of their results
+  bool told_why_not_recorded_ = false;
+
   std::int64_t step_ = 0, steps_ = 0, tokens_ = 0, saved_step_ = -1, timed_steps_ = 0;
   double clip_ = 0, peak_ = 0, run_seconds_ = 0;
   double spike_mean_ = 0, spike_square_ = 0;
@@ -86,7 +112,7 @@ class CAPSTAN_API Trainer {
   bool save_due_ = false;  // by rank 0's clock
   bool bigram_asked_ = false;
   std::optional<double> bigram_, validation_;  // bigram_: on rank 0
-  std::chrono::steady_clock::time_point last_save_, started_;
+  std::chrono::steady_clock::time_point last_save_, started_, last_result_;
 };
 
 }  // namespace capstan::train

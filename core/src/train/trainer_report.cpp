@@ -52,6 +52,12 @@ void Trainer::report(const StepResult& r) {
                               rate * 1e-9, 100 * rate / peak_, short_time(per_step * static_cast<double>(steps_ - step_))),
                   timed_steps_ <= 2 || step_ % stride == 0 || step_ == steps_);
   watch_spikes(r);
+  const StepQueue* queue = session_->engine->queued();
+  if (queue != nullptr && !queue->why_not().empty() && !std::exchange(told_why_not_recorded_, true)) {
+    const std::string line = "steps are not recorded from here on, with the same results: " + queue->why_not();
+    display_.warn(line);
+    folder_.log(line);
+  }
 }
 
 void Trainer::watch_spikes(const StepResult& r) {
@@ -61,7 +67,7 @@ void Trainer::watch_spikes(const StepResult& r) {
     const double z = (r.loss - spike_mean_) / deviation;
     if (z > threshold) {
       const std::string line = fmt::format("step {}: loss {:.4f} is {:.1f} standard deviations above its running mean of {:.4f} (gradient norm {:.2f}, data up to sample {})",
-                                           step_, r.loss, z, spike_mean_, r.grad_norm, data_->cursor().sample);
+                                           step_, r.loss, z, spike_mean_, r.grad_norm, cursor_.sample);
       display_.warn(line);
       folder_.log(line);
       nlohmann::ordered_json j;
@@ -91,6 +97,13 @@ void Trainer::after_step(const StepResult&) {
   if (due(train.integer("sample_every")) || (step_ == steps_ && train.integer("sample_every") > 0)) sample();
   if (due(c.integer("every_steps")) || save_due_) save();
   poll_saver();
+}
+
+/// Whether after_step(step) looks at the weights.
+bool Trainer::due_after(std::int64_t step) const {
+  const Options& train = session_->options().group("train");
+  const auto due = [&](std::int64_t every) { return every > 0 && step % every == 0; };
+  return due(train.integer("validate_every")) || due(train.integer("sample_every")) || due(session_->options().group("checkpoint").integer("every_steps")) || save_due_;
 }
 
 void Trainer::validate() {
@@ -158,7 +171,7 @@ void Trainer::save() {
   poll_saver();  // of the save before: what is heard from here on is this one's
   checkpoint::RunState state;
   state.step = step_, state.tokens = tokens_, state.seed = session_->engine->options().seed;
-  state.data_cursor = data_->cursor().to_json();
+  state.data_cursor = cursor_.to_json();
   state.recipe = to_yaml(session_->recipe), state.recipe_digest = recipe_digest(session_->options());
   for (const LoadedPlugin& p : session_->host->loaded()) state.plugins.push_back({p.kind, p.name, p.version});
   state.more["spikes"] = fmt::format("{:.17g} {:.17g} {}", spike_mean_, spike_square_, spike_count_);

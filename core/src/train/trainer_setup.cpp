@@ -101,6 +101,10 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
   estimate_ = estimate_step(*session_);
   optimizer_ = session_->host->make_as<Optimizer>(options.plugin("optimizer"));
   session_->engine->attach(optimizer_);
+  const std::string cannot = session_->engine->cannot_queue();
+  queued_ = cannot.empty();
+  if (!queued_ && session_->engine->options().recording == Recording::required)
+    options.group("run").refuse("cuda_graphs", "steps cannot be recorded: " + cannot + "; expected auto or off here");
 
   const Options& c = options.group("checkpoint");
   checkpoint::SaverOptions saver;
@@ -112,6 +116,7 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
   saver.keep = static_cast<int>(c.integer("keep")), saver.asynchronous = c.flag("asynchronous");
   saver_ = std::make_unique<checkpoint::Saver>(folder_.checkpoints(), session_->host->make_as<CheckpointFormat>(c.plugin("format")), saver);
   resume();
+  cursor_ = data_->cursor();
   last_save_ = steady_clock::now();
 }
 
@@ -163,7 +168,7 @@ void Trainer::resume() {
 
 void Trainer::roll_back(const std::string& why) {
   saver_->wait();
-  const data::DataCursor after = data_->cursor();  // the batch that did it stays behind us
+  const data::DataCursor after = cursor_;  // the batch that did it stays behind us
   const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
   checkpoint::LoadOptions load;
   load.elsewhere = session_->engine->names(true);
@@ -175,6 +180,7 @@ void Trainer::roll_back(const std::string& why) {
   to_device(tensors, host);
   session_->engine->publish();
   data_->seek(after);
+  fetched_.clear();
   step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
   folder_.rewind_metrics(step_);
   display_.warn(why + fmt::format("; rolled back to step {} and past the batch", step_));
@@ -202,6 +208,13 @@ void Trainer::print_header() {
                                   short_bytes(static_cast<double>(estimate_.activations_bytes)) + " activations"},
                    {"estimate", fmt::format("{:.3g} GFLOP a step, about {}", estimate_.step_flop * 1e-9, short_time(step_seconds * static_cast<double>(steps_ - step_)))},
                    {"run", folder_.path()}};
+  const auto machine_row = [&] { return std::find_if(rows.begin(), rows.end(), [](const auto& row) { return row.first == "memory"; }); };
+  if (!session_->products.empty()) rows.insert(machine_row(), {"products", session_->products});
+  if (session_->device->kind() == DeviceKind::cuda) {
+    const Recording recording = session_->engine->options().recording;
+    const std::string cannot = session_->engine->cannot_queue();
+    rows.insert(machine_row(), {"cuda graphs", recording == Recording::off ? "off" : !cannot.empty() ? "off: " + cannot : "forward and backward are recorded once and replayed"});
+  }
   if (session_->mesh) {
     const auto machine = std::find_if(rows.begin(), rows.end(), [](const auto& row) { return row.first == "machine"; });
     machine->second += " over all ranks, " + std::to_string(session_->world->local_size()) + " on this host";

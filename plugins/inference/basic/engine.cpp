@@ -23,6 +23,9 @@ void BasicEngine::attach(std::shared_ptr<Model> model, std::shared_ptr<const Tok
              std::to_string(tokenizer->vocabulary()) + " tokens or more, the model has " +
              std::to_string(model->vocabulary()));
   }
+  if (options_.record_or_fail && device->kind() != DeviceKind::cuda)
+    fail(Fault::input, "basic", "cuda_graphs: there is no GPU to record steps on; expected auto or off here");
+  decodes_.clear();
   state_.reset();
   model_ = std::move(model);
   tokenizer_ = std::move(tokenizer);
@@ -157,11 +160,67 @@ Batch BasicEngine::batch_of(const std::vector<Part>& parts) const {
   return batch;
 }
 
+/// On a GPU, with one token for each: then shapes are fixed but for the number of requests.
+bool BasicEngine::decodes(const std::vector<Part>& parts) const {
+  return device_->kind() == DeviceKind::cuda &&
+         std::all_of(parts.begin(), parts.end(), [&](const Part& p) { return p.rows == 1 && rows_missing(*p.request) == 1; });
+}
+
+PagedCapacity BasicEngine::capacity_of(const std::vector<Part>& parts) const {
+  if (!decodes(parts)) return {};
+  std::int64_t n = 1;
+  while (n < static_cast<std::int64_t>(parts.size())) n *= 2;
+  return {n, n, PagedState::pages_of(longest_ + 1)};
+}
+
+BasicEngine::Decode& BasicEngine::decode(const std::vector<Part>& parts) {
+  const std::int64_t n = capacity_of(parts).sequences;
+  const auto capacity = static_cast<std::size_t>(n), used = parts.size();
+  Decode& d = decodes_[n];
+  if (!d.work) {
+    Space space;
+    space.recorded = true;
+    space.capacity = n, space.longest = longest_;
+    space.host_starts.resize(capacity + 1), space.past.assign(capacity, 0);
+    space.starts = Tensor::empty({n + 1}, DType::i32, *device_);
+    space.positions = Tensor::empty({n}, DType::i32, *device_);
+    space.sample_ids = Tensor::zeros({n}, DType::i64, *device_);
+    d.batch.spaces.push_back(std::move(space));
+    d.batch.set("tokens", Tensor::empty({n}, DType::i32, *device_));
+    std::vector<std::int32_t> rows(capacity);
+    for (std::size_t i = 0; i < capacity; ++i) rows[i] = static_cast<std::int32_t>(i);
+    d.last = Tensor::of<std::int32_t>(rows, {n}, *device_);
+    d.hidden = Tensor::empty({n, model_->hidden()}, dtype_, *device_);
+    d.logits = Tensor::empty({n, model_->head().vocabulary()}, DType::f32, *device_);
+    d.work = std::make_unique<Recorded>(*device_, options_.record, options_.record_or_fail);
+  }
+  std::vector<std::int32_t> tokens(capacity, 0), positions(capacity, 0);
+  Space& space = d.batch.spaces[0];
+  for (std::size_t i = 0; i < capacity; ++i) {
+    space.host_starts[i + 1] = static_cast<std::int32_t>(std::min(i + 1, used));
+    if (i >= used) continue;
+    tokens[i] = parts[i].request->tokens.back();
+    positions[i] = static_cast<std::int32_t>(parts[i].request->tokens.size()) - 1;
+  }
+  space.starts.copy_from_host(space.host_starts.data(), space.starts.bytes());
+  space.positions.copy_from_host(positions.data(), space.positions.bytes());
+  d.batch.stream("tokens").copy_from_host(tokens.data(), n * size_of(DType::i32));
+  d.work->run([&] {
+    ForwardContext context(d.batch, *device_, dtype_);
+    context.state = state_.get();
+    run_forward(*model_, context, false);
+    d.hidden.copy_from(context.get("h"));
+    d.logits.copy_from(model_->head().logits(context, d.last));
+  });
+  return d;
+}
+
 std::vector<BasicEngine::Sampled> BasicEngine::forward(const std::vector<Part>& parts) {
-  const Batch batch = batch_of(parts);
+  Decode* fixed = decodes(parts) ? &decode(parts) : nullptr;
+  const Batch batch = fixed != nullptr ? fixed->batch : batch_of(parts);
   ForwardContext context(batch, *device_, dtype_);
   context.state = state_.get();
-  run_forward(*model_, context, false);
+  if (fixed == nullptr) run_forward(*model_, context, false);
 
   std::vector<Sampled> sampled;
   std::vector<std::int32_t> last;
@@ -173,7 +232,7 @@ std::vector<BasicEngine::Sampled> BasicEngine::forward(const std::vector<Part>& 
   if (sampled.empty()) return sampled;
   const auto n = static_cast<std::int64_t>(sampled.size());
   const Tensor rows = Tensor::of<std::int32_t>(last, {n}, *device_);
-  const Tensor logits = model_->head().logits(context, rows);
+  const Tensor logits = fixed != nullptr ? fixed->logits.narrow(0, 0, n) : model_->head().logits(context, rows);
   std::vector<float> values(static_cast<std::size_t>(logits.numel()));
   logits.to(DType::f32).contiguous().copy_to_host(values.data(), logits.numel() * size_of(DType::f32));
   // A model may have more rows than its tokenizer has tokens; those stand for nothing.
@@ -192,7 +251,7 @@ std::vector<BasicEngine::Sampled> BasicEngine::forward(const std::vector<Part>& 
   if (score) {
     // By the head's own scoring, the one that training uses: rollout and trainer agree to the bit.
     ForwardContext rows_only(batch, *device_, dtype_);
-    rows_only.set("h", ops::gather(context.get("h"), rows));
+    rows_only.set("h", ops::gather(fixed != nullptr ? fixed->hidden : context.get("h"), rows));
     const Score s = model_->head().score(rows_only, Tensor::of<std::int32_t>(targets, {n}, *device_), nullptr, nullptr);
     std::vector<float> logprobs(sampled.size());
     s.logprob.to(DType::f32).contiguous().copy_to_host(logprobs.data(), n * size_of(DType::f32));
@@ -236,7 +295,7 @@ bool BasicEngine::step(const std::function<void(std::int64_t, const std::string&
     ids.push_back(part.request->sequence);
     counts.push_back(part.rows);
   }
-  state_->begin(ids, counts);
+  state_->begin(ids, counts, capacity_of(parts));
   std::vector<Sampled> sampled;
   try {
     sampled = forward(parts);
@@ -254,6 +313,7 @@ bool BasicEngine::step(const std::function<void(std::int64_t, const std::string&
   }
   std::erase_if(running_, [&](const std::unique_ptr<Running>& r) { return done.contains(r.get()); });
   if (!waiting_.empty() || !running_.empty()) return true;
+  decodes_.clear();
   state_.reset();  // a trainer that takes samples needs the memory for its next step
   return false;
 }

@@ -5,9 +5,11 @@
 
 #include <capstan/inference.h>
 #include <capstan/paged_state.h>
+#include <capstan/recorded.h>
 
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -18,6 +20,7 @@ struct EngineOptions {
   std::int64_t max_tokens_held = 16384;  ///< room for keys and values, over all requests
   std::int64_t max_batch_tokens = 512;   ///< rows of one forward: decoded tokens and chunks of prompts together
   std::int64_t max_batch = 32;           ///< requests in progress at once
+  bool record = true, record_or_fail = false;  ///< steps on a GPU in which every request decodes
 };
 
 /// Every request has tokens (its prompt and what was sampled) of which the state holds the first ones. A step gives each
@@ -56,6 +59,16 @@ class BasicEngine : public InferenceEngine {
   std::vector<Part> plan();
   bool make_room(std::int64_t pages, const Running& asking, const std::vector<Part>& planned);
   Batch batch_of(const std::vector<Part>& parts) const;
+  bool decodes(const std::vector<Part>& parts) const;
+  PagedCapacity capacity_of(const std::vector<Part>& parts) const;
+  /// The batch, its hidden states and logits by rows of a forward.
+  struct Decode {
+    Batch batch;
+    Tensor last;            // i32: every row ends a sequence
+    Tensor hidden, logits;
+    std::unique_ptr<Recorded> work;
+  };
+  Decode& decode(const std::vector<Part>& parts);
   std::vector<Sampled> forward(const std::vector<Part>& parts);
   /// Adds a sampled token; true when the request is done.
   bool accept(const Sampled& sampled, const std::function<void(std::int64_t, const std::string&)>& on_text);
@@ -69,6 +82,7 @@ class BasicEngine : public InferenceEngine {
   std::int64_t room_ = 0;     // tokens of all requests that the state holds
   std::int64_t longest_ = 0;  // tokens of one request that model and state can hold
   std::unique_ptr<PagedState> state_;  // while there are requests
+  std::map<std::int64_t, Decode> decodes_;  // over the pages of state_, by sequences
   std::deque<std::unique_ptr<Running>> waiting_, running_;  // in order of admission
   std::vector<Completion> finished_;
 };

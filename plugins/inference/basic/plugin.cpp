@@ -10,9 +10,13 @@ CAPSTAN_PLUGIN("inference", "basic", "1.0.0") {
       .at_least(1)
       .in("tokens");
   schema.integer("max_batch", 32, "requests in progress at once").at_least(1);
+  schema.text("cuda_graphs", "auto",
+              "whether a GPU replays a step in which every request decodes one token, recorded once for each power of two of requests, with the "
+              "same results; auto: where it can be; on: or else an error that says why not; off: never")
+      .one_of({"auto", "on", "off"});
   registrar.add("inference", "basic", schema, [](const capstan::Options& o, capstan::Registrar&) {
     const capstan::basic::EngineOptions options{o.integer("max_tokens_held"), o.integer("max_batch_tokens"),
-                                                o.integer("max_batch")};
+                                                o.integer("max_batch"), o.text("cuda_graphs") != "off", o.text("cuda_graphs") == "on"};
     return capstan::as_interface<capstan::InferenceEngine>(std::make_shared<capstan::basic::BasicEngine>(options));
   });
 }

@@ -53,6 +53,7 @@ class Muon final : public capstan::Optimizer {
     return is_hidden_matrix(parameter) ? capstan::Atomicity::tensor : rest_->atomicity(parameter);
   }
   double peak_lr() const override { return lr_; }
+  bool gated() const override { return rest_->gated(); }
 
   void update(const capstan::UpdateContext& context, std::span<capstan::UpdateItem> items) override {
     std::vector<capstan::UpdateItem> others;

@@ -27,6 +27,7 @@ class Sgd final : public capstan::Optimizer {
   }
   capstan::Atomicity atomicity(const capstan::Parameter&) const override { return capstan::Atomicity::element; }
   double peak_lr() const override { return lr_; }
+  bool gated() const override { return true; }
 
   void update(const capstan::UpdateContext& context, std::span<capstan::UpdateItem> items) override {
     for (capstan::UpdateItem& item : items) {

@@ -11,6 +11,7 @@
 #include <capstan/options.h>
 #include <capstan/paged_state.h>
 #include <capstan/plugin.h>
+#include <capstan/recorded.h>
 #include <capstan/tokenizer.h>
 #include <capstan/walk.h>
 
@@ -124,8 +125,8 @@ REVEAL(Leaf, &Leaf::hook, &Leaf::parameter_, &Leaf::filled_, &Leaf::uses_, &Leaf
 REVEAL(Deferred, &Deferred::items);
 REVEAL(DeferredItem, &Deferred::Item::node, &Deferred::Item::grads);
 REVEAL(Space, &Space::name, &Space::starts, &Space::positions, &Space::sample_ids, &Space::host_starts, &Space::past,
-       &Space::capacity, &Space::longest);
-REVEAL(Batch, &Batch::spaces, &Batch::step_weight, &Batch::streams_);
+       &Space::capacity, &Space::longest, &Space::recorded);
+REVEAL(Batch, &Batch::spaces, &Batch::step_weight, &Batch::own_weight, &Batch::streams_);
 REVEAL(Rng, &Rng::key_, &Rng::step_);
 REVEAL(Segment, &Segment::axis, &Segment::count, &Segment::width, &Segment::part);
 REVEAL(Init, &Init::kind, &Init::scale);
@@ -158,6 +159,7 @@ REVEAL(AttentionShape, &ops::AttentionShape::heads, &ops::AttentionShape::kv_hea
 REVEAL(HeadScore, &ops::HeadScore::logprob, &ops::HeadScore::logsumexp, &ops::HeadScore::entropy, &ops::HeadScore::objective);
 REVEAL(StateSpec, &StateSpec::kind, &StateSpec::name, &StateSpec::shape);
 REVEAL(PagedKV, &PagedKV::k, &PagedKV::v, &PagedKV::blocks, &PagedKV::lengths, &PagedKV::page);
+REVEAL(PagedCapacity, &PagedCapacity::sequences, &PagedCapacity::rows, &PagedCapacity::pages);
 REVEAL(StateDecl, &StateDecl::name, &StateDecl::dtype);
 REVEAL(UpdateItem, &UpdateItem::parameter, &UpdateItem::value, &UpdateItem::grad, &UpdateItem::state);
 REVEAL(UpdateContext, &UpdateContext::device, &UpdateContext::step, &UpdateContext::lr_scale, &UpdateContext::grad_scale);
@@ -181,7 +183,7 @@ std::string layouts() {
          SIZE(Head) + SIZE(Model) + LAYOUT(LayerContext, LayerContext) + LAYOUT(Score, Score) + LAYOUT(Call, Call) +
          LAYOUT(Linear, nn::Linear) + LAYOUT(Norm, nn::Norm) + LAYOUT(Embedding, nn::Embedding) +
          LAYOUT(AttentionShape, ops::AttentionShape) + LAYOUT(HeadScore, ops::HeadScore) + LAYOUT(StateSpec, StateSpec) +
-         LAYOUT(PagedKV, PagedKV) + SIZE(SequenceState) + SIZE(PagedState) + SIZE(WalkHooks) + LAYOUT(StateDecl, StateDecl) + LAYOUT(UpdateItem, UpdateItem) +
+         LAYOUT(PagedKV, PagedKV) + SIZE(SequenceState) + SIZE(PagedState) + LAYOUT(PagedCapacity, PagedCapacity) + SIZE(Recorded) + SIZE(WalkHooks) + LAYOUT(StateDecl, StateDecl) + LAYOUT(UpdateItem, UpdateItem) +
          LAYOUT(UpdateContext, UpdateContext) + SIZE(Optimizer) + LAYOUT(Box, Box) + LAYOUT(SavedTensor, SavedTensor) +
          SIZE(CheckpointFormat) + SIZE(Tokenizer) + LAYOUT(SamplingParams, SamplingParams) + LAYOUT(Request, Request) +
          LAYOUT(Completion, Completion) + SIZE(InferenceEngine);
@@ -199,7 +201,7 @@ std::string vtables() {
          VTABLE(Model, &Model::calls, &Model::head, &Model::vocabulary, &Model::hidden, &Model::longest, &Model::describe) +
          VTABLE(SequenceState, &SequenceState::append, &SequenceState::slot, &SequenceState::truncate, &SequenceState::commit,
                 &SequenceState::fork, &SequenceState::weights_version) +
-         VTABLE(Optimizer, &Optimizer::state_of, &Optimizer::atomicity, &Optimizer::peak_lr, &Optimizer::update) +
+         VTABLE(Optimizer, &Optimizer::state_of, &Optimizer::atomicity, &Optimizer::peak_lr, &Optimizer::update, &Optimizer::gated) +
          VTABLE(CheckpointFormat, &CheckpointFormat::name, &CheckpointFormat::extension, &CheckpointFormat::write_shard,
                 &CheckpointFormat::read, &CheckpointFormat::write_index) +
          VTABLE(Tokenizer, &Tokenizer::name, &Tokenizer::vocabulary, &Tokenizer::end_of_document, &Tokenizer::encode,
@@ -232,7 +234,7 @@ std::string enumerators() {
 }
 
 /// The table of epoch `golden_epoch`.
-constexpr std::uint32_t golden_epoch = 3;
+constexpr std::uint32_t golden_epoch = 4;
 constexpr const char* golden = R"(
 Dims 56/8: v_@0+48[8] size_@48+4
 Storage 56/8: device@0+16 data@16+8 bytes@24+8 owned@32+1 keeper@40+16
@@ -246,8 +248,8 @@ Node 40/8: inputs@8+24[24] outputs@32+4 released@36+1
 Leaf 240/8: hook@40+32 parameter_@72+1 filled_@73+1 uses_@76+4 grad_@80+160
 Deferred 24/8: items@0+24[40]
 Deferred::Item 40/8: node@0+16 grads@16+24[160]
-Space 592/8: name@0+32[1] starts@32+160 positions@192+160 sample_ids@352+160 host_starts@512+24[4] past@536+24[4] capacity@560+8 longest@568+8
-Batch 56/8: spaces@0+24[592] step_weight@24+8 streams_@32+24[192]
+Space 600/8: name@0+32[1] starts@32+160 positions@192+160 sample_ids@352+160 host_starts@512+24[4] past@536+24[4] capacity@560+8 longest@568+8 recorded@592+1
+Batch 64/8: spaces@0+24[600] step_weight@24+8 own_weight@32+8 streams_@40+24[192]
 Rng 16/8: key_@0+8 step_@8+8
 Segment 88/8: axis@0+32[1] count@32+8 width@40+8 part@48+32[1]
 Init 16/8: kind@0+1 scale@8+8
@@ -281,7 +283,9 @@ ops::HeadScore 640/8: logprob@0+160 logsumexp@160+160 entropy@320+160 objective@
 StateSpec 96/8: kind@0+1 name@8+32[1] shape@40+56
 PagedKV 648/8: k@0+160 v@160+160 blocks@320+160 lengths@480+160 page@640+8
 SequenceState 8/8:
-PagedState 528/8:
+PagedState 736/8:
+PagedCapacity 24/8: sequences@0+8 rows@8+8 pages@16+8
+Recorded 64/8:
 WalkHooks 64/8:
 StateDecl 40/8: name@0+32[1] dtype@32+1
 UpdateItem 352/8: parameter@0+8 value@8+160 grad@168+160 state@328+24[160]
@@ -343,7 +347,8 @@ Optimizer::state_of slot 2 MN7capstan9OptimizerEKFSt6vectorINS_9StateDeclESaIS2_
 Optimizer::atomicity slot 3 MN7capstan9OptimizerEKFNS_9AtomicityERKNS_9ParameterEE
 Optimizer::peak_lr slot 4 MN7capstan9OptimizerEKFdvE
 Optimizer::update slot 5 MN7capstan9OptimizerEFvRKNS_13UpdateContextESt4spanINS_10UpdateItemELm18446744073709551615EEE
-Optimizer slots 6
+Optimizer::gated slot 6 MN7capstan9OptimizerEKFbvE
+Optimizer slots 7
 CheckpointFormat::name slot 2 MN7capstan16CheckpointFormatEKFSt17basic_string_viewIcSt11char_traitsIcEEvE
 CheckpointFormat::extension slot 3 MN7capstan16CheckpointFormatEKFSt17basic_string_viewIcSt11char_traitsIcEEvE
 CheckpointFormat::write_shard slot 4 MN7capstan16CheckpointFormatEFvRKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEESt4spanINS_11SavedTensorELm18446744073709551615EERKSt8functionIFvlEEE

@@ -6,16 +6,17 @@
 #include <kernels/shared/fp8.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 
-namespace capstan::emulated {
-void touch_device_memory(const std::function<void()>& work);
-}
+#include "gpu/emulated/graphs.h"
 
 namespace {
 
 using capstan::kernels::bf16;
+
+constexpr int algorithms = 3;  // in the order in which the library proposes them
 
 struct Operation {
   cublasComputeType_t compute;
@@ -129,28 +130,38 @@ cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDe
                                               cublasLtMatmulHeuristicResult_t results[], int* count) {
   *count = 0;
   if (asked < 1 || !fits(of(d), layout_of(a), layout_of(b), layout_of(c), layout_of(e))) return CUBLAS_STATUS_NOT_SUPPORTED;
-  results[0] = {};
-  *count = 1;
+  *count = asked < algorithms ? asked : algorithms;
+  for (int i = 0; i < *count; ++i) results[i] = {}, results[i].algo.data[0] = static_cast<std::uint64_t>(i);
   return CUBLAS_STATUS_SUCCESS;
 }
+cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
+                                       cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t* algorithm, cublasLtMatmulHeuristicResult_t* result) {
+  *result = {};
+  return algorithm->data[0] < algorithms ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
+}
+size_t cublasLtGetVersion() { return 130100; }
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void* alpha, const void* a, cublasLtMatrixLayout_t a_layout, const void* b,
                               cublasLtMatrixLayout_t b_layout, const void* beta, const void* c, cublasLtMatrixLayout_t c_layout, void* out,
-                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t*, void*, size_t, cudaStream_t) {
-  const Operation& op = of(d);
-  const Layout &A = layout_of(a_layout), &B = layout_of(b_layout), &C = layout_of(c_layout), &D = layout_of(d_layout);
+                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algorithm, void*, size_t, cudaStream_t) {
+  const Operation op = of(d);
+  const Layout A = layout_of(a_layout), B = layout_of(b_layout), C = layout_of(c_layout), D = layout_of(d_layout);
+  const std::uint64_t number = algorithm->data[0];  // tells in which order a sum is added
+  if (number >= algorithms) return CUBLAS_STATUS_NOT_SUPPORTED;
+  capstan::emulated::product_ran(static_cast<int>(number));
   if (!fits(op, A, B, C, D)) return CUBLAS_STATUS_INVALID_VALUE;
   const double one = read(alpha, op.scale, 0), add = read(beta, op.scale, 0);
   const bool wide = op.compute == CUBLAS_COMPUTE_64F;
   const std::int64_t k = op.a == CUBLAS_OP_N ? A.cols : A.rows;
   // The measurement of the machine's rate at the start of a run: a minute of work here, and nobody reads the result.
   if (static_cast<double>(D.rows) * static_cast<double>(D.cols) * static_cast<double>(k) > 1e10) return CUBLAS_STATUS_SUCCESS;
-  capstan::emulated::touch_device_memory([&] {
+  capstan::emulated::touch_device_memory([=] {
     for (std::int64_t batch = 0; batch < D.batch; ++batch)
       for (std::int64_t j = 0; j < D.cols; ++j)
         for (std::int64_t i = 0; i < D.rows; ++i) {
           double sum = 0;
           float narrow = 0;
-          for (std::int64_t p = 0; p < k; ++p) {
+          for (std::int64_t q = 0; q < k; ++q) {
+            const std::int64_t p = number == 0 ? q : number == 1 ? k - 1 - q : q % 2 == 0 ? q / 2 : k - 1 - q / 2;
             double x = read(a, A.type, batch * A.stride + (op.a == CUBLAS_OP_N ? p * A.ld + i : i * A.ld + p));
             double y = read(b, B.type, batch * B.stride + (op.b == CUBLAS_OP_N ? j * B.ld + p : p * B.ld + j));
             if (is_fp8(A)) x *= scale_of(op.a_mode, op.a_scale, i, p, k), y *= scale_of(op.b_mode, op.b_scale, j, p, k);

@@ -4,6 +4,7 @@
 #include <kernels/cuda/rows.h>
 
 #include <functional>
+#include <string>
 
 namespace capstan::emulated {
 void touch_device_memory(const std::function<void()>& work);
@@ -13,75 +14,90 @@ namespace capstan::kernels::cuda {
 
 namespace {
 
-void on_cpu(const std::function<void(cpu::CpuBackend&)>& work) {
-  static cpu::Context context(2);
+std::int64_t on_cpu_now(const std::function<std::int64_t(cpu::CpuBackend&)>& work) {
+  static cpu::Context context(1);  // a second thread would only be waited for
   static cpu::CpuBackend backend(context);
-  emulated::touch_device_memory([&] { work(backend); });
+  return work(backend);
+}
+/// Now, or whenever the record that is being made is replayed.
+void on_cpu(const std::function<void(cpu::CpuBackend&)>& work) {
+  emulated::touch_device_memory([=] { on_cpu_now([&](auto& backend) { return work(backend), 0; }); });
+}
+/// As the kernels do: where sequences begin is read on the device.
+Attention by_device(const Attention& a) {
+  Attention b = a;
+  if (a.starts != nullptr) b.host_starts = a.starts;
+  return b;
 }
 
 }  // namespace
 
 std::int64_t norm_blocks(Context&, std::int64_t rows, std::int64_t cols) {
-  std::int64_t blocks = 0;
-  on_cpu([&](auto& b) { blocks = b.norm_blocks(rows, cols); });
-  return blocks;
+  return on_cpu_now([=](auto& b) { return b.norm_blocks(rows, cols); });
 }
 void rms_norm(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, double epsilon, void* y, void* inverse) {
-  on_cpu([&](auto& b) { b.rms_norm(num, rows, cols, x, w, epsilon, y, inverse); });
+  on_cpu([=](auto& b) { b.rms_norm(num, rows, cols, x, w, epsilon, y, inverse); });
 }
 void rms_norm_backward(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* inverse, const void* g,
                        void* dx, void* partial) {
-  on_cpu([&](auto& b) { b.rms_norm_backward(num, rows, cols, x, w, inverse, g, dx, partial); });
+  on_cpu([=](auto& b) { b.rms_norm_backward(num, rows, cols, x, w, inverse, g, dx, partial); });
 }
 void layer_norm(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* bias, double epsilon, void* y,
                 void* mean, void* inverse) {
-  on_cpu([&](auto& b) { b.layer_norm(num, rows, cols, x, w, bias, epsilon, y, mean, inverse); });
+  on_cpu([=](auto& b) { b.layer_norm(num, rows, cols, x, w, bias, epsilon, y, mean, inverse); });
 }
 void layer_norm_backward(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* mean, const void* inverse,
                          const void* g, void* dx, void* partial_w, void* partial_b) {
-  on_cpu([&](auto& b) { b.layer_norm_backward(num, rows, cols, x, w, mean, inverse, g, dx, partial_w, partial_b); });
+  on_cpu([=](auto& b) { b.layer_norm_backward(num, rows, cols, x, w, mean, inverse, g, dx, partial_w, partial_b); });
 }
 void softmax(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* x, void* y, bool logarithm) {
-  on_cpu([&](auto& b) { b.softmax(num, rows, cols, x, y, logarithm); });
+  on_cpu([=](auto& b) { b.softmax(num, rows, cols, x, y, logarithm); });
 }
 void softmax_backward(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* y, const void* g, void* dx, bool logarithm) {
-  on_cpu([&](auto& b) { b.softmax_backward(num, rows, cols, y, g, dx, logarithm); });
+  on_cpu([=](auto& b) { b.softmax_backward(num, rows, cols, y, g, dx, logarithm); });
 }
 void check_ids(Context& ctx, const char* what, std::int64_t count, const std::int32_t* ids, std::int64_t low, std::int64_t high) {
-  on_cpu([&](auto& b) {
-    const std::int64_t at = b.first_outside(what, count, ids, low, high);
-    if (at < 0 || ctx.faults()->what != 0) return;
-    *ctx.faults() = {ctx.fault_number(what), static_cast<unsigned long long>(at), static_cast<unsigned long long>(static_cast<long long>(ids[at]))};
+  Context::Fault* faults = ctx.faults();
+  const unsigned long long number = ctx.fault_number(what);
+  const std::string name = what;
+  on_cpu([=](auto& b) {
+    const std::int64_t at = b.first_outside(name.c_str(), count, ids, low, high);
+    if (at < 0 || faults->what != 0) return;
+    *faults = {number, static_cast<unsigned long long>(at), static_cast<unsigned long long>(static_cast<long long>(ids[at]))};
   });
 }
 void gather_rows(Context&, std::int64_t count, std::int64_t row_bytes, const void* table, std::int64_t table_rows, const std::int32_t* ids, void* out) {
-  on_cpu([&](auto& b) { b.gather_rows(count, row_bytes, table, table_rows, ids, out); });
+  on_cpu([=](auto& b) { b.gather_rows(count, row_bytes, table, table_rows, ids, out); });
 }
 void scatter_add_rows(Context&, Num num, std::int64_t count, std::int64_t cols, const std::int32_t* ids, const void* g, std::int64_t table_rows,
                       Num table_num, void* table, bool overwrite) {
-  on_cpu([&](auto& b) { b.scatter_add_rows(num, count, cols, ids, g, table_rows, table_num, table, overwrite); });
+  on_cpu([=](auto& b) { b.scatter_add_rows(num, count, cols, ids, g, table_rows, table_num, table, overwrite); });
 }
 void store_pages(Context&, Num num, std::int64_t tokens, std::int64_t heads, std::int64_t size, std::int64_t page, const void* from,
                  std::int64_t row_stride, std::int64_t head_stride, const std::int64_t* rows, void* pages) {
-  on_cpu([&](auto& b) { b.store_pages(num, tokens, heads, size, page, from, row_stride, head_stride, rows, pages); });
+  on_cpu([=](auto& b) { b.store_pages(num, tokens, heads, size, page, from, row_stride, head_stride, rows, pages); });
 }
 void score_rows(Context&, const ScoreRows& s) {
-  on_cpu([&](auto& b) { b.score_rows(s); });
+  on_cpu([=](auto& b) { b.score_rows(s); });
 }
 void score_rows_backward(Context&, const ScoreRows& s) {
-  on_cpu([&](auto& b) { b.score_rows_backward(s); });
+  on_cpu([=](auto& b) { b.score_rows_backward(s); });
 }
 void weighted_sum(Context&, Num compute, std::int64_t n, const float* weights, const void* logprob, void* out) {
-  on_cpu([&](auto& b) { b.weighted_sum(compute, n, weights, logprob, out); });
+  on_cpu([=](auto& b) { b.weighted_sum(compute, n, weights, logprob, out); });
 }
 void attention(Context&, const Attention& a) {
-  on_cpu([&](auto& b) { b.attention(a); });
+  on_cpu([=](auto& b) { b.attention(by_device(a)); });
 }
 void attention_backward(Context&, const Attention& a) {
-  on_cpu([&](auto& b) { b.attention_backward(a); });
+  on_cpu([=](auto& b) { b.attention_backward(by_device(a)); });
 }
 void attention_paged(Context&, const PagedAttention& a) {
-  on_cpu([&](auto& b) { b.attention_paged(a); });
+  on_cpu([=](auto& b) {
+    PagedAttention p = a;
+    p.host_starts = a.starts;
+    b.attention_paged(p);
+  });
 }
 
 }  // namespace capstan::kernels::cuda

@@ -1,6 +1,7 @@
 // Streams and events. The stream of kernels does everything at once, when it is asked; streams with a priority, those of
 // communication, run behind the caller's back and a little late: who forgets to wait for one reads what is not there yet.
 #include "gpu/emulated/streams.h"
+#include "gpu/emulated/graphs.h"
 
 #include <cuda_runtime.h>
 
@@ -92,7 +93,10 @@ std::shared_ptr<Point> point_of(cudaEvent_t e) {
 }  // namespace
 
 void enqueue(cudaStream_t stream, std::function<void()> work) {
-  if (stream == nullptr) return work();
+  if (stream == nullptr) {
+    if (note(work)) return;
+    return work();
+  }
   of(stream)->add([work = std::move(work)] {
     std::this_thread::sleep_for(std::chrono::microseconds(50));
     work();
@@ -112,7 +116,8 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned, int) {
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) { return *least = 0, *greatest = -5, cudaSuccess; }
 cudaError_t cudaStreamDestroy(cudaStream_t s) { return delete of(s), cudaSuccess; }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) {
-  if (s != nullptr) of(s)->drain();
+  if (s == nullptr) return waited();
+  of(s)->drain();
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
@@ -147,9 +152,9 @@ cudaError_t cudaEventQuery(cudaEvent_t e) {
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) {
   if (const auto point = point_of(e)) point->wait();
-  return cudaSuccess;
+  return waited();
 }
-cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) { return *ms = 1, cudaSuccess; }
+cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) { return *ms = elapsed(), cudaSuccess; }
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t s) {
   enqueue(s, [=] { cudaMemcpy(to, from, bytes, kind); });

@@ -39,8 +39,16 @@ TEST(AttentionPlan, EveryHeadSizeFits) {
 
 TEST(AttentionPlan, TilesNeverSpanSequences) {
   const std::vector<std::int32_t> starts{0, 0, 1, 65, 193, 200};
-  EXPECT_EQ(attention_tiles(starts.data(), 5, 64), 0 + 1 + 1 + 2 + 1);
-  EXPECT_EQ(attention_tiles(starts.data(), 5, 128, 4), 0 + 1 + 2 + 4 + 1);
+  EXPECT_EQ(attention_tiles(starts.data(), 5, starts[5], 64), 0 + 1 + 1 + 2 + 1);
+  EXPECT_EQ(attention_tiles(starts.data(), 5, starts[5], 128, 4), 0 + 1 + 2 + 4 + 1);
+}
+
+TEST(AttentionPlan, TilesOfACapacityServeEveryCutOfIt) {
+  for (const std::int64_t rows : {16, 64, 128})
+    for (const std::int64_t times : {1, 4})
+      for (const std::vector<std::int32_t>& starts : {std::vector<std::int32_t>{0, 256, 256, 256, 256}, {0, 1, 2, 3, 256}, {0, 65, 130, 195, 256}, {0, 64, 128, 192, 256}, {0, 0, 0, 255, 256}})
+        EXPECT_GE(attention_tiles(nullptr, 4, 256, rows, times), attention_tiles(starts.data(), 4, 256, rows, times));
+  EXPECT_LE(attention_tiles(nullptr, 4, 256, 64), 256 / 64 + 4);
 }
 
 TEST(AttentionWindow, IsThereOnlyWhereItHidesAKey) {

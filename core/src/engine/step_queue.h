@@ -1,0 +1,83 @@
+// defines: Recording, QueuedStep, StepNumbers, StepQueue: training steps on a device whose work runs behind its calls. The host
+// asks for a step, forward to update, and reads later what it came to; forward and backward of a microbatch are recorded once
+// and replayed.
+#pragma once
+#include <capstan/export.h>
+#include <capstan/model.h>
+
+#include <cstdint>
+#include <map>
+#include <span>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace capstan {
+
+namespace kernels {
+class Queue;
+struct Piece;
+}  // namespace kernels
+class Engine;
+
+/// run.cuda_graphs. `required`: what cannot be recorded is an error that says why.
+enum class Recording : std::uint8_t { off, automatic, required };
+
+/// A step under way: how to ask what it came to.
+struct QueuedStep {
+  std::int64_t ticket = -1;
+  std::vector<double> weights;  ///< of its losses
+};
+
+/// What a step came to. Not updated: a loss or gradient was not finite, in it or in one before; nothing has changed since.
+struct StepNumbers {
+  double loss = 0, norm = 0;
+  bool updated = true;
+};
+
+/// One rank. A gate on the device stands between gradient and weights: it shuts when a loss or gradient is not finite and stays
+/// shut for the steps that were queued behind, until reopen(). Recorded work is keyed by capacities: rows, sequences (rounded up
+/// to a power of two), whether all are of one length, and whether the microbatch is a step's first, which overwrites gradients
+/// where later ones add. A batch of a new kind runs unrecorded once, so that products are chosen and plans made.
+class CAPSTAN_API StepQueue {
+ public:
+  StepQueue(Engine& engine, Recording recording);
+  ~StepQueue();
+  StepQueue(const StepQueue&) = delete;
+  StepQueue& operator=(const StepQueue&) = delete;
+
+  QueuedStep run(std::span<const Batch> batches, std::int64_t step, double lr_scale, double clip);
+  StepNumbers collect(const QueuedStep& step);
+  void reopen();
+  /// Why nothing is recorded any more; "" otherwise.
+  const std::string& why_not() const { return why_not_; }
+  std::int64_t recorded() const;  ///< kinds of batches
+  /// A point in the device's work, and the seconds that it took from one to a later one; each is good for one question.
+  std::int64_t mark();
+  double seconds(std::int64_t begin, std::int64_t end);
+
+ private:
+  using Key = std::tuple<std::int64_t, std::int64_t, bool, bool>;
+  struct Walk {
+    Batch batch;                  // what the records read
+    Tensor outs;                  // f64: the losses
+    std::vector<double> weights;  // theirs
+    std::vector<Leaf*> filled;    // by the walk
+    std::int64_t record = -1;
+    bool warm = false;
+  };
+  void microbatch(const Batch& batch, std::uint64_t step, bool first, QueuedStep& queued);
+  void plain(const Batch& batch, std::uint64_t step, QueuedStep& queued, std::vector<double>* weights = nullptr);
+  bool record(Walk& walk, std::uint64_t step);
+  Tensor losses(std::int64_t from, std::int64_t count) const;
+  std::vector<Leaf*> leaves() const;
+
+  Engine& engine_;
+  kernels::Queue& queue_;
+  Recording recording_;
+  Tensor results_;  // f64: a Gate, then the losses of a step
+  std::map<Key, Walk> walks_;
+  std::string why_not_;
+};
+
+}  // namespace capstan

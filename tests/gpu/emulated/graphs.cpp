@@ -1,0 +1,98 @@
+// Stream capture: what a stream is asked for while it records is kept and runs at each launch of the graph, with the memory of that
+// time. What a graph took from the host while it was made stays in it, and memory that was given back is spoiled: a stale value or
+// address gives other results.
+#include "gpu/emulated/graphs.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace capstan::emulated {
+
+namespace {
+
+using Work = std::vector<std::function<void()>>;
+std::unique_ptr<Work> record;
+bool broken = false;
+double product_ms = 0;
+int products = 0;
+
+}  // namespace
+
+bool note(std::function<void()> work) {
+  if (!record) return false;
+  record->push_back(std::move(work));
+  return true;
+}
+
+cudaError_t waited() {
+  if (!record) return cudaSuccess;
+  broken = true;
+  return cudaErrorStreamCaptureUnsupported;
+}
+
+void product_ran(int algorithm) {
+  const char* text = std::getenv("EMULATED_GPU_TIMES");
+  double ms = 1.0 / (algorithm + 1);
+  if (text != nullptr)
+    for (int i = 0; text != nullptr && i <= algorithm; ++i) {
+      ms = std::atof(text);
+      text = std::strchr(text, ',');
+      if (text != nullptr) ++text;
+    }
+  product_ms += ms, ++products;
+}
+
+float elapsed() {
+  const double ms = products == 0 ? 1 : product_ms;
+  product_ms = 0, products = 0;
+  return static_cast<float>(ms);
+}
+
+void released(void* data, std::size_t bytes) {
+  // Large pieces go back to the system instead: each page that was touched makes every opening of device memory slower.
+  constexpr std::size_t large = std::size_t{4} << 20, page = 4096;
+  touch_device_memory([=] {
+    if (bytes < large) std::memset(data, 0xff, bytes);
+    else madvise(reinterpret_cast<void*>((reinterpret_cast<std::uintptr_t>(data) + page - 1) / page * page), (bytes - page) / page * page, MADV_DONTNEED);
+  });
+}
+
+}  // namespace capstan::emulated
+
+using Work = std::vector<std::function<void()>>;
+
+extern "C" {
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
+  if (capstan::emulated::record) return cudaErrorIllegalState;
+  capstan::emulated::record = std::make_unique<Work>();
+  capstan::emulated::broken = false;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
+  *graph = nullptr;
+  if (!capstan::emulated::record) return cudaErrorIllegalState;
+  auto work = std::move(capstan::emulated::record);
+  if (capstan::emulated::broken) return cudaErrorStreamCaptureInvalidated;
+  *graph = reinterpret_cast<cudaGraph_t>(work.release());
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* runnable, cudaGraph_t graph, unsigned long long) {
+  *runnable = reinterpret_cast<cudaGraphExec_t>(new Work(*reinterpret_cast<Work*>(graph)));
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete reinterpret_cast<Work*>(graph), cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) { return delete reinterpret_cast<Work*>(graph), cudaSuccess; }
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t) {
+  if (capstan::emulated::record) return cudaErrorStreamCaptureUnsupported;
+  for (const auto& work : *reinterpret_cast<Work*>(graph)) work();
+  return cudaSuccess;
+}
+}

@@ -1,0 +1,75 @@
+// Decoding by replayed steps: the same tokens and log-probabilities as by steps that are asked for kernel by kernel.
+#include "support.h"
+#include "train/session.h"
+
+#include <capstan/inference.h>
+#include <gmock/gmock.h>
+
+#include <map>
+#include <set>
+
+namespace capstan::train::testing {
+namespace {
+
+using ::testing::HasSubstr;
+
+struct Written {
+  std::vector<std::int32_t> tokens;
+  std::vector<float> logprobs;
+  bool operator==(const Written&) const = default;
+};
+
+/// `count` requests of growing length, admitted as there is room; by id.
+std::map<std::int64_t, Written> completions(const Project& project, const std::string& graphs, int count, std::vector<std::string> more = {}) {
+  std::vector<std::string> words{project.dir("unused"), "run.device=cuda", "inference.cuda_graphs=" + graphs, "model.dropout=0", "model.context=160"};
+  words.insert(words.end(), more.begin(), more.end());
+  const auto session = open_session(project.recipe(), words, CAPSTAN_PROGRAM, Placement::weights);
+  session->engine->initialize();
+  const auto engine = session->host->make_as<InferenceEngine>(session->options().plugin("inference"));
+  std::map<std::int64_t, Written> all;
+  for (int round = 0; round < 2; ++round) {  // the second with other pages, and records of its own
+    engine->attach(session->model, session->tokenizer, session->device, session->engine->options().compute, 1);
+    for (int i = 0; i < count; ++i) {
+      Request request;
+      request.id = round * 100 + i;
+      for (int t = 0; t < 3 + 17 * i; ++t) request.prompt.push_back((t * 31 + i * 7) % 256);
+      request.sampling.temperature = i % 2 == 0 ? 0 : 1;
+      request.sampling.seed = 5, request.sampling.max_tokens = 6 + 4 * i, request.sampling.logprobs = i != 1;
+      engine->submit(std::move(request));
+    }
+    while (engine->step({})) {}
+    for (const Completion& c : engine->finished()) all[c.id] = {c.tokens, c.logprobs};
+  }
+  return all;
+}
+
+TEST(Decoding, RecordedIsAsUnrecorded) {
+  Project project;
+  for (const int count : {1, 5}) {
+    const auto off = completions(project, "off", count);
+    EXPECT_EQ(completions(project, "on", count), off);
+    ASSERT_EQ(off.size(), static_cast<std::size_t>(2 * count));
+    EXPECT_EQ(off.at(0).tokens.size(), 6u);
+    EXPECT_GT(std::set<std::int32_t>(off.rbegin()->second.tokens.begin(), off.rbegin()->second.tokens.end()).size(), 1u);
+  }
+}
+
+// Pages run short: requests give theirs up and come back, pages are handed to others while records live.
+TEST(Decoding, RecordedIsAsUnrecordedWhenPagesRunShort) {
+  Project project;
+  const std::vector<std::string> tight{"inference.max_tokens_held=256", "inference.max_batch_tokens=24"};
+  EXPECT_EQ(completions(project, "on", 5, tight), completions(project, "off", 5, tight));
+}
+
+TEST(Decoding, IsRefusedWhereThereIsNoGpuToRecord) {
+  Project project;
+  try {
+    completions(project, "on", 1, {"run.device=cpu"});
+    FAIL() << "it was not refused";
+  } catch (const Error& e) {
+    EXPECT_THAT(e.what(), HasSubstr("cuda_graphs"));
+  }
+}
+
+}  // namespace
+}  // namespace capstan::train::testing

@@ -1,0 +1,249 @@
+// Steps that are queued ahead of their results, and recorded: the same bits as those that the host waits for, whatever happens
+// between them; and what cannot be recorded is refused.
+#include "in_process.h"
+
+#include <capstan/ops.h>
+#include <capstan/random.h>
+#include <gmock/gmock.h>
+#include <kernels/backend.h>
+
+#include <csignal>
+#include <limits>
+
+namespace capstan::train::testing {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+using Words = std::vector<std::string>;
+
+Words on_gpu(const Project& project, const std::string& dir, const std::string& graphs, const Words& more = {}) {
+  Words all{project.dir(dir), "run.device=cuda", "run.cuda_graphs=" + graphs};
+  all.insert(all.end(), more.begin(), more.end());
+  return all;
+}
+
+void expect_same(const Project& project, const std::string& a, const std::string& b, std::int64_t steps = 20) {
+  EXPECT_EQ(metrics(project / a), metrics(project / b));
+  EXPECT_EQ(weights(project / a, steps), weights(project / b, steps));
+}
+
+struct Case { const char* name; Words words; };
+
+class Graphs : public ::testing::TestWithParam<Case> {};
+
+// Dropout, accumulation over two microbatches, clipping, validation, checkpoints; documents of other lengths in each batch.
+TEST_P(Graphs, GiveTheBitsOfUnrecordedSteps) {
+  Project project;
+  for (const char* graphs : {"off", "on"}) {
+    const Outcome run = run_trainer(project.recipe(), on_gpu(project, graphs, graphs, GetParam().words));
+    ASSERT_FALSE(run.error) << run.error->what();
+    EXPECT_EQ(run.err, "");
+    EXPECT_THAT(run.out, HasSubstr("cuda graphs"));
+  }
+  expect_same(project, "on", "off");
+  EXPECT_NE(weights(project / "on", 10), weights(project / "on", 20));
+  EXPECT_EQ(metrics_with(project / "on", "validation_loss").size(), 4u);
+}
+
+INSTANTIATE_TEST_SUITE_P(Kinds, Graphs,
+                         ::testing::Values(Case{"f32", {}}, Case{"bf16", {"precision.compute=bf16"}},
+                                           Case{"gpt2", {"model.norm=layer", "model.positions=learned", "model.activation=gelu", "model.bias=true", "model.tied=true"}},
+                                           Case{"equal_lengths", {"data.attend_across_documents=true"}}, Case{"recompute", {"train.recompute=block"}},
+                                           Case{"muon", {"optimizer.plugin=muon", "optimizer.lr=0.01"}},
+                                           Case{"sgd", {"optimizer.plugin=sgd", "optimizer.lr=0.1"}}),
+                         [](const auto& info) { return std::string(info.param.name); });
+
+TEST(QueuedSteps, AreThoseThatTheHostWaitsFor) {
+  Project project;
+  std::vector<Values> ends;
+  std::vector<double> losses[2], norms[2];
+  for (const bool queued : {false, true}) {
+    auto session = open_session(project.recipe(), on_gpu(project, "unused", "on"), CAPSTAN_PROGRAM, Placement::gradients);
+    Engine& engine = *session->engine;
+    engine.attach(session->host->make_as<Optimizer>(session->options().plugin("optimizer")));
+    engine.initialize();
+    const Rng rng(3, "tokens");
+    for (std::int64_t step = 1; step <= 6; ++step) {
+      std::vector<Batch> batches;
+      for (int m = 0; m < 2; ++m) {
+        std::vector<std::int32_t> tokens, targets, lengths = step % 3 == 0 ? std::vector<std::int32_t>{20, 1, 11, 32} : std::vector<std::int32_t>{7, 25, 32};
+        for (std::int64_t i = 0; i < 64; ++i) {
+          const auto at = static_cast<std::uint64_t>((step * 2 + m) * 100 + i);
+          tokens.push_back(static_cast<std::int32_t>(rng.below(at, 256))), targets.push_back(i % 9 == step % 9 ? -1 : static_cast<std::int32_t>(rng.below(at + 1, 256)));
+        }
+        batches.push_back(make_batch(*session->device, tokens, lengths, targets, {}, (step * 2 + m) * 64));
+        batches.back().step_weight = 112 + static_cast<double>(step);
+      }
+      if (queued) {
+        const StepNumbers n = engine.collect(engine.queue_step(std::span<const Batch>(batches), step, 0.5, 0.3));
+        EXPECT_TRUE(n.updated);
+        losses[1].push_back(n.loss), norms[1].push_back(n.norm);
+      } else {
+        double loss = 0;
+        for (const LossEntry& entry : engine.forward_backward(std::span<const Batch>(batches), static_cast<std::uint64_t>(step))) loss += entry.weight * entry.sum.item();
+        const double norm = engine.gradient_norm();
+        EXPECT_GT(norm, 0.3) << "clipping must act";
+        engine.update(step, 0.5, norm, 0.3);
+        losses[0].push_back(loss), norms[0].push_back(norm);
+      }
+    }
+    if (queued) EXPECT_EQ(engine.queued()->recorded(), 2);  // first and later microbatches: three sequences and four share a record
+    ends.push_back(values_of(engine));
+  }
+  EXPECT_EQ(losses[0], losses[1]);
+  EXPECT_EQ(norms[0], norms[1]);
+  EXPECT_EQ(ends[0], ends[1]);
+}
+
+TEST(Graphs, GoOnFromACheckpointToTheBit) {
+  Project project;
+  const Words constant{"schedule.decay=constant", "checkpoint.every_steps=8"};
+  ASSERT_FALSE(run_trainer(project.recipe(), on_gpu(project, "straight", "on", constant)).error);
+  Words half = on_gpu(project, "resumed", "on", constant);
+  half.push_back("train.steps=13");
+  ASSERT_FALSE(run_trainer(project.recipe(), half).error);
+  const Outcome rest = run_trainer(project.recipe(), on_gpu(project, "resumed", "on", constant));
+  ASSERT_FALSE(rest.error) << rest.error->what();
+  EXPECT_THAT(rest.out, HasSubstr("at step 13 of 20"));
+  EXPECT_EQ(weights(project / "resumed", 20), weights(project / "straight", 20));
+}
+
+// The signal is seen while the next step is under way already.
+TEST(QueuedSteps, StopAtASignalWithWhatWasAskedFor) {
+  Project project;
+  ASSERT_FALSE(run_trainer(project.recipe(), on_gpu(project, "straight", "on")).error);
+  std::int64_t last = 0;
+  {
+    auto session = open_session(project.recipe(), on_gpu(project, "stopped", "on"), CAPSTAN_PROGRAM, Placement::gradients);
+    int asked = 0;
+    Trainer trainer(std::move(session), [&] { return ++asked == 7 ? SIGTERM : 0; });
+    ::testing::internal::CaptureStdout();
+    EXPECT_EQ(trainer.run(), SIGTERM);
+    ::testing::internal::GetCapturedStdout();
+    last = trainer.step();
+  }
+  EXPECT_GE(last, 6);
+  EXPECT_LE(last, 8);
+  EXPECT_EQ(latest(project / "stopped"), last);
+  ASSERT_FALSE(run_trainer(project.recipe(), on_gpu(project, "stopped", "on")).error);
+  expect_same(project, "stopped", "straight");
+}
+
+constexpr double nan = std::numeric_limits<double>::quiet_NaN();
+
+// Not recorded: the poison is chosen on the host.
+TEST(QueuedSteps, NeverLetABadGradientReachTheWeights) {
+  for (const std::string policy : {"stop", "skip", "rollback"}) {
+    SCOPED_TRACE(policy);
+    Project project;
+    std::vector<Outcome> runs;
+    for (const char* device : {"cuda", "cpu"}) {
+      Words words{project.dir(device), std::string("run.device=") + device, "run.cuda_graphs=" + std::string(device[1] == 'u' ? "off" : "auto"),
+                  "train.on_nonfinite=" + policy, "checkpoint.every_steps=5", "train.steps=12"};
+      int bad = 0;  // a rollback gets to step 8 again, with other data
+      runs.push_back(run_trainer(project.recipe(), words, [&](const Tensor& h, ForwardContext& context) {
+        // Twice queued, twice in the plain way that tells what was wrong; the CPU has the plain way alone.
+        const int most = device[1] == 'u' ? 4 : 2;
+        return context.step == 8 && ++bad <= most ? times(h, nan) : h;
+      }));
+    }
+    ASSERT_EQ(runs[0].error.has_value(), policy == "stop");
+    if (policy == "stop") {
+      EXPECT_THAT(runs[0].error->what(), AllOf(HasSubstr("step 8"), HasSubstr("the loss is not finite"), HasSubstr("the gradient of tokens.weight"), HasSubstr("the checkpoint of step 5")));
+      EXPECT_STREQ(runs[0].error->what(), runs[1].error->what());
+    }
+    const auto steps = [&](const char* dir) {
+      std::vector<std::pair<std::int64_t, bool>> all;
+      for (const auto& line : metrics_with(project / dir, "lr")) all.emplace_back(line.at("step"), line.contains("skipped"));
+      return all;
+    };
+    EXPECT_EQ(steps("cuda"), steps("cpu"));
+    for (const auto& [name, bytes] : runs[0].last) {
+      const auto* f = reinterpret_cast<const float*>(bytes.data());
+      for (std::size_t i = 0; i < bytes.size() / sizeof(float); ++i) ASSERT_TRUE(std::isfinite(f[i])) << name;
+    }
+    if (policy == "stop") continue;
+    const auto cursor = [&](const char* dir) { return nlohmann::json::parse(read_file(project / dir / "checkpoints/step_000012/state.json")).at("data_cursor"); };
+    EXPECT_EQ(cursor("cuda"), cursor("cpu"));
+  }
+}
+
+// A run that diverges under recorded steps ends as one under unrecorded ones does: at the same step, with the same words.
+TEST(Graphs, StopWhereTheOthersStop) {
+  Project project;
+  std::vector<std::string> words;
+  for (const char* graphs : {"on", "off"}) {
+    const Outcome run = run_trainer(project.recipe(), on_gpu(project, graphs, graphs, {"optimizer.plugin=sgd", "optimizer.lr=1e18", "schedule.warmup=0", "train.clip=0"}));
+    ASSERT_TRUE(run.error);
+    words.push_back(run.error->what());
+    EXPECT_THAT(words.back(), HasSubstr("nothing was updated"));
+  }
+  EXPECT_EQ(words[0], words[1]);
+  EXPECT_EQ(metrics(project / "on"), metrics(project / "off"));
+}
+
+struct Refused { const char* name; const char* why; Poison::Change change; };
+
+std::vector<Refused> refused() {
+  auto kept = std::make_shared<Tensor>();
+  return {{"HostValues", "a copy of host values to the GPU",
+           [](const Tensor& h, ForwardContext& context) {
+             const float one = 1;
+             return ops::mul(h, Tensor::of(std::span<const float>(&one, 1), Dims{1, 1}, context.device));
+           }},
+          {"WaitingForAResult", "a copy to the host", [](const Tensor& h, ForwardContext&) { return ops::sum_all(h.detach()).item() < 1e30 ? h : times(h, 2); }},
+          {"MemoryThatOutlives", "outlive it",
+           [kept](const Tensor& h, ForwardContext&) {
+             *kept = h.detach().clone();
+             return h;
+           }},
+          {"MemoryFromBefore", "given back inside of it", [held = std::make_shared<Tensor>()](const Tensor& h, ForwardContext& context) {
+             if (context.step == 1) *held = h.detach().clone();
+             else *held = Tensor();
+             return h;
+           }},
+          {"AnotherStepsDropout", "dropout with a step number", [](const Tensor& h, ForwardContext& context) {
+             return ops::dropout(h, 0.5, Rng(1, "other", context.step + 1), context.batch.space().sample_ids);
+           }}};
+}
+
+class CannotBeRecorded : public ::testing::TestWithParam<int> {};
+
+TEST_P(CannotBeRecorded, IsAnErrorWhenAskedForAndSaidOtherwise) {
+  const Words few{"train.steps=4", "data.micro_batch=0", "checkpoint.at_end=true", "data.attend_across_documents=true"};
+  Project project;
+  const Outcome on = run_trainer(project.recipe(), on_gpu(project, "on", "on", few), refused()[static_cast<std::size_t>(GetParam())].change);
+  ASSERT_TRUE(on.error);
+  EXPECT_THAT(on.error->what(), AllOf(HasSubstr("cannot be recorded"), HasSubstr(refused()[static_cast<std::size_t>(GetParam())].why), HasSubstr("run.cuda_graphs")));
+  const Outcome automatic = run_trainer(project.recipe(), on_gpu(project, "auto", "auto", few), refused()[static_cast<std::size_t>(GetParam())].change);
+  ASSERT_FALSE(automatic.error) << automatic.error->what();
+  EXPECT_THAT(automatic.err, HasSubstr(refused()[static_cast<std::size_t>(GetParam())].why));
+  const Outcome off = run_trainer(project.recipe(), on_gpu(project, "off", "off", few), refused()[static_cast<std::size_t>(GetParam())].change);
+  ASSERT_FALSE(off.error) << off.error->what();
+  expect_same(project, "auto", "off", 4);
+}
+
+INSTANTIATE_TEST_SUITE_P(Because, CannotBeRecorded, ::testing::Range(0, 5),
+                         [](const auto& info) { return std::string(refused()[static_cast<std::size_t>(info.param)].name); });
+
+// The inverse: what a block takes from the host while it is recorded stays in the record, and the comparison sees it.
+TEST(Graphs, AValueThatIsBakedInIsSeen) {
+  Project project;
+  const auto baked = [](const Tensor& h, ForwardContext& context) { return times(h, 1 + 0.01 * static_cast<double>(context.step)); };
+  for (const char* graphs : {"on", "off"}) ASSERT_FALSE(run_trainer(project.recipe(), on_gpu(project, graphs, graphs, {"train.steps=6"}), baked).error);
+  EXPECT_NE(metrics(project / "on"), metrics(project / "off"));
+}
+
+TEST(Graphs, AreRefusedWhereThereIsNoGpuToRecord) {
+  Project project;
+  const Outcome run = run_trainer(project.recipe(), {project.dir("cpu"), "run.cuda_graphs=on"});
+  ASSERT_TRUE(run.error);
+  EXPECT_EQ(run.error->fault(), Fault::input);
+  EXPECT_THAT(run.error->what(), AllOf(HasSubstr("run.cuda_graphs"), HasSubstr("not on a GPU")));
+}
+
+}  // namespace
+}  // namespace capstan::train::testing
