@@ -14,6 +14,7 @@ install(TARGETS capstan EXPORT CapstanTargets
   LIBRARY DESTINATION lib COMPONENT program NAMELINK_COMPONENT development)
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/recipes DESTINATION share/capstan COMPONENT program)
 install(FILES ${PROJECT_SOURCE_DIR}/core/data/devices.yaml DESTINATION share/capstan COMPONENT program)
+install(DIRECTORY ${PROJECT_SOURCE_DIR}/core/data/bench DESTINATION share/capstan COMPONENT program)
 
 # What a plugin author needs besides.
 install(DIRECTORY ${PROJECT_SOURCE_DIR}/core/include/capstan ${PROJECT_SOURCE_DIR}/kernels/include/capstan
@@ -38,7 +39,8 @@ foreach(file ${CAPSTAN_PACKAGE_FILES})
   configure_file(${file} ${CAPSTAN_BUILD_PACKAGE} COPYONLY)
 endforeach()
 file(MAKE_DIRECTORY ${CMAKE_BINARY_DIR}/share/capstan)
-foreach(folder ${PROJECT_SOURCE_DIR}/core/templates ${PROJECT_SOURCE_DIR}/recipes ${PROJECT_SOURCE_DIR}/core/data/devices.yaml)
+foreach(folder ${PROJECT_SOURCE_DIR}/core/templates ${PROJECT_SOURCE_DIR}/recipes ${PROJECT_SOURCE_DIR}/core/data/devices.yaml
+        ${PROJECT_SOURCE_DIR}/core/data/bench)
   get_filename_component(name ${folder} NAME)
   file(CREATE_LINK ${folder} ${CMAKE_BINARY_DIR}/share/capstan/${name} SYMBOLIC)
 endforeach()

@@ -6,12 +6,13 @@ build=$(realpath "$1")
 target=${2:-.gpu}
 rm -rf "$target"
 mkdir -p "$target/bin" "$target/lib/capstan/plugins"
-for program in capstan gpu_ops gpu_ranks gpu_bench capstan_gpu_kernels; do
+for program in capstan gpu_ops gpu_ranks capstan_gpu_kernels; do
   [ -e "$build/bin/$program" ] && cp "$build/bin/$program" "$target/bin/"
 done
 cp -L "$build"/lib/libcapstan.so.0 "$build"/lib/libcapstan_cuda.so "$target/lib/"
 [ -e "$build/lib/libcapstan_nccl.so" ] && cp -L "$build/lib/libcapstan_nccl.so" "$target/lib/"
 cp -L "$build"/lib/capstan/plugins/*.so "$target/lib/capstan/plugins/"
+mkdir -p "$target/share/capstan" && cp -rL "$build/share/capstan/bench" "$target/share/capstan/"
 strip --strip-unneeded "$target"/bin/* "$target"/lib/*.so* "$target"/lib/capstan/plugins/*.so
 for file in "$target"/bin/* "$target"/lib/*.so* "$target"/lib/capstan/plugins/*.so; do
   LD_LIBRARY_PATH=$target/lib ldd "$file" | awk '$3 ~ /^\// {print $3}'

@@ -1,57 +1,99 @@
 #!/usr/bin/env bash
-# Everything that needs an NVIDIA GPU, in one command: the ops' own tests with the GPU as the device, the kernels' tests, training
-# against the CPU, the same bits twice, a checkpoint across devices, and the first measurements. Ends with one table.
-#   tests/gpu/run.sh [--carried FOLDER] [PART...]      parts: ops kernels train graphs ranks speed; all by default, each under 10 minutes
-# Without --carried it builds into build-gpu. CUDA's libraries are looked for where pip and the toolkit put them.
+# Everything that needs an NVIDIA GPU, in one command: the ops' own tests with the GPU as the device, the kernels' tests, both
+# under compute-sanitizer, training against the CPU, the same bits twice, checkpoints across devices, and every measurement,
+# beside PyTorch's where that is installed. Ends with one table; exit code 1 when anything failed.
+#   tests/gpu/run.sh [--carried FOLDER] [--python PYTHON] [PART...]
+# Parts (all by default; each ends within 10 minutes): the functions part_* below, in their order. Without --carried it builds
+# into build-gpu. CUDA's libraries are looked for where pip and the toolkit put them; PYTHON is one that has PyTorch.
 set -uo pipefail
-cd "$(dirname "$0")/../.."
+self=$(realpath "$0")
+cd "$(dirname "$self")/../.."
 root=$PWD
+every_part=$(sed -n 's/^part_\([a-z0-9_]*\)().*/\1/p' "$self")
 carried=
-[ "${1:-}" = --carried ] && { carried=$(realpath "$2"); shift 2; }
-parts=${*:-ops kernels train graphs ranks speed}
-if [ -n "$carried" ]; then
-  home=$carried
-else
-  cmake -S . -B build-gpu -DCAPSTAN_CUDA=ON >/dev/null && cmake --build build-gpu -j "$(nproc)" || exit 1
-  home=$root/build-gpu
-fi
-folders=$home/lib
-for name in libcublasLt.so.13 libcudnn.so.9 libnccl.so.2; do
-  for place in $(python3 -c 'import site; print(*site.getsitepackages())' 2>/dev/null) /usr/local/cuda/lib64 /usr/lib/x86_64-linux-gnu; do
-    found=$(find -L "$place" -maxdepth 4 -name "$name" -printf '%h\n' 2>/dev/null | head -1)
-    [ -n "$found" ] && { folders=$folders:$found; break; }
-  done
+python=python3
+while :; do
+  case ${1:-} in
+    --carried) carried=$(realpath "$2"); shift 2 ;;
+    --python) python=$2; shift 2 ;;
+    *) break ;;
+  esac
 done
-export LD_LIBRARY_PATH=$folders OMP_WAIT_POLICY=passive
+parts=${*:-$every_part}
+for part in $parts; do
+  grep -qx "$part" <<<"$every_part" || { echo "there is no part '$part': expected one of" $every_part >&2; exit 2; }
+done
 out=${OUT:-$root/build-gpu/out}
 mkdir -p "$out" build-gpu/data
 table=$out/table.txt
 : >"$table"
+if [ -n "$carried" ]; then
+  home=$carried
+else
+  home=$root/build-gpu
+  begin=$SECONDS
+  cmake -S . -B build-gpu -DCAPSTAN_CUDA=ON >"$out/build.log" 2>&1 && cmake --build build-gpu -j "$(nproc)" >>"$out/build.log" 2>&1 ||
+    { tail -40 "$out/build.log"; exit 1; }
+  echo "built in $((SECONDS - begin)) s on $(nproc) cores" | tee -a "$table"
+fi
+capstan=$home/bin/capstan
+folders=$home/lib
+for name in libcublasLt.so.13 libcudnn.so.9 libnccl.so.2; do
+  for place in $("$python" -c 'import site; print(*site.getsitepackages())' 2>/dev/null) $(python3 -c 'import site; print(*site.getsitepackages())' 2>/dev/null) \
+    /usr/local/cuda/lib64 /usr/lib/x86_64-linux-gnu; do
+    found=$(find -L "$place" -maxdepth 4 -name "$name" -printf '%h\n' 2>/dev/null | head -1)
+    [ -n "$found" ] && { folders=$folders:$found; break; }
+  done
+done
+export LD_LIBRARY_PATH=$folders${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} OMP_WAIT_POLICY=passive
 work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
 failed=0
+part_begin=0
 
-line() { printf '%-46s %s\n' "$1" "$2" | tee -a "$table"; }
+line() { printf '%-58s %s\n' "$1" "$2" | tee -a "$table"; }
+# Seconds that this part may still take, at most $1.
+within() {
+  local left=$((590 - (SECONDS - part_begin)))
+  [ "$left" -lt 1 ] && left=1
+  echo $(($1 < left ? $1 : left))
+}
 
-# check NAME COMMAND...: one line of the table; the log is kept.
+# check NAME SECONDS COMMAND...: one line of the table; the log is kept. After SECONDS it has failed.
 check() {
-  local name=$1 log begin=$SECONDS
-  shift
-  log=$out/$(echo "$name" | tr -c 'a-zA-Z0-9\n' _).log
-  if "$@" >"$log" 2>&1; then
+  local name=$1 seconds=$2 log begin=$SECONDS code
+  shift 2
+  log=$out/$(echo "$part $name" | tr -c 'a-zA-Z0-9\n' _).log
+  limited "$(within "$seconds")" "$@" >"$log" 2>&1
+  code=$?
+  if [ $code = 0 ]; then
     line "$name" "pass  $((SECONDS - begin)) s  $(tail -1 "$log" | cut -c1-150)"
   else
-    line "$name" "FAIL  $((SECONDS - begin)) s"
-    grep -aE 'FAILED|Error|error|\[[a-z_ ]+\]|element|over' "$log" | head -30
+    line "$name" "FAIL  $((SECONDS - begin)) s$([ $code = 124 ] && echo ', out of time')"
+    grep -aE 'FAILED|Error|error|\[[a-z_ ]+\]|element|over|ERROR SUMMARY' "$log" | head -30
     tail -3 "$log"
     failed=1
   fi
 }
+# A program or one of the functions here, ended after the seconds.
+limited() {
+  local seconds=$1
+  shift
+  if [ "$(type -t "$1")" = function ]; then limit=$seconds "$@"; else timeout "$seconds" "$@"; fi
+}
+# measure SECONDS COMMAND...: its output is part of the table; after SECONDS it has failed.
+measure() {
+  local seconds
+  seconds=$(within "$1")
+  shift
+  timeout "$seconds" "$@" 2>&1 | tee -a "$table"
+  [ "${PIPESTATUS[0]}" = 0 ] || { line "$*" "FAIL"; failed=1; }
+}
 
-capstan=$home/bin/capstan
 train() { # RECIPE FOLDER DEVICE overrides...
   local recipe=$1 folder=$2 device=$3
   shift 3
-  "$capstan" train "tests/gpu/$recipe.yaml" "run.device=$device" "run.dir=$work/$folder" run.threads=8 "$@"
+  timeout "${limit:-120}" "$capstan" train "tests/gpu/$recipe.yaml" "run.device=$device" "run.dir=$work/$folder" run.threads=8 "$@"
 }
 # Several ranks of this machine, started as torchrun would: no mpirun is needed.
 ranks() { # COUNT RECIPE FOLDER overrides...
@@ -59,16 +101,12 @@ ranks() { # COUNT RECIPE FOLDER overrides...
   shift 3
   for ((r = 0; r < count; ++r)); do
     RANK=$r LOCAL_RANK=$r WORLD_SIZE=$count LOCAL_WORLD_SIZE=$count MASTER_ADDR=localhost MASTER_PORT=$port \
-      timeout 120 "$capstan" train "tests/gpu/$recipe.yaml" run.device=cuda "run.dir=$work/$folder" run.threads=2 "$@" &
+      timeout "${limit:-120}" "$capstan" train "tests/gpu/$recipe.yaml" run.device=cuda "run.dir=$work/$folder" run.threads=2 "$@" &
     jobs+=($!)
   done
   for r in "${jobs[@]}"; do wait "$r" || code=1; done
   return $code
 }
-compared() { # MODE A B
-  python3 tests/gpu/compare.py "$1" "$work/$2" "$work/$3"
-}
-
 refused() { # TEXT COMMAND...: it must fail and say so
   local text=$1 said
   shift
@@ -76,99 +114,135 @@ refused() { # TEXT COMMAND...: it must fail and say so
   echo "$said"
   echo "$said" | grep -q "$text"
 }
+compared() { # MODE A B
+  python3 tests/gpu/compare.py "$1" "$work/$2" "$work/$3"
+}
+sanitized() { # TOOL PROGRAM...: kernels of NVIDIA's own libraries are theirs
+  local tool=$1
+  shift
+  timeout "${limit:-300}" compute-sanitizer --tool "$tool" --kernel-name-exclude kernel_substring=nvjet --kernel-name-exclude kernel_substring=cudnn \
+    --kernel-name-exclude kernel_substring=cutlass --error-exitcode 9 "$@"
+}
+has_sanitizer() {
+  command -v compute-sanitizer >/dev/null && return 0
+  line "$1" "not run: there is no compute-sanitizer"
+  return 1
+}
 
-nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader | tee -a "$table"
+part_ops() {
+  check "every op against f64, twice the same bits" 500 "$home/bin/gpu_ops" '--gtest_filter=*OpTest*:Gpu*.*' --gtest_brief=1
+}
 
-for part in $parts; do
-  case $part in
-    ops)
-      check "every op against f64, twice the same bits" timeout 420 "$home/bin/gpu_ops" '--gtest_filter=*OpTest*:Gpu*.*' --gtest_brief=1
-      ;;
-    kernels)
-      check "kernels over odd shapes" timeout 300 "$home/bin/capstan_gpu_kernels" test
-      if command -v compute-sanitizer >/dev/null; then
-        check "kernels under memcheck" timeout 240 compute-sanitizer --tool memcheck --error-exitcode 9 "$home/bin/capstan_gpu_kernels" test rows
+part_kernels() {
+  check "kernels over odd shapes, poisoned, twice the same bits" 500 "$home/bin/capstan_gpu_kernels" test
+}
+
+part_memcheck() {
+  has_sanitizer "memcheck" || return
+  check "kernels under memcheck" 280 sanitized memcheck "$home/bin/capstan_gpu_kernels" small
+  check "ops under memcheck" 300 sanitized memcheck "$home/bin/gpu_ops" '--gtest_filter=Attention*:CrossEntropy*:Norm*:Embedding*:Reduce*:Gpu*.*' --gtest_brief=1
+}
+
+part_racecheck() {
+  has_sanitizer "racecheck" || return
+  check "kernels under racecheck" 550 sanitized racecheck "$home/bin/capstan_gpu_kernels" small
+}
+
+part_train() {
+  local recipe type
+  for recipe in gpt llama; do
+    for type in f32 bf16; do
+      check "train $recipe $type on the CPU" 120 train $recipe "$recipe-$type-cpu" cpu precision.compute=$type
+      check "train $recipe $type on the GPU" 60 train $recipe "$recipe-$type-gpu" cuda precision.compute=$type
+      check "  50 losses beside the CPU's" 20 compared near "$recipe-$type-cpu" "$recipe-$type-gpu"
+      check "  again on the GPU" 60 train $recipe "$recipe-$type-again" cuda precision.compute=$type
+      check "  the same bits" 20 compared same "$recipe-$type-gpu" "$recipe-$type-again"
+    done
+  done
+}
+
+part_train_fp8() {
+  local recipe linear
+  for recipe in gpt llama; do
+    # mxfp8 where the chip has block scales: elsewhere the recipe must be refused.
+    for linear in fp8 mxfp8; do
+      if [ $linear = mxfp8 ] && [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | cut -d. -f1)" -lt 10 ]; then
+        check "train $recipe mxfp8 is refused" 30 refused "need 10.0" train $recipe "$recipe-mxfp8-gpu" cuda precision.compute=bf16 precision.linear=mxfp8
+        continue
       fi
-      ;;
-    train)
-      for recipe in gpt llama; do
-        for type in f32 bf16; do
-          check "train $recipe $type on the CPU" train $recipe "$recipe-$type-cpu" cpu precision.compute=$type
-          check "train $recipe $type on the GPU" train $recipe "$recipe-$type-gpu" cuda precision.compute=$type
-          check "  50 losses beside the CPU's" compared near "$recipe-$type-cpu" "$recipe-$type-gpu"
-          check "  again on the GPU" train $recipe "$recipe-$type-again" cuda precision.compute=$type
-          check "  the same bits" compared same "$recipe-$type-gpu" "$recipe-$type-again"
-        done
-        # mxfp8 where the chip has block scales: elsewhere the recipe must be refused.
-        for linear in fp8 mxfp8; do
-          if [ $linear = mxfp8 ] && [ "$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | cut -d. -f1)" -lt 10 ]; then
-            check "train $recipe mxfp8 is refused" refused "need 10.0" train $recipe "$recipe-mxfp8-gpu" cuda precision.compute=bf16 precision.linear=mxfp8
-            continue
-          fi
-          check "train $recipe $linear on the CPU" train $recipe "$recipe-$linear-cpu" cpu precision.compute=bf16 precision.linear=$linear
-          check "train $recipe $linear on the GPU" train $recipe "$recipe-$linear-gpu" cuda precision.compute=bf16 precision.linear=$linear
-          check "  50 losses beside the CPU's" compared near "$recipe-$linear-cpu" "$recipe-$linear-gpu"
-          check "  again on the GPU" train $recipe "$recipe-$linear-again" cuda precision.compute=bf16 precision.linear=$linear
-          check "  the same bits" compared same "$recipe-$linear-gpu" "$recipe-$linear-again"
-        done
+      check "train $recipe $linear on the CPU" 120 train $recipe "$recipe-$linear-cpu" cpu precision.compute=bf16 precision.linear=$linear
+      check "train $recipe $linear on the GPU" 60 train $recipe "$recipe-$linear-gpu" cuda precision.compute=bf16 precision.linear=$linear
+      check "  50 losses beside the CPU's" 20 compared near "$recipe-$linear-cpu" "$recipe-$linear-gpu"
+      check "  again on the GPU" 60 train $recipe "$recipe-$linear-again" cuda precision.compute=bf16 precision.linear=$linear
+      check "  the same bits" 20 compared same "$recipe-$linear-gpu" "$recipe-$linear-again"
+    done
+  done
+}
+
+part_graphs() {
+  local recipe type graphs
+  for recipe in gpt llama; do
+    for type in f32 bf16; do
+      for graphs in off on; do
+        check "train $recipe $type, cuda_graphs $graphs" 60 train $recipe "graphs-$recipe-$type-$graphs" cuda precision.compute=$type run.cuda_graphs=$graphs
       done
-      check "checkpoint of the GPU, 30 steps" train gpt across cuda train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
-      rm -rf "$work/across/checkpoints/step_000050"* "$work/across/checkpoints/LATEST"
-      check "  continued on the CPU" train gpt across cpu train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
-      check "checkpoint of the CPU, 30 steps" train gpt back cpu train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
-      rm -rf "$work/back/checkpoints/step_000050"* "$work/back/checkpoints/LATEST"
-      check "  continued on the GPU" train gpt back cuda train.steps=50 checkpoint.every_steps=30 schedule.decay=constant
-      check "  both beside each other" compared near across back
-      ;;
-    graphs)
-      for recipe in gpt llama; do
-        for type in f32 bf16; do
-          for graphs in off on; do
-            check "train $recipe $type, cuda_graphs $graphs" train $recipe "graphs-$recipe-$type-$graphs" cuda precision.compute=$type run.cuda_graphs=$graphs
-          done
-          check "  the same bits" compared same "graphs-$recipe-$type-off" "graphs-$recipe-$type-on"
-        done
+      check "  the same bits" 20 compared same "graphs-$recipe-$type-off" "graphs-$recipe-$type-on"
+    done
+  done
+  check "timed products" 90 train gpt tuned-1 cuda precision.compute=bf16 run.gemm_choice=tuned "run.gemm_file=$work/products.txt"
+  check "timed products, read" 60 train gpt tuned-2 cuda precision.compute=bf16 run.gemm_choice=tuned "run.gemm_file=$work/products.txt"
+  check "  the same bits" 20 compared same tuned-1 tuned-2
+}
+
+part_ranks() {
+  local gpus way n axis
+  gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
+  check "collectives and meshes, ranks as threads" 300 "$home/bin/gpu_ranks" --gtest_brief=1
+  check "one rank" 60 train gpt ranks_one cuda
+  for way in staged nccl; do
+    for n in 2 4; do
+      [ $way = nccl ] && [ "$gpus" -lt "$n" ] && { line "$n ranks over $way" "not run: it wants $n GPUs, here are $gpus"; continue; }
+      for axis in shard tensor pp; do
+        check "$n ranks along $axis over $way" 120 ranks "$n" gpt "$way-$axis-$n" "mesh.$axis=$n" mesh.gpu_communication=$way data.micro_batch=2
+        check "  50 losses beside one rank's" 20 compared near ranks_one "$way-$axis-$n"
       done
-      check "timed products" train gpt tuned-1 cuda precision.compute=bf16 run.gemm_choice=tuned "run.gemm_file=$work/products.txt"
-      check "timed products, read" train gpt tuned-2 cuda precision.compute=bf16 run.gemm_choice=tuned "run.gemm_file=$work/products.txt"
-      check "  the same bits" compared same tuned-1 tuned-2
-      for recipe in gpt2_124m llama_1b; do
-        for words in "run.cuda_graphs=off" "run.cuda_graphs=on" "run.cuda_graphs=on run.gemm_choice=tuned run.gemm_file=$work/bench.txt"; do
-          echo "== $recipe $words" | tee -a "$table"
-          # shellcheck disable=SC2086
-          timeout 150 "$capstan" bench "tests/gpu/$recipe.yaml" $words 2>&1 | tee -a "$table"
-        done
-      done
-      ;;
-    ranks)
-      check "collectives and meshes, ranks as threads" timeout 300 "$home/bin/gpu_ranks" --gtest_brief=1
-      check "one rank" train gpt ranks_one cuda
-      gpus=$(nvidia-smi --query-gpu=index --format=csv,noheader | wc -l)
-      for way in staged nccl; do
-        for n in 2 4; do
-          [ $way = nccl ] && [ "$gpus" -lt "$n" ] && { line "$n ranks over $way" "not run: it wants $n GPUs, here are $gpus"; continue; }
-          for axis in shard tensor pp; do
-            check "$n ranks along $axis over $way" ranks "$n" gpt "$way-$axis-$n" "mesh.$axis=$n" mesh.gpu_communication=$way data.micro_batch=2
-            check "  50 losses beside one rank's" compared near ranks_one "$way-$axis-$n"
-          done
-        done
-      done
-      ;;
-    speed)
-      timeout 120 "$home/bin/gpu_bench" 2>&1 | tee -a "$table"
-      timeout 120 "$home/bin/capstan_gpu_kernels" bench 2>&1 | tee -a "$table"
-      for recipe in gpt2_124m llama_1b gpt2_1558m; do
-        echo "== $recipe" | tee -a "$table"
-        timeout 150 "$capstan" bench "tests/gpu/$recipe.yaml" 2>&1 | tee -a "$table"
-        timeout 150 "$capstan" bench "tests/gpu/$recipe.yaml" precision.linear=fp8 2>&1 | tee -a "$table"
-      done
-      echo "== gpt2_124m by op" | tee -a "$table"
-      timeout 100 "$capstan" bench tests/gpu/gpt2_124m.yaml --profile 2>&1 | tee -a "$table"
-      ;;
-    *) echo "there is no part '$part': ops kernels train graphs ranks speed"; exit 2 ;;
-  esac
+    done
+  done
+}
+
+part_checkpoints() {
+  local words="train.steps=50 checkpoint.every_steps=30 schedule.decay=constant"
+  check "checkpoint of the GPU, 30 steps" 60 train gpt across cuda $words
+  rm -rf "$work/across/checkpoints/step_000050"* "$work/across/checkpoints/LATEST"
+  check "  continued on the CPU" 120 train gpt across cpu $words
+  check "checkpoint of the CPU, 30 steps" 120 train gpt back cpu $words
+  rm -rf "$work/back/checkpoints/step_000050"* "$work/back/checkpoints/LATEST"
+  check "  continued on the GPU" 60 train gpt back cuda $words
+  check "  both beside each other" 20 compared near across back
+}
+
+part_speed() {
+  measure 300 "$capstan" bench gpu --part kernels --part products --part attention
+  measure 150 "$home/bin/capstan_gpu_kernels" bench
+  measure 100 "$capstan" bench "$home/share/capstan/bench/gpt2_124m.yaml" run.device=cuda --profile
+}
+
+steps_of() { # MODEL...
+  local model words=()
+  for model in "$@"; do words+=(--recipe "$home/share/capstan/bench/$model.yaml"); done
+  [ "$python" = python3 ] || words+=(--python "$python")
+  measure 590 "$capstan" bench gpu --part steps --seconds 140 "${words[@]}"
+}
+part_steps_gpt2() { steps_of gpt2_124m gpt2_1558m; }
+part_steps_llama() { steps_of qwen2_5_0_5b qwen2_5_1_5b; }
+part_steps_8b() { steps_of llama3_8b_8_layers; }
+
+nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>&1 | tee -a "$table"
+for part in $parts; do
+  part_begin=$SECONDS
+  echo "== $part" | tee -a "$table"
+  "part_$part"
 done
-rm -rf "$work"
 echo "---- table"
 cat "$table"
 exit $failed

@@ -1,4 +1,5 @@
-// `capstan bench RECIPE`: the speed of a recipe's training step on this machine, against the machine's limit.
+// `capstan bench RECIPE`: the speed of a recipe's training step on this machine, against the machine's limit. `bench gpu`
+// is a command of its own below it.
 #include "program/commands.h"
 
 #include "train/estimate.h"
@@ -146,7 +147,9 @@ void bench(const Program& program, const Words& words) {
                              {"peak_share", rate / peak},
                              {"precision", train::describe_precision(*session)},
                              {"peak_rss_mib", usage.ru_maxrss / 1024},
-                             {"tensor_peak_mib", device.bytes_peak() >> 20}};
+                             {"tensor_peak_mib", device.bytes_peak() >> 20},
+                             {"reserved_mib", device.bytes_reserved() >> 20},
+                             {"recipe_options", nlohmann::ordered_json::parse(to_json(session->options()))}};
     if (ahead) j["host_ms"] = 1e3 * median(ahead->host), j["busy_share"] = ahead->busy, j["recorded"] = ahead->recorded;
     fmt::print("{}\n", j.dump());
   } else {
@@ -183,13 +186,18 @@ void bench(const Program& program, const Words& words) {
 void add_bench(CLI::App& app, Program& program) {
   CLI::App* command = app.add_subcommand("bench", "Measure a recipe's training step on random tokens against the matrix rate of this machine");
   auto words = std::make_shared<Words>();
-  command->add_option("recipe", words->recipe, "YAML file")->required();
+  command->add_option("recipe", words->recipe, "YAML file; or the word gpu: everything that a GPU does, see bench gpu --help");
   command->add_option("overrides", words->overrides, "key.path=value");
   command->add_option("--steps", words->steps, "steps that count")->check(CLI::PositiveNumber)->capture_default_str();
   command->add_option("--warmup", words->warmup, "steps before them")->check(CLI::NonNegativeNumber)->capture_default_str();
   command->add_flag("--profile", words->profile, "time each op");
   command->add_flag("--json", words->json, "one JSON line");
-  command->callback([words, &program] { bench(program, *words); });
+  add_bench_gpu(*command, program);
+  command->callback([words, command, &program] {
+    if (!command->get_subcommands().empty()) return;
+    if (words->recipe.empty()) fail(Fault::input, "command line", "bench: expected a recipe (a YAML file), or the word gpu");
+    bench(program, *words);
+  });
 }
 
 }  // namespace capstan::program

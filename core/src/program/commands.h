@@ -23,6 +23,7 @@ void add_plugin(CLI::App& app, Program& program);      // plugin list|info|new
 void add_data(CLI::App& app, Program& program);        // data build|info
 void add_checkpoint(CLI::App& app, Program& program);  // checkpoint info|verify
 void add_bench(CLI::App& app, Program& program);
+void add_bench_gpu(CLI::App& bench, Program& program);  // bench gpu
 
 /// `train RECIPE overrides...` over ranks of this machine.
 launch::Job training_job(const std::string& executable, int ranks, const std::string& recipe, const std::vector<std::string>& overrides);

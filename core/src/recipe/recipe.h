@@ -47,6 +47,9 @@ enum class Origins : bool { hide, show };
 CAPSTAN_API std::string to_yaml(const Options& options, Origins origins = Origins::hide);
 CAPSTAN_API std::string to_yaml(const Recipe& recipe, Origins origins = Origins::hide);
 
+/// The same options as one JSON object; an optional one that was not given is null.
+CAPSTAN_API std::string to_json(const Options& options);
+
 /// xxh3 of to_yaml(), 16 hexadecimal digits. Comments, order and spelling in the files do not change it; a value does.
 CAPSTAN_API std::string recipe_digest(const Options& options);
 

@@ -143,7 +143,6 @@ void test_rows(Context& ctx, bool small);
 void test_scores(Context& ctx, bool small);
 void test_attention(Context& ctx, bool small);
 void test_fp8(Context& ctx, bool small);
-void bench_rows(Context& ctx, double copy_rate);
 void bench_attention(Context& ctx);
 
 }  // namespace gpu_test

@@ -1,4 +1,5 @@
-// capstan_gpu_kernels test|bench [rows|attention]: the CUDA kernels against f64 references, and their speed.
+// capstan_gpu_kernels test|small [rows|attention]: the CUDA kernels against f64 references, over many shapes, or a few small
+// ones for slow tools. capstan_gpu_kernels bench: attention's own kernels beside cuDNN's (`capstan bench gpu` has the rest).
 #include "harness.h"
 
 #include <algorithm>
@@ -27,19 +28,6 @@ double median_seconds(Context& ctx, int repeats, const std::function<void(int)>&
   return times[times.size() / 2] * 1e-3;
 }
 
-namespace {
-
-double copy_rate(Context& ctx) {
-  const std::size_t bytes = std::size_t{2} << 30;
-  void *a = nullptr, *b = nullptr;
-  check(cudaMalloc(&a, bytes), "copy"), check(cudaMalloc(&b, bytes), "copy");
-  check(cudaMemset(a, 0x3c, bytes), "copy");
-  const double s = median_seconds(ctx, 20, [&](int) { check(cudaMemcpyAsync(b, a, bytes, cudaMemcpyDeviceToDevice, ctx.stream()), "copy"); });
-  cudaFree(a), cudaFree(b);
-  return 2.0 * static_cast<double>(bytes) / s;
-}
-
-}  // namespace
 }  // namespace gpu_test
 
 int main(int argc, char** argv) {
@@ -47,16 +35,13 @@ int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "test", part = argc > 2 ? argv[2] : "all";
   try {
     Context ctx(0);
-    if (mode == "test") {
-      if (part != "attention") test_rows(ctx, false), test_scores(ctx, false), test_fp8(ctx, false);
-      if (part != "rows") test_attention(ctx, false);
+    if (mode == "test" || mode == "small") {
+      if (part != "attention") test_rows(ctx, mode == "small"), test_scores(ctx, mode == "small"), test_fp8(ctx, mode == "small");
+      if (part != "rows") test_attention(ctx, mode == "small");
       std::printf("%d checks passed, %d failed\n", passes, failures);
       return failures == 0 ? 0 : 1;
     }
-    const double rate = copy_rate(ctx);
-    std::printf("copy bandwidth, read and written: %.0f GB/s\n", rate * 1e-9);
-    if (part != "attention") bench_rows(ctx, rate);
-    if (part != "rows") bench_attention(ctx);
+    bench_attention(ctx);
   } catch (const std::exception& e) {
     std::printf("FAIL %s\n", e.what());
     return 2;
