@@ -3,8 +3,7 @@
 
 #include "mesh/mesh.h"
 #include "ops/linear_fp8.h"
-#include "parallel/context_cut.h"
-#include "parallel/rows.h"
+#include "parallel/meta_batch.h"
 #include "plan/paper_world.h"
 #include "train/estimate.h"
 
@@ -15,33 +14,6 @@
 #include <utility>
 
 namespace capstan::plan {
-
-namespace {
-
-/// `samples` sequences of `length` tokens, or this rank's chunks of them.
-Batch meta_batch(Device& device, std::int64_t samples, std::int64_t length, int context, int tensor) {
-  Space space;
-  for (std::int64_t s = 0; s <= samples; ++s) space.host_starts.push_back(static_cast<std::int32_t>(s * length));
-  space.capacity = parallel::padded_rows(samples * length, tensor), space.longest = length;
-  if (context > 1) {
-    space.cut = parallel::cut_sequences(space.host_starts, samples * length, context, 0, tensor);
-    space.host_starts = space.cut->local_starts, space.capacity = space.cut->capacity;
-  }
-  const std::int64_t rows = space.capacity;
-  space.past.assign(static_cast<std::size_t>(samples), 0);
-  space.starts = Tensor::empty(Dims{samples + 1}, DType::i32, device);
-  space.positions = Tensor::empty(Dims{rows}, DType::i32, device);
-  space.sample_ids = Tensor::empty(Dims{rows}, DType::i64, device);
-  Batch batch;
-  batch.spaces.push_back(std::move(space));
-  batch.set("tokens", Tensor::empty(Dims{rows}, DType::i32, device));
-  batch.set("targets", Tensor::empty(Dims{rows}, DType::i32, device));
-  batch.set("weight", Tensor::empty(Dims{rows}, DType::f32, device));
-  batch.step_weight = static_cast<double>(rows);
-  return batch;
-}
-
-}  // namespace
 
 Profile profile_model(const ModelMaker& make, const Setting& setting) {
   const std::shared_ptr<Device> meta = make_meta_device();
@@ -75,7 +47,7 @@ Profile profile_model(const ModelMaker& make, const Setting& setting) {
   }
 
   const std::int64_t weights = meta->bytes_held();
-  const Batch batch = meta_batch(*meta, setting.micro, setting.length, context, tensor);
+  const Batch batch = parallel::meta_batch(*meta, setting.micro, setting.length, context, tensor);
   profile.rows = static_cast<double>(batch.space().capacity);
   profile.base = meta->bytes_held() - weights;
   ForwardContext run(batch, *meta, options.compute);

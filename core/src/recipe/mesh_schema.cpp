@@ -73,7 +73,7 @@ Schema mesh_schema() {
   s.number("timeout_seconds", 60, "how long a rank is waited for before the job ends with its name")
       .in("seconds")
       .range(0.1, 86400);
-  s.integer("check_every", 100, "compare the parameters that ranks should hold alike every so many steps; 0: never")
+  s.integer("check_every", 100, "compare the parameters that ranks should hold alike every so many steps and before each save; 0: never")
       .in("steps")
       .at_least(0);
   s.group("pipeline", pipeline_group(), "how microbatches go through the stages when pp > 1");

@@ -1,32 +1,12 @@
 #include "train/estimate.h"
 
+#include "parallel/meta_batch.h"
+
 #include <algorithm>
 #include <filesystem>
 #include <string>
 
 namespace capstan::train {
-
-namespace {
-
-Batch meta_batch(Device& device, std::int64_t samples, std::int64_t length) {
-  const std::int64_t rows = samples * length;
-  Space space;
-  space.capacity = rows, space.longest = length;
-  for (std::int64_t s = 0; s <= samples; ++s) space.host_starts.push_back(static_cast<std::int32_t>(s * length));
-  space.past.assign(static_cast<std::size_t>(samples), 0);
-  space.starts = Tensor::empty(Dims{samples + 1}, DType::i32, device);
-  space.positions = Tensor::empty(Dims{rows}, DType::i32, device);
-  space.sample_ids = Tensor::empty(Dims{rows}, DType::i64, device);
-  Batch batch;
-  batch.spaces.push_back(std::move(space));
-  batch.set("tokens", Tensor::empty(Dims{rows}, DType::i32, device));
-  batch.set("targets", Tensor::empty(Dims{rows}, DType::i32, device));
-  batch.set("weight", Tensor::empty(Dims{rows}, DType::f32, device));
-  batch.step_weight = static_cast<double>(rows);
-  return batch;
-}
-
-}  // namespace
 
 bool saves_from_a_copy(const Options& options) {
   const Options& c = options.group("checkpoint");
@@ -65,7 +45,7 @@ Estimate estimate_step(const Session& session) {
   if (saves_from_a_copy(session.options()))
     for (const NamedTensor& t : engine.tensors(true)) e.staging_bytes += t.value.bytes();
   e.sampling_bytes = sampled_tokens(session) * state_bytes_per_token(engine.model(), options.compute);
-  const Batch batch = meta_batch(*meta, micro, length);
+  const Batch batch = parallel::meta_batch(*meta, micro, length);
   meta->reset_peak();
   meta->record(true);
   engine.forward_backward(batch, 1);
@@ -81,7 +61,7 @@ Estimate estimate_step(const Session& session) {
     plain.recompute = false;
     const std::shared_ptr<Device> again = make_meta_device();
     Engine straight(session.make_model(), again, plain);
-    const Batch b = meta_batch(*again, micro, length);
+    const Batch b = parallel::meta_batch(*again, micro, length);
     again->record(true);
     straight.forward_backward(b, 1);
     e.model_flop_per_token = again->total_cost().flop / static_cast<double>(micro * length);

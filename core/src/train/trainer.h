@@ -1,5 +1,6 @@
 // defines: Trainer: the loop, on one screen (Trainer::run), and what it calls.
 #pragma once
+#include "checkpoint/loader.h"
 #include "checkpoint/saver.h"
 #include "data/loader.h"
 #include "optim/schedule.h"
@@ -80,8 +81,10 @@ class CAPSTAN_API Trainer {
   void sample();
   void write_sample();
   void save();
+  void check_replicas();
   void poll_saver();
   void resume();
+  std::optional<checkpoint::Loaded> load(checkpoint::OnDamage on_damage, const std::function<void(const std::string&)>& report);
   void roll_back(const std::string& why);
   void print_header();
   void finish(int signal);
@@ -110,6 +113,7 @@ class CAPSTAN_API Trainer {
   double spike_mean_ = 0, spike_square_ = 0;
   std::int64_t spike_count_ = 0, refused_in_a_row_ = 0, refused_step_ = 0;
   bool save_due_ = false;  // by rank 0's clock
+  std::int64_t checked_step_ = -1;
   bool bigram_asked_ = false;
   std::optional<double> bigram_, validation_;  // bigram_: on rank 0
   std::chrono::steady_clock::time_point last_save_, started_, last_result_;

@@ -82,14 +82,8 @@ void Trainer::watch_spikes(const StepResult& r) {
 }
 
 void Trainer::after_step(const StepResult&) {
-  const std::int64_t check = session_->options().group("mesh").integer("check_every");
-  if (session_->mesh && check > 0 && step_ % check == 0) {
-    const std::string difference = session_->engine->disagreement();
-    if (!difference.empty())
-      fail(Fault::runtime, "train", fmt::format("step {}: {}: memory or a message was damaged since step {}; nothing of this step is saved. "
-                                                "Start again: the run goes on from its newest checkpoint. When it comes back, take that rank's host out",
-                                                step_, difference, step_ - check));
-  }
+  const std::int64_t every = session_->options().group("mesh").integer("check_every");
+  if (every > 0 && step_ % every == 0) check_replicas();
   const Options& train = session_->options().group("train");
   const Options& c = session_->options().group("checkpoint");
   const auto due = [&](std::int64_t every) { return every > 0 && step_ % every == 0; };
@@ -104,6 +98,17 @@ bool Trainer::due_after(std::int64_t step) const {
   const Options& train = session_->options().group("train");
   const auto due = [&](std::int64_t every) { return every > 0 && step % every == 0; };
   return due(train.integer("validate_every")) || due(train.integer("sample_every")) || due(session_->options().group("checkpoint").integer("every_steps")) || save_due_;
+}
+
+/// Ends the job when ranks that should hold the same parameters do not.
+void Trainer::check_replicas() {
+  if (!session_->mesh || checked_step_ == step_) return;
+  checked_step_ = step_;
+  const std::string difference = session_->engine->disagreement();
+  if (!difference.empty())
+    fail(Fault::runtime, "train", fmt::format("step {}: {}: memory or a message was damaged. What was saved was compared before it was saved, so start "
+                                              "again: the run goes on from its newest checkpoint. When it comes back, take that rank's host out",
+                                              step_, difference));
 }
 
 void Trainer::validate() {
@@ -167,6 +172,7 @@ void Trainer::write_sample() {
 
 void Trainer::save() {
   if (saved_step_ == step_) return;
+  if (session_->options().group("mesh").integer("check_every") > 0) check_replicas();  // a checkpoint of one replica stands for all
   saver_->wait();
   poll_saver();  // of the save before: what is heard from here on is this one's
   checkpoint::RunState state;

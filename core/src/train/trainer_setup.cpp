@@ -122,6 +122,27 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
 
 Trainer::~Trainer() = default;
 
+/// The newest good checkpoint into the engine, on all ranks the same one; nothing when there is none.
+std::optional<checkpoint::Loaded> Trainer::load(checkpoint::OnDamage on_damage, const std::function<void(const std::string&)>& report) {
+  const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
+  checkpoint::LoadOptions options;
+  options.elsewhere = session_->engine->names(true);
+  HostMemory host;
+  auto loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors, host), format_maker(*session_->host), on_damage, report, options);
+  if (session_->mesh) {  // all ranks read the same files: they came to the same step, or one of them reads badly
+    std::int64_t steps[2] = {loaded ? loaded->step : -1, loaded ? -loaded->step : 1};
+    session_->mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(steps, 2, DType::i64, Reduction::max).wait();
+    if (steps[0] != -steps[1])
+      fail(Fault::runtime, folder_.checkpoints(), fmt::format("ranks read different checkpoints, of steps {} to {}: is the folder on a file system that every host "
+                                                              "shares? Some rank's log names what is damaged", -steps[1], steps[0]));
+  }
+  if (!loaded) return loaded;
+  to_device(tensors, host);
+  session_->engine->publish();
+  checked_step_ = -1;
+  return loaded;
+}
+
 void Trainer::resume() {
   const Options& run = session_->options().group("run");
   const std::string& mode = run.text("resume");
@@ -130,27 +151,13 @@ void Trainer::resume() {
     folder_.log(line);
   };
   std::optional<checkpoint::Loaded> loaded;
-  if (mode != "never") {
-    const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
-    const auto on_damage = session_->options().group("checkpoint").text("on_damage") == "stop" ? checkpoint::OnDamage::stop : checkpoint::OnDamage::fall_back;
-    checkpoint::LoadOptions load;
-    load.elsewhere = session_->engine->names(true);
-    HostMemory host;
-    loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors, host), format_maker(*session_->host), on_damage, report, load);
-    if (loaded) to_device(tensors, host);
-  }
-  if (session_->mesh) {  // all ranks read the same files: they came to the same step, or one of them reads badly
-    std::int64_t steps[2] = {loaded ? loaded->step : -1, loaded ? -loaded->step : 1};
-    session_->mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(steps, 2, DType::i64, Reduction::max).wait();
-    if (steps[0] != -steps[1])
-      fail(Fault::runtime, folder_.checkpoints(), fmt::format("ranks read different checkpoints, of steps {} to {}: is the folder on a file system that every host shares? Some rank's log names what is damaged", -steps[1], steps[0]));
-  }
+  if (mode != "never")
+    loaded = load(session_->options().group("checkpoint").text("on_damage") == "stop" ? checkpoint::OnDamage::stop : checkpoint::OnDamage::fall_back, report);
   if (!loaded) {
     if (mode == "require") run.refuse("resume", folder_.path() + " has no checkpoint to go on from");
     session_->engine->initialize();
   } else {
     const auto state = checkpoint::RunState::parse(loaded->state_json, loaded->folder.string());
-    session_->engine->publish();
     if (state.seed != static_cast<std::uint64_t>(run.integer("seed")))
       run.refuse("seed", "the run in " + folder_.path() + " was started with seed " + std::to_string(state.seed) + ": keep it, or choose another run.dir");
     step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
@@ -169,16 +176,9 @@ void Trainer::resume() {
 void Trainer::roll_back(const std::string& why) {
   saver_->wait();
   const data::DataCursor after = cursor_;  // the batch that did it stays behind us
-  const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
-  checkpoint::LoadOptions load;
-  load.elsewhere = session_->engine->names(true);
-  HostMemory host;
-  const auto loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors, host), format_maker(*session_->host), checkpoint::OnDamage::fall_back,
-                                              [&](const std::string& line) { display_.warn(line); }, load);
+  const auto loaded = load(checkpoint::OnDamage::fall_back, [&](const std::string& line) { display_.warn(line); });
   if (!loaded) fail(Fault::runtime, "train", why + "; there is no checkpoint to roll back to: set checkpoint.every_steps, or lower optimizer.lr");
   const auto state = checkpoint::RunState::parse(loaded->state_json, loaded->folder.string());
-  to_device(tensors, host);
-  session_->engine->publish();
   data_->seek(after);
   fetched_.clear();
   step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
