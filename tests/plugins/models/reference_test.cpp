@@ -34,7 +34,7 @@ class Reference : public GptFixture, public testing::WithParamInterface<const ch
                                                             {"norm_epsilon", text("norm_epsilon")},
                                                             {"init_std", text("init_std")}}),
                                       make_cpu_device(2),
-                                      EngineOptions{DType::f32, config["seed"].get<std::uint64_t>(), true, false});
+                                      EngineOptions{.seed = config["seed"].get<std::uint64_t>()});
     e->initialize();
     return e;
   }
