@@ -80,7 +80,7 @@ class LinearNode final : public Node {
     const Tensor g = incoming(grad, before.dtype());
     const std::int64_t t = before.size(0), out = before.size(1);
     Tensor dh = Tensor::empty(before.shape(), before.dtype(), before.device());
-    OpScope scope(dh.device(), "gelu dx", {20 * d(t) * d(out), 2 * d(dh.bytes()), d(dh.bytes())});
+    OpScope scope(dh.device(), "gelu dx", {(wants(2, part) ? 21 : 20) * d(t) * d(out), (wants(2, part) ? 3 : 2) * d(dh.bytes()), d(dh.bytes())});
     if (!wants(2, part)) {
       if (!scope.meta()) dh.device().backend().unary_backward(kernels::UnaryOp::gelu, num(dh), t * out, before.raw(), g.raw(), dh.raw());
       return dh;
@@ -132,8 +132,9 @@ Tensor product(const Tensor& x, const SharedRows& shared, const Tensor& weight, 
   Tensor y = Tensor::empty(Dims{t, out}, x.dtype(), x.device());
   const Tensor before = gelu ? Tensor::empty(y.shape(), y.dtype(), y.device()) : Tensor();
   {
-    OpScope scope(x.device(), "linear", {2 * d(t) * d(out) * d(in) + (gelu ? 14 * d(t) * d(out) : 0), d(rows.bytes() + weight.bytes() + (residual.defined() ? y.bytes() : 0)),
-                                         d(y.bytes()) * (gelu ? 2 : 1)});
+    // GELU's bytes are those of a pass of its own, as a GPU makes it.
+    OpScope scope(x.device(), "linear", {2 * d(t) * d(out) * d(in) + (gelu ? 14 * d(t) * d(out) : 0),
+                                         d(rows.bytes() + weight.bytes() + (residual.defined() || gelu ? y.bytes() : 0)), d(y.bytes()) * (gelu ? 2 : 1)});
     if (!scope.meta()) {
       Gemm g;
       g.a = g.b = g.c = num_of(x.dtype(), "linear");
