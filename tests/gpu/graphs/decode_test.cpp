@@ -50,7 +50,9 @@ TEST(Decoding, RecordedIsAsUnrecorded) {
     EXPECT_EQ(completions(project, "on", count), off);
     ASSERT_EQ(off.size(), static_cast<std::size_t>(2 * count));
     EXPECT_EQ(off.at(0).tokens.size(), 6u);
-    EXPECT_GT(std::set<std::int32_t>(off.rbegin()->second.tokens.begin(), off.rbegin()->second.tokens.end()).size(), 1u);
+    if (count < 4) continue;
+    const std::vector<std::int32_t>& drawn = off.at(3).tokens;  // at temperature 1: not one token over and over
+    EXPECT_GT(std::set<std::int32_t>(drawn.begin(), drawn.end()).size(), 1u);
   }
 }
 
