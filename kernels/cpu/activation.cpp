@@ -1,5 +1,6 @@
 // Activations: one read and one write; the backward recomputes from the saved input.
 #include <kernels/cpu/activation.h>
+#include <kernels/cpu/column_sum.h>
 #include <kernels/cpu/elementwise.h>
 
 #include <algorithm>
@@ -16,22 +17,23 @@ template <class T>
 void gelu_backward_sum(Context& ctx, std::int64_t rows, std::int64_t cols, const T* x, const T* g, T* dx, Compute<T>* sum, bool accumulate) {
   using C = Compute<T>;
   using V = Vec<C>;
-  constexpr std::int64_t most = 16, block = most * V::lanes;
+  const std::int64_t wide = columns_of_a_share<C>(ctx, cols);
 #pragma omp parallel for num_threads(ctx.threads()) schedule(static)
-  for (std::int64_t c0 = 0; c0 < cols; c0 += block) {
-    const std::int64_t n = std::min(block, cols - c0);
-    V sums[most];
-    for (V& s : sums) s = V(C(0));
+  for (std::int64_t c0 = 0; c0 < cols; c0 += wide) {
+    const std::int64_t n = std::min(wide, cols - c0);
+    alignas(64) C sums[most_columns] = {};
     for (std::int64_t r = 0; r < rows; ++r) {
-      const std::int64_t at = r * cols + c0;
+      const std::int64_t at = r * cols + c0, ahead = at + cols;
       for_blocks<C>(n, [&](std::int64_t i, auto m) {
-        const V d = V::load(g + at + i, m) * gelu_slope(V::load(x + at + i, m));
-        d.store(dx + at + i, m);
-        sums[i / V::lanes] = sums[i / V::lanes] + V::load(dx + at + i, m);  // what was stored: bf16 is summed rounded
+        __builtin_prefetch(x + ahead + i, 0, 3);
+        __builtin_prefetch(g + ahead + i, 0, 3);
+        __builtin_prefetch(dx + ahead + i, 1, 3);
+        (V::load(g + at + i, m) * gelu_slope(V::load(x + at + i, m))).store(dx + at + i, m);
+        (V::load(sums + i, m) + V::load(dx + at + i, m)).store(sums + i, m);  // what was stored: bf16 is summed rounded
       });
     }
     for_blocks<C>(n, [&](std::int64_t i, auto m) {
-      const V s = sums[i / V::lanes];
+      const V s = V::load(sums + i, m);
       (accumulate ? V::load(sum + c0 + i, m) + s : s).store(sum + c0 + i, m);
     });
   }

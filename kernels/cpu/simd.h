@@ -306,6 +306,15 @@ CAPSTAN_INLINE Vec<float> scale2(Vec<float> a, Vec<float> n) {
   return (a * f) * s;
 #endif
 }
+/// e^r = 1 + r + r^2 P(r) on |r| <= ln(2)/2: minimax in relative error, 3.3e-9.
+CAPSTAN_INLINE Vec<float> exp_reduced(Vec<float> r) {
+  using V = Vec<float>;
+  V p = fma(V(0.00138131422661f), r, V(0.00836941880229f));
+  p = fma(p, r, V(0.0416684568194f));
+  p = fma(p, r, V(0.166665147919f));
+  p = fma(p, r, V(0.499999930507f));
+  return fma(p, r * r, r) + V(1.f);
+}
 template <class F> CAPSTAN_INLINE Vec<double> each_lane(Vec<double> a, F f) {
   double x[8];
   a.store(x);
@@ -319,23 +328,21 @@ CAPSTAN_INLINE Vec<float> exp(Vec<float> a) {
   using V = Vec<float>;
   const V x = min(V(90.f), max(V(-105.f), a));  // the order keeps a NaN
   const V n = detail::round_to_int(x * V(1.44269504088896341f));
-  V r = fma(n, V(-0.693359375f), x);  // ln 2 in two parts; the first has 9 bits, so n times it is exact
-  r = fma(n, V(2.12194440054690583e-4f), r);
-  // e^r = 1 + r + r^2 P(r) on |r| <= ln(2)/2: minimax in relative error, 3.3e-9.
-  V p = fma(V(0.00138131422661f), r, V(0.00836941880229f));
-  p = fma(p, r, V(0.0416684568194f));
-  p = fma(p, r, V(0.166665147919f));
-  p = fma(p, r, V(0.499999930507f));
-  p = fma(p, r * r, r) + V(1.f);
-  return detail::scale2(p, n);
+  const V r = fma(n, V(-0.693359375f), x);  // ln 2 in two parts; the first has 9 bits, so n times it is exact
+  return detail::scale2(detail::exp_reduced(fma(n, V(2.12194440054690583e-4f), r)), n);
 }
 CAPSTAN_INLINE Vec<double> exp(Vec<double> a) { return detail::each_lane(a, [](double x) { return std::exp(x); }); }
 
-/// e^a with results below e^-87 made 0: for softmax, where they vanish beside 1 and denormal lanes would cost
-/// a hundred times the others.
+/// e^a within 1 ulp with results below e^-87 made 0 and e^88.5 above that; NaN at NaN. For softmax, where tiny terms vanish
+/// beside 1, denormal lanes would cost a hundred times the others, and the exponent can be added to in place.
 CAPSTAN_INLINE Vec<float> exp_flushed(Vec<float> a) {
-  const Vec<float> lowest(-87.f);
-  return select(a < lowest, Vec<float>(0.f), exp(max(a, lowest)));
+  using V = Vec<float>;
+  const V lowest(-87.f), magic(12582912.f);  // 1.5 * 2^23: what is added to it is rounded to its last bit, an integer
+  const V x = min(V(88.5f), max(lowest, a));
+  const V shifted = fma(x, V(1.44269504088896341f), magic), n = shifted - magic;
+  const V p = detail::exp_reduced(fma(n, V(2.12194440054690583e-4f), fma(n, V(-0.693359375f), x)));
+  const V scaled(detail::bits<detail::F32x16>(detail::bits<detail::I32x16>(p.v) + (detail::bits<detail::I32x16>(shifted.v) << 23)));
+  return select(a < lowest, V(0.f), scaled);
 }
 CAPSTAN_INLINE Vec<double> exp_flushed(Vec<double> a) { return exp(a); }
 

@@ -2,29 +2,38 @@
 #pragma once
 #include <kernels/cpu/simd.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <utility>
 
 namespace capstan::kernels::cpu {
 
+/// f(0), f(1), ... f(N - 1) as constants: what they index in an array then stays in registers.
+#define CAPSTAN_LAMBDA __attribute__((always_inline))
+template <int N, class F> CAPSTAN_INLINE void each(F f) {
+  [&]<int... I>(std::integer_sequence<int, I...>) CAPSTAN_LAMBDA { (f(std::integral_constant<int, I>{}), ...); }(std::make_integer_sequence<int, N>{});
+}
+
 /// C[r, v * lanes] (+)= sum_k A(r, k) B[k, v * lanes], R rows and NV vectors in registers. Each element's sum
-/// runs over k in order by fma, so it does not depend on R or NV.
+/// runs over k > 0 in order by fma, so it does not depend on R or NV.
 template <class A, int R, int NV>
 CAPSTAN_INLINE void tile_kernel(std::int64_t k, const A* a, std::int64_t a_row, std::int64_t a_col, const A* b, std::int64_t ldb,
                                 A* c, std::int64_t ldc, bool accumulate) {
   using V = Vec<A>;
   V acc[R][NV];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v] = accumulate ? V::load(c + r * ldc + v * V::lanes) : V(A(0));
-  for (std::int64_t p = 0; p < k; ++p) {
+  each<R>([&](auto r) CAPSTAN_LAMBDA {
+    each<NV>([&](auto v) CAPSTAN_LAMBDA { acc[r][v] = accumulate ? V::load(c + r * ldc + v * V::lanes) : V(A(0)); });
+  });
+  std::int64_t p = 0;
+  do {  // k > 0: a loop that might not run would bring the sums by way of the stack
     V row[NV];
-    for (int v = 0; v < NV; ++v) row[v] = V::load(b + p * ldb + v * V::lanes);
-    for (int r = 0; r < R; ++r) {
+    each<NV>([&](auto v) CAPSTAN_LAMBDA { row[v] = V::load(b + p * ldb + v * V::lanes); });
+    each<R>([&](auto r) CAPSTAN_LAMBDA {
       const V x(a[r * a_row + p * a_col]);
-      for (int v = 0; v < NV; ++v) acc[r][v] = fma(x, row[v], acc[r][v]);
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < NV; ++v) acc[r][v].store(c + r * ldc + v * V::lanes);
+      each<NV>([&](auto v) CAPSTAN_LAMBDA { acc[r][v] = fma(x, row[v], acc[r][v]); });
+    });
+  } while (++p < k);
+  each<R>([&](auto r) CAPSTAN_LAMBDA { each<NV>([&](auto v) CAPSTAN_LAMBDA { acc[r][v].store(c + r * ldc + v * V::lanes); }); });
 }
 
 template <class A, int NV>
@@ -48,6 +57,10 @@ template <class A>
 void tile_gemm(std::int64_t m, std::int64_t n, std::int64_t k, const A* a, std::int64_t a_row, std::int64_t a_col, const A* b,
                std::int64_t ldb, A* c, std::int64_t ldc, bool accumulate) {
   constexpr std::int64_t lanes = Vec<A>::lanes;
+  if (k <= 0) {
+    for (std::int64_t i = 0; i < m && !accumulate; ++i) std::fill_n(c + i * ldc, n, A(0));
+    return;
+  }
   std::int64_t j = 0;
 #if defined(CAPSTAN_AVX512)
   for (; j + 4 * lanes <= n; j += 4 * lanes) tile_rows<A, 4>(m, k, a, a_row, a_col, b + j, ldb, c + j, ldc, accumulate);
