@@ -377,9 +377,9 @@ CAPSTAN_INLINE Vec<float> log(Vec<float> a) {
 }
 CAPSTAN_INLINE Vec<double> log(Vec<double> a) { return detail::each_lane(a, [](double x) { return std::log(x); }); }
 
-/// 1 / (1 + e^-a), within 2 ulp on both sides: no cancellation for large negative a.
+/// 1 / (1 + e^-a), within 2 ulp on both sides: no cancellation for large negative a; 0 below -87.
 template <class T> CAPSTAN_INLINE Vec<T> sigmoid(Vec<T> a) {
-  const Vec<T> one(T(1)), z = exp(-abs(a));
+  const Vec<T> one(T(1)), z = exp_flushed(-abs(a));
   return select(a >= Vec<T>(T(0)), one, z) / (one + z);
 }
 
