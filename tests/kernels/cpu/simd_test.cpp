@@ -41,12 +41,15 @@ double exact_sigmoid(double x) { return x >= 0 ? 1 / (1 + std::exp(-x)) : std::e
 
 TEST(Simd, ElementFunctionsAreWithinTheirBounds) {
   const auto e = [](Vec<float> v) { return exp(v); };
+  const auto f = [](Vec<float> v) { return exp_flushed(v); };
   const auto l = [](Vec<float> v) { return log(v); };
   const auto t = [](Vec<float> v) { return tanh(v); };
   const auto s = [](Vec<float> v) { return sigmoid(v); };
   EXPECT_LE(worst_ulp(e, std::exp, -1, 1), 1);
   EXPECT_LE(worst_ulp(e, std::exp, -87, 88), 1);
   EXPECT_LE(worst_ulp(e, std::exp, -104, -86), 1);  // denormal results
+  EXPECT_LE(worst_ulp(f, std::exp, -1, 1), 1);
+  EXPECT_LE(worst_ulp(f, std::exp, -87, 88.5f), 1);
   EXPECT_LE(worst_ulp(l, std::log, 0.001f, 3), 1);
   EXPECT_LE(worst_ulp(l, std::log, 0.9f, 1.1f), 1);
   EXPECT_LE(worst_ulp(l, std::log, 1, 1e30f), 1);
@@ -61,6 +64,8 @@ TEST(Simd, ElementFunctionsHoldTheirLimits) {
   const auto at = [](Vec<float> (*f)(Vec<float>), float x) { return f(Vec<float>(x))[5]; };
   EXPECT_EQ(at(exp, -inf), 0); EXPECT_EQ(at(exp, inf), inf); EXPECT_EQ(at(exp, 0), 1); EXPECT_TRUE(std::isnan(at(exp, nan)));
   EXPECT_EQ(at(exp, 88.73f), inf); EXPECT_EQ(at(exp, -104), 0); EXPECT_EQ(at(exp, -1e38f), 0);
+  EXPECT_EQ(at(exp_flushed, -inf), 0); EXPECT_EQ(at(exp_flushed, -87.01f), 0); EXPECT_EQ(at(exp_flushed, 0), 1); EXPECT_TRUE(std::isnan(at(exp_flushed, nan)));
+  EXPECT_EQ(at(exp_flushed, inf), at(exp_flushed, 88.5f)); EXPECT_LT(at(exp_flushed, inf), inf);
   EXPECT_EQ(at(log, 0), -inf); EXPECT_EQ(at(log, -0.f), -inf); EXPECT_EQ(at(log, inf), inf); EXPECT_EQ(at(log, 1), 0);
   EXPECT_TRUE(std::isnan(at(log, -1))); EXPECT_TRUE(std::isnan(at(log, nan))); EXPECT_TRUE(std::isnan(at(log, -inf)));
   EXPECT_EQ(at(tanh, inf), 1); EXPECT_EQ(at(tanh, -inf), -1); EXPECT_TRUE(std::signbit(at(tanh, -0.f))); EXPECT_TRUE(std::isnan(at(tanh, nan)));
