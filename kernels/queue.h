@@ -16,14 +16,22 @@ struct Gate {
   std::int64_t shut = 0;  ///< not 0: a loss or gradient was not finite; stays so until open_gate()
 };
 
+/// A rank's part of what a Gate is made from, on the device.
+struct GatePart {
+  double squares = 0;  ///< of its part of the gradient, summed
+  double losses = 0;   ///< their sum: not finite when one of them is not
+};
+
 /// Calls come from the thread that calls the backend, and run in its order.
 class Queue {
  public:
   virtual ~Queue() = default;
 
-  /// Fills *gate (on the device): the norm over all pieces (f32 and f64, as Backend::sum_of_squares adds them), the factor
-  /// that brings it down to `clip` (0: none), and shuts it when the norm or one of `losses` is not finite.
-  virtual void measure(std::span<const Piece> gradient, const double* losses, std::int64_t count, double clip, Gate* gate) = 0;
+  /// Fills *part (on the device) from this rank's pieces (f32 and f64, added as Backend::sum_of_squares adds them) and losses.
+  virtual void measure(std::span<const Piece> gradient, const double* losses, std::int64_t count, GatePart* part) = 0;
+  /// Fills *gate (on the device) from the parts of all ranks, added in their order: the norm, the factor that brings it down to
+  /// `clip` (0: none); shuts it when the norm or a loss is not finite.
+  virtual void decide(const GatePart* parts, std::int64_t ranks, double clip, Gate* gate) = 0;
   /// Until it is called with null: adamw(), sgd(), momentum() and axpby() leave everything as it is when *gate is shut, and
   /// the first three take gradients times gate->factor.
   virtual void obey(const Gate* gate) = 0;
@@ -39,6 +47,10 @@ class Queue {
   /// forgotten).
   virtual std::int64_t mark() = 0;
   virtual double seconds(std::int64_t begin, std::int64_t end) = 0;
+
+  /// What is asked from now on starts at release(), or after `seconds`: work can be all there before any of it begins.
+  virtual void hold(double seconds) = 0;
+  virtual void release() = 0;
 
   /// From here on calls are recorded instead of run. What the work reads and writes keeps its address: memory taken while
   /// recording comes from a region of its own that all records share, so all of it must have been given back by the end.

@@ -119,10 +119,10 @@ Context::~Context() {
 }
 
 void Context::bind() const {
-  thread_local int bound = -1;
-  if (bound == device_) return;
-  check(cudaSetDevice(device_), "choosing the GPU");
-  bound = device_;
+  // Asked anew each time: others (communicators, another context's end) choose GPUs for this thread too.
+  int now = -1;
+  check(cudaGetDevice(&now), "asking which GPU this thread uses");
+  if (now != device_) check(cudaSetDevice(device_), "choosing the GPU");
 }
 
 void* Context::allocate(std::int64_t bytes) {

@@ -3,7 +3,10 @@
 
 #include <kernels/cuda/gemm.h>
 
+#include <chrono>
+#include <condition_variable>
 #include <cstring>
+#include <mutex>
 
 namespace capstan::kernels::cuda {
 
@@ -11,7 +14,29 @@ namespace {
 constexpr std::int64_t slot_bytes = Queue::post_bytes + static_cast<std::int64_t>(sizeof(Context::Fault));
 }
 
+/// Where a stream stands until the host lets it go.
+struct CudaQueue::Hold {
+  explicit Hold(double s) : seconds(s) {}
+  double seconds;
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool released = false;
+  static void CUDART_CB wait(void* self) {
+    auto& hold = *static_cast<Hold*>(self);
+    std::unique_lock lock(hold.mutex);
+    hold.changed.wait_for(lock, std::chrono::duration<double>(hold.seconds), [&] { return hold.released; });
+  }
+  void release() {
+    const std::lock_guard lock(mutex);
+    released = true;
+    changed.notify_all();
+  }
+};
+
+CudaQueue::CudaQueue(Context& ctx) : ctx_(ctx) {}
+
 CudaQueue::~CudaQueue() {
+  release();
   cudaSetDevice(ctx_.device());
   cudaStreamSynchronize(ctx_.stream());
   for (const Slot& slot : slots_)
@@ -21,9 +46,14 @@ CudaQueue::~CudaQueue() {
   if (posted_ != nullptr) cudaFreeHost(posted_);
 }
 
-void CudaQueue::measure(std::span<const Piece> gradient, const double* losses, std::int64_t count, double clip, Gate* gate) {
+void CudaQueue::measure(std::span<const Piece> gradient, const double* losses, std::int64_t count, GatePart* part) {
   ctx_.bind();
-  cuda::measure(ctx_, gradient, losses, count, clip, gate);
+  cuda::measure(ctx_, gradient, losses, count, part);
+}
+
+void CudaQueue::decide(const GatePart* parts, std::int64_t ranks, double clip, Gate* gate) {
+  ctx_.bind();
+  cuda::decide(ctx_, parts, ranks, clip, gate);
 }
 
 void CudaQueue::open_gate(Gate* gate) {
@@ -88,6 +118,17 @@ double CudaQueue::seconds(std::int64_t begin, std::int64_t end) {
   cudaEventDestroy(first->second), cudaEventDestroy(last->second);
   marks_.erase(first), marks_.erase(last);
   return 1e-3 * static_cast<double>(ms);
+}
+
+void CudaQueue::hold(double seconds) {
+  ctx_.bind();
+  ctx_.refuse_in_record("a hold");
+  holds_.push_back(std::make_unique<Hold>(seconds));
+  check(cudaLaunchHostFunc(ctx_.stream(), Hold::wait, holds_.back().get()), "holding the stream");
+}
+
+void CudaQueue::release() {
+  for (const auto& hold : holds_) hold->release();
 }
 
 void CudaQueue::begin_record(std::uint64_t step) {

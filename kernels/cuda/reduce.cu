@@ -144,10 +144,17 @@ __global__ void total_kernel(std::int64_t count, const double* partial, double* 
 }
 
 /// One thread: the pieces' sums in order, as the host adds them.
-__global__ void gate_kernel(std::int64_t pieces, const double* sums, std::int64_t count, const double* losses, double clip, Gate* gate) {
+__global__ void gate_part_kernel(std::int64_t pieces, const double* sums, std::int64_t count, const double* losses, GatePart* part) {
   double total = 0, loss = 0;
   for (std::int64_t i = 0; i < pieces; ++i) total += sums[i];
   for (std::int64_t i = 0; i < count; ++i) loss += losses[i];
+  part->squares = total, part->losses = loss;
+}
+
+/// One thread: the ranks' sums in order, as the host adds them.
+__global__ void gate_kernel(std::int64_t ranks, const GatePart* parts, double clip, Gate* gate) {
+  double total = 0, loss = 0;
+  for (std::int64_t r = 0; r < ranks; ++r) total += parts[r].squares, loss += parts[r].losses;
   const double norm = ::sqrt(total);
   gate->norm = norm;
   gate->factor = clip > 0 && norm > clip ? clip / norm : 1.0;
@@ -290,11 +297,15 @@ double sum_of_squares(Context& ctx, std::span<const Piece> pieces) {
   return total;
 }
 
-void measure(Context& ctx, std::span<const Piece> gradient, const double* losses, std::int64_t count, double clip, Gate* gate) {
+void measure(Context& ctx, std::span<const Piece> gradient, const double* losses, std::int64_t count, GatePart* part) {
   const auto pieces = static_cast<std::int64_t>(gradient.size());
   auto* room = static_cast<double*>(ctx.scratch((most_square_blocks + pieces) * static_cast<std::int64_t>(sizeof(double))));
   for (std::size_t i = 0; i < gradient.size(); ++i) squares(ctx, gradient[i], room, room + most_square_blocks + i);
-  launch(ctx, Launch{}, "norm of the gradient", gate_kernel, pieces, static_cast<const double*>(room + most_square_blocks), count, losses, clip, gate);
+  launch(ctx, Launch{}, "norm of the gradient", gate_part_kernel, pieces, static_cast<const double*>(room + most_square_blocks), count, losses, part);
+}
+
+void decide(Context& ctx, const GatePart* parts, std::int64_t ranks, double clip, Gate* gate) {
+  launch(ctx, Launch{}, "gate of the gradient", gate_kernel, ranks, parts, clip, gate);
 }
 
 std::int64_t first_nonfinite(Context& ctx, std::span<const Piece> pieces) {

@@ -1,25 +1,41 @@
 #!/usr/bin/env bash
-# Puts a CUDA build and the libraries it needs (not CUDA's own) into one folder that runs on another machine:
+# Puts a CUDA build and the libraries it needs (not CUDA's own) into one file that tests/gpu/run.sh --carried takes on another machine:
 #   tests/gpu/collect.sh BUILD_FOLDER [TARGET_FOLDER=.gpu]
+# makes TARGET_FOLDER/bundle.tar.gz, at most 64 MiB, after it has seen that every program finds all of its libraries in it.
 set -euo pipefail
-build=$(realpath "$1")
+[ $# -ge 1 ] || { echo "usage: tests/gpu/collect.sh BUILD_FOLDER [TARGET_FOLDER=.gpu]" >&2; exit 2; }
+build=$(realpath -e "$1")
 target=${2:-.gpu}
-rm -rf "$target"
-mkdir -p "$target/bin" "$target/lib/capstan/plugins"
-for program in capstan gpu_ops gpu_ranks capstan_gpu_kernels; do
-  [ -e "$build/bin/$program" ] && cp "$build/bin/$program" "$target/bin/"
+most=$((64 << 20))
+tree=$(mktemp -d)
+trap 'rm -rf "$tree"' EXIT
+mkdir -p "$target" "$tree/bin" "$tree/lib/capstan/plugins" "$tree/share/capstan"
+needed=("$build"/bin/{capstan,gpu_ops,gpu_ranks,capstan_gpu_kernels} "$build"/lib/{libcapstan.so.0,libcapstan_cuda.so})
+for file in "${needed[@]}"; do
+  [ -e "$file" ] || { echo "there is no $file: build it first (cmake -DCAPSTAN_CUDA=ON, then these targets)" >&2; exit 1; }
 done
-cp -L "$build"/lib/libcapstan.so.0 "$build"/lib/libcapstan_cuda.so "$target/lib/"
-[ -e "$build/lib/libcapstan_nccl.so" ] && cp -L "$build/lib/libcapstan_nccl.so" "$target/lib/"
-cp -L "$build"/lib/capstan/plugins/*.so "$target/lib/capstan/plugins/"
-mkdir -p "$target/share/capstan" && cp -rL "$build/share/capstan/bench" "$target/share/capstan/"
-strip --strip-unneeded "$target"/bin/* "$target"/lib/*.so* "$target"/lib/capstan/plugins/*.so
-for file in "$target"/bin/* "$target"/lib/*.so* "$target"/lib/capstan/plugins/*.so; do
-  LD_LIBRARY_PATH=$target/lib ldd "$file" | awk '$3 ~ /^\// {print $3}'
+cp "${needed[@]:0:4}" "$tree/bin/"
+cp -L "${needed[@]:4}" "$tree/lib/"
+if [ -e "$build/lib/libcapstan_nccl.so" ]; then cp -L "$build/lib/libcapstan_nccl.so" "$tree/lib/"; else echo "without NCCL: this build has no libcapstan_nccl.so"; fi
+cp -L "$build"/lib/capstan/plugins/*.so "$tree/lib/capstan/plugins/"
+cp -rL "$build/share/capstan/bench" "$tree/share/capstan/"
+ours=("$tree"/bin/* "$tree"/lib/*.so* "$tree"/lib/capstan/plugins/*.so)
+strip --strip-unneeded "${ours[@]}"
+
+# Of every machine, or of the machine with the GPU.
+elsewhere='^(libc|libm|libdl|libpthread|librt)\.so|^ld-linux|^libcublas|^libcudnn|^libnccl|^libnvrtc'
+for file in "${ours[@]}"; do
+  LD_LIBRARY_PATH=$tree/lib ldd "$file" | awk '$3 ~ /^\// {print $3}'
 done | sort -u | while read -r library; do
-  case $(basename "$library") in
-    libc.so.*|libm.so.*|libdl.so.*|libpthread.so.*|librt.so.*|ld-linux*|libcublas*|libcudnn*|libnccl*|libnvrtc*|libcapstan*) ;;
-    *) cp -Ln "$library" "$target/lib/" ;;
-  esac
+  name=$(basename "$library")
+  if ! [[ $name =~ $elsewhere ]] && ! [ -e "$tree/lib/$name" ]; then cp -L "$library" "$tree/lib/"; fi
 done
-du -sh "$target"
+missing=$(for file in "$tree"/bin/* "$tree"/lib/*.so* "$tree"/lib/capstan/plugins/*.so; do
+  LD_LIBRARY_PATH=$tree/lib ldd "$file" | awk -v lib="$tree/lib/" '$2 == "=>" && index($3, lib) != 1 {print $1}'
+done | sort -u | grep -Ev "$elsewhere" || true)
+[ -z "$missing" ] || { echo "these libraries would not be found on another machine: $missing" >&2; exit 1; }
+
+tar -C "$tree" -czf "$target/bundle.tar.gz" .
+bytes=$(stat -c %s "$target/bundle.tar.gz")
+echo "$target/bundle.tar.gz: $((bytes >> 20)) MiB of $(du -sm "$tree" | cut -f1) MiB"
+[ "$bytes" -le $most ] || { echo "that is more than $((most >> 20)) MiB" >&2; exit 1; }

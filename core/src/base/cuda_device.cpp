@@ -1,6 +1,7 @@
 // The CUDA device: accounting over the memory of libcapstan_cuda.so, which lies beside this library and is opened when a GPU
 // is asked for, so that a build with CUDA starts on machines without a driver.
 #include "base/cuda_device.h"
+#include "base/part.h"
 #include "base/usable_threads.h"
 
 #include <capstan/device.h>
@@ -8,10 +9,7 @@
 #include <kernels/cpu/context.h>
 #include <kernels/cuda/gpu.h>
 
-#include <dlfcn.h>
-
 #include <algorithm>
-#include <filesystem>
 #include <mutex>
 
 namespace capstan {
@@ -19,7 +17,6 @@ namespace capstan {
 namespace {
 
 namespace cuda = kernels::cuda;
-namespace fs = std::filesystem;
 
 std::int64_t round_up(std::int64_t n) { return (std::max<std::int64_t>(n, 1) + 255) / 256 * 256; }
 
@@ -28,31 +25,8 @@ std::string gib(std::int64_t bytes) {
   return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " GiB";
 }
 
-/// Its function `name`, or null with the reason in `why`.
 template <class Function>
-Function open_library(const char* name, std::string& why) {
-  Dl_info here{};
-  if (dladdr(reinterpret_cast<const void*>(&make_cuda_device), &here) == 0 || here.dli_fname == nullptr) {
-    why = "cannot tell where libcapstan.so lies";
-    return nullptr;
-  }
-  const fs::path path = fs::path(here.dli_fname).parent_path() / "libcapstan_cuda.so";
-  std::error_code error;
-  if (!fs::exists(path, error)) {
-    why = "this build has no CUDA part (" + path.string() + " does not exist): configure it with -DCAPSTAN_CUDA=ON, or set run.device: cpu";
-    return nullptr;
-  }
-  void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);  // never closed: its kernels stay registered
-  if (library == nullptr) {
-    const char* text = dlerror();
-    why = path.string() + " cannot be opened: " + (text != nullptr ? text : "unknown reason") +
-          "; CUDA 13's libraries (cublasLt, cudnn) must be installed, or their folders named in LD_LIBRARY_PATH";
-    return nullptr;
-  }
-  auto function = reinterpret_cast<Function>(dlsym(library, name));
-  if (function == nullptr) why = path.string() + " is from another build: it does not offer " + name;
-  return function;
-}
+Function open_library(const char* name, std::string& why) { return reinterpret_cast<Function>(open_part(cuda_part(), name, why)); }
 
 class CudaDevice final : public Device {
  public:
@@ -68,10 +42,7 @@ class CudaDevice final : public Device {
     std::lock_guard lock(mutex_);
     void* data = gpu_->allocate(size);
     if (data == nullptr) {
-      fail(Fault::runtime, "cuda memory",
-           "cannot allocate " + std::to_string(bytes) + " bytes (" + gib(bytes) + "): tensors hold " + gib(bytes_held()) + ", the pool has " +
-               gib(gpu_->reserved()) + " from the driver, " + gib(gpu_->available()) + " of " + gib(gpu_->capacity()) +
-               " are free for anyone; a smaller data.micro_batch or data.sequence_length, train.recompute=block, or precision.compute=bf16 lowers the need");
+      fail(Fault::runtime, "cuda memory", "cannot allocate " + std::to_string(bytes) + " bytes (" + gib(bytes) + "): " + words());
     }
     count(size);
     return data;
@@ -85,11 +56,37 @@ class CudaDevice final : public Device {
 
   std::int64_t bytes_reserved() const override { return gpu_->reserved(); }
 
+  void count_communication(std::int64_t bytes) {
+    std::lock_guard lock(mutex_);
+    communication_ += bytes;
+    count(bytes);
+  }
+  std::int64_t communication() const {
+    std::lock_guard lock(mutex_);
+    return communication_;
+  }
+  std::string memory() const {
+    std::lock_guard lock(mutex_);
+    return words();
+  }
+
  private:
+  std::string words() const {
+    return "tensors hold " + gib(bytes_held() - communication_) + (communication_ > 0 ? ", NCCL " + gib(communication_) + " (its communicators, and memory registered with them)" : "") +
+           ", the pool has " + gib(gpu_->reserved()) + " from the driver, " + gib(gpu_->available()) + " of " + gib(gpu_->capacity()) +
+           " are free for anyone; a smaller data.micro_batch or data.sequence_length, train.recompute=block, or precision.compute=bf16 lowers the need" +
+           (communication_ > 0 ? ", and more ranks along mesh.shard with mesh.strategy: fsdp that of each" : "");
+  }
   mutable std::mutex mutex_;
   std::unique_ptr<cuda::Gpu> gpu_;
   kernels::cpu::Context host_;
+  std::int64_t communication_ = 0;
 };
+
+CudaDevice& cuda_device(Device& device) {
+  if (device.kind() != DeviceKind::cuda) fail(Fault::programming, "device", "expected a GPU, got a " + std::string(device.name()) + " device");
+  return static_cast<CudaDevice&>(device);
+}
 
 }  // namespace
 
@@ -108,10 +105,10 @@ int cuda_device_count() {
   return count == nullptr ? 0 : count();
 }
 
-kernels::cuda::Gpu& gpu_of(Device& device) {
-  if (device.kind() != DeviceKind::cuda) fail(Fault::programming, "device", "expected a GPU, got a " + std::string(device.name()) + " device");
-  return static_cast<CudaDevice&>(device).gpu();
-}
+kernels::cuda::Gpu& gpu_of(Device& device) { return cuda_device(device).gpu(); }
+void count_communication(Device& device, std::int64_t bytes) { cuda_device(device).count_communication(bytes); }
+std::int64_t communication_bytes(Device& device) { return cuda_device(device).communication(); }
+std::string memory_words(Device& device) { return cuda_device(device).memory(); }
 
 std::shared_ptr<Device> make_cuda_device(int index, int threads) {
   std::string why;

@@ -46,6 +46,7 @@ StepRow measure_step(const StepPlan& plan, const std::string& recipe) {
     row.precision = j.at("recipe_options").at("precision").at("compute").get<std::string>();
     if (const std::string linear = j.at("recipe_options").at("precision").at("linear"); linear != "compute") row.precision += "+" + linear;
     row.tokens_per_second = j.at("tokens_per_s"), row.flops = j.at("flops"), row.peak_share = j.at("peak_share"), row.peak_mib = j.at("reserved_mib");
+    row.busy_share = j.value("busy_share", 0.0);
     if (plan.python.empty()) return row;
     StepRow::Peer& peer = row.peer.emplace();
     peer.engine = "PyTorch";

@@ -37,7 +37,7 @@ std::string Table::text(const Row& row) const {
 }
 
 std::string Table::steps_head_text() {
-  return fmt::format("{:<26} {:<9} {:>10} {:>10} {:>8} {:>10}   {}\n", "training step", "type", "tokens/s", "TFLOP/s", "of peak", "peak MiB", "beside it");
+  return fmt::format("{:<26} {:<9} {:>10} {:>10} {:>8} {:>8} {:>10}   {}\n", "training step", "type", "tokens/s", "TFLOP/s", "of peak", "busy", "peak MiB", "beside it");
 }
 
 std::string Table::text(const StepRow& row) {
@@ -47,8 +47,9 @@ std::string Table::text(const StepRow& row) {
     peer = row.peer->problem.empty() ? fmt::format("{}: {:.0f} tokens/s ({:.2f}x), {:.0f} MiB", row.peer->engine, row.peer->tokens_per_second, row.ratio(), row.peer->peak_mib)
                                      : row.peer->engine + " failed: " + row.peer->problem;
   }
-  return fmt::format("{:<26} {:<9} {:>10.0f} {:>10.1f} {:>6.1f} % {:>10.0f}   {}\n", row.model, row.precision, row.tokens_per_second, row.flops * 1e-12, 100 * row.peak_share,
-                     row.peak_mib, peer);
+  const std::string busy = row.busy_share > 0 ? fmt::format("{:.1f} %", 100 * row.busy_share) : "-";
+  return fmt::format("{:<26} {:<9} {:>10.0f} {:>10.1f} {:>6.1f} % {:>8} {:>10.0f}   {}\n", row.model, row.precision, row.tokens_per_second, row.flops * 1e-12, 100 * row.peak_share,
+                     busy, row.peak_mib, peer);
 }
 
 std::string Table::text() const {
@@ -83,6 +84,7 @@ std::string Table::json() const {
     Json j{{"model", row.model}, {"precision", row.precision}};
     if (row.problem.empty()) {
       j["tokens_per_s"] = row.tokens_per_second, j["flops"] = row.flops, j["peak_share"] = row.peak_share, j["peak_mib"] = row.peak_mib;
+      if (row.busy_share > 0) j["busy_share"] = row.busy_share;
     } else {
       j["problem"] = row.problem;
     }

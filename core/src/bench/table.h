@@ -40,6 +40,7 @@ struct CAPSTAN_API StepRow {
   std::string model, precision;
   double tokens_per_second = 0, flops = 0, peak_share = 0, peak_mib = 0;
   std::string problem;
+  double busy_share = 0;  ///< of a GPU's time, 0 to 1; 0: not measured
   struct Peer {
     std::string engine;
     double tokens_per_second = 0, peak_mib = 0;

@@ -3,27 +3,23 @@
 #include "comm/gpu_world.h"
 
 #include "base/cuda_device.h"
+#include "base/part.h"
 #include "comm/nccl/nccl_world.h"
 
 #include <capstan/error.h>
-#include <dlfcn.h>
 #include <fmt/format.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <filesystem>
 #include <map>
 #include <numeric>
 
 namespace capstan {
 namespace {
 
-namespace fs = std::filesystem;
-
 constexpr std::size_t place_bytes = 320;
-constexpr const char* instead = "set mesh.gpu_communication: staged, which goes through host memory";
 
 /// "host 0000:17:00.0" of every rank: what NCCL tells GPUs apart by.
 std::vector<std::string> places_of_ranks(World& control, Device& device) {
@@ -42,32 +38,12 @@ std::vector<std::string> places_of_ranks(World& control, Device& device) {
 }
 
 GpuRanks open_nccl(std::shared_ptr<World> control, std::shared_ptr<Device> device) {
-  Dl_info here{};
-  if (dladdr(reinterpret_cast<const void*>(&make_gpu_world), &here) == 0 || here.dli_fname == nullptr)
-    fail(Fault::runtime, "NCCL", "cannot tell where libcapstan.so lies");
-  const fs::path path = fs::path(here.dli_fname).parent_path() / "libcapstan_nccl.so";
-  std::error_code error;
-  if (!fs::exists(path, error))
-    fail(Fault::input, "mesh.gpu_communication",
-         fmt::format(
-             "this build has no NCCL part ({} does not exist): configure it with -DCAPSTAN_CUDA=ON where nccl.h is, or {}",
-             path.string(), instead));
-  void* const library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);  // never closed: the world's code is in it
-  if (library == nullptr) {
-    const char* text = dlerror();
-    fail(Fault::input, "mesh.gpu_communication",
-         fmt::format("{} cannot be opened: {}; install NCCL 2 for CUDA 13 (libnccl.so.2: the package libnccl2, or pip's "
-                     "nvidia-nccl-cu13 with its "
-                     "folder in LD_LIBRARY_PATH), or {}",
-                     path.string(), text != nullptr ? text : "unknown reason", instead));
-  }
-  const auto open = reinterpret_cast<OpenNccl>(dlsym(library, "capstan_nccl_open"));
-  if (open == nullptr)
-    fail(Fault::input, "mesh.gpu_communication",
-         path.string() + " is from another build: it does not offer capstan_nccl_open; rebuild or reinstall both");
+  std::string why;
+  const auto open = reinterpret_cast<OpenNccl>(open_part(nccl_part(), "capstan_nccl_open", why));
+  if (open == nullptr) fail(Fault::input, "mesh.gpu_communication", why);
   GpuRanks ranks;
   if (!open(kernels::cuda::gpu_interface, std::move(control), std::move(device), ranks))
-    fail(Fault::input, "mesh.gpu_communication", path.string() + " is from another build: rebuild or reinstall both");
+    fail(Fault::input, "mesh.gpu_communication", nccl_part().file.string() + " is from another build: rebuild or reinstall both");
   return ranks;
 }
 
@@ -86,7 +62,7 @@ GpuRanks make_gpu_world(std::shared_ptr<World> control, std::shared_ptr<Device> 
     fail(Fault::input, "mesh.gpu_communication",
          fmt::format("NCCL wants a GPU for each rank, but ranks {} and {} share {}: start at most {} rank{} on that host "
                      "(or name more GPUs in run.gpus), or {}",
-                     shared->second[0], shared->second[1], shared->first, gpus, gpus == 1 ? "" : "s", instead));
+                     shared->second[0], shared->second[1], shared->first, gpus, gpus == 1 ? "" : "s", nccl_part().instead));
   }
   if (choice == GpuCommunication::nccl || (choice == GpuCommunication::automatic && own))
     return open_nccl(std::move(control), std::move(device));

@@ -235,6 +235,10 @@ std::vector<LossEntry> Engine::forward_backward(std::span<const Batch> batches, 
   finished_ = false;
   walking_back_ = true;
   struct Walking { bool& flag; ~Walking() { flag = false; } } walking{walking_back_};
+  return walk_all(batches, step);
+}
+
+std::vector<LossEntry> Engine::walk_all(std::span<const Batch> batches, std::uint64_t step) {
   if (executor_)
     return on_stages(batches, [&](std::span<ForwardContext* const> contexts) {
       for (ForwardContext* c : contexts) c->grad = c->training = true, c->step = step;

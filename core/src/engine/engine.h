@@ -90,10 +90,12 @@ class CAPSTAN_API Engine {
   std::string first_nonfinite_gradient();
   /// One optimizer step; `clip` > 0 scales the gradient to at most that norm. All ranks.
   void update(std::int64_t step, double lr_scale, double norm, double clip);
-  /// Why steps cannot be queued here: queue_step() is for one rank on a GPU, with an optimizer that obeys a gate. "" when they can.
+  /// Why steps cannot be queued here: queue_step() is for GPUs, with an optimizer that obeys a gate. "" when they can.
   std::string cannot_queue() const;
-  /// A whole step, forward to update, that the host does not wait for. A gradient that is not finite leaves the weights, and
-  /// shuts the way for the steps behind it until reopen().
+  /// Why queued steps cannot be recorded: so far those of one rank can. "" when they can.
+  std::string cannot_record() const;
+  /// A whole step, forward to update, that the host does not wait for. A gradient that is not finite on any rank leaves the
+  /// weights, and shuts the way for the steps behind it until reopen(). All ranks, and so are collect() and reopen().
   QueuedStep queue_step(std::span<const Batch> batches, std::int64_t step, double lr_scale, double clip);
   /// Waits for that step alone. In order.
   StepNumbers collect(const QueuedStep& step);
@@ -124,6 +126,7 @@ class CAPSTAN_API Engine {
   friend class StepQueue;
   struct Reducing;
   std::vector<LossEntry> walk(const Batch& batch, std::uint64_t step);
+  std::vector<LossEntry> walk_all(std::span<const Batch> batches, std::uint64_t step);
   std::vector<kernels::Piece> gradient_pieces();
   ForwardContext context(const Batch& batch) const;
   Batch localize(const Batch& batch) const;

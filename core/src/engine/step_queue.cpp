@@ -16,6 +16,8 @@ namespace capstan {
 namespace {
 
 constexpr std::int64_t gate_doubles = static_cast<std::int64_t>(sizeof(kernels::Gate) / sizeof(double));
+constexpr std::int64_t part_doubles = static_cast<std::int64_t>(sizeof(kernels::GatePart) / sizeof(double));
+constexpr const char* one_gradient = "pp+shard+context+tensor";  // every element stands once among these ranks
 constexpr std::int64_t most_losses = kernels::Queue::post_bytes / static_cast<std::int64_t>(sizeof(double)) - gate_doubles;
 
 std::int64_t power_of_two(std::int64_t n) {
@@ -82,7 +84,8 @@ void load(Batch& fixed, const Batch& batch) {
 
 StepQueue::StepQueue(Engine& engine, Recording recording)
     : engine_(engine), queue_(*engine.device().backend().queue()), recording_(recording),
-      results_(Tensor::zeros(Dims{gate_doubles + most_losses}, DType::f64, engine.device())) {}
+      results_(Tensor::zeros(Dims{gate_doubles + most_losses}, DType::f64, engine.device())),
+      parts_(Tensor::zeros(Dims{part_doubles * (engine.mesh() ? engine.comm(one_gradient, "reduce").size() : 1)}, DType::f64, engine.device())) {}
 
 StepQueue::~StepQueue() {
   for (const auto& [key, walk] : walks_)
@@ -106,11 +109,12 @@ std::vector<Leaf*> StepQueue::leaves() const {
 
 QueuedStep StepQueue::run(std::span<const Batch> batches, std::int64_t step, double lr_scale, double clip) {
   QueuedStep queued;
-  for (std::size_t i = 0; i < batches.size(); ++i) microbatch(batches[i], static_cast<std::uint64_t>(step), i == 0, queued);
+  if (engine_.executor_) keep(engine_.walk_all(batches, static_cast<std::uint64_t>(step)), queued);
+  else
+    for (std::size_t i = 0; i < batches.size(); ++i) microbatch(batches[i], static_cast<std::uint64_t>(step), i == 0, queued);
   auto* gate = static_cast<kernels::Gate*>(results_.raw());
   const auto count = static_cast<std::int64_t>(queued.weights.size());
-  const std::vector<kernels::Piece> gradient = engine_.gradient_pieces();
-  queue_.measure(gradient, losses(0, std::max<std::int64_t>(count, 1)).data<double>(), count, clip, gate);
+  shut_together(count, clip);
   queued.ticket = queue_.post(gate, (gate_doubles + count) * static_cast<std::int64_t>(sizeof(double)));
   struct Obey {
     kernels::Queue& queue;
@@ -119,6 +123,24 @@ QueuedStep StepQueue::run(std::span<const Batch> batches, std::int64_t step, dou
   queue_.obey(gate);
   engine_.update(step, lr_scale, 0, 0);
   return queued;
+}
+
+/// Makes the gate of what all ranks have, as Engine::gradient_norm() does on the host: the same bits on every rank.
+void StepQueue::shut_together(std::int64_t count, double clip) {
+  const std::vector<kernels::Piece> gradient = engine_.gradient_pieces();
+  auto* gate = static_cast<kernels::Gate*>(results_.raw());
+  auto* parts = static_cast<kernels::GatePart*>(parts_.raw());
+  const double* sums = losses(0, std::max<std::int64_t>(count, 1)).data<double>();
+  if (!engine_.mesh()) {
+    queue_.measure(gradient, sums, count, parts);
+    return queue_.decide(parts, 1, clip, gate);
+  }
+  Communicator& c = engine_.comm(one_gradient, "reduce");
+  queue_.measure(gradient, sums, count, parts + c.rank());
+  c.all_gather(parts + c.rank(), parts, part_doubles, DType::f64).wait();
+  queue_.decide(parts, c.size(), clip, gate);
+  // Replicas have the same gradient, and losses of their own.
+  if (engine_.mesh()->size("replicate") > 1) engine_.comm("replicate", "reduce").all_reduce(&gate->shut, 1, DType::i64, Reduction::max).wait();
 }
 
 StepNumbers StepQueue::collect(const QueuedStep& step) {
@@ -136,10 +158,16 @@ StepNumbers StepQueue::collect(const QueuedStep& step) {
 std::int64_t StepQueue::mark() { return queue_.mark(); }
 double StepQueue::seconds(std::int64_t begin, std::int64_t end) { return queue_.seconds(begin, end); }
 
+void StepQueue::hold(double seconds) { queue_.hold(seconds); }
+void StepQueue::release() { queue_.release(); }
+
 void StepQueue::reopen() { queue_.open_gate(static_cast<kernels::Gate*>(results_.raw())); }
 
 void StepQueue::plain(const Batch& batch, std::uint64_t step, QueuedStep& queued, std::vector<double>* weights) {
-  const std::vector<LossEntry> entries = engine_.walk(batch, step);
+  keep(engine_.walk(batch, step), queued, weights);
+}
+
+void StepQueue::keep(const std::vector<LossEntry>& entries, QueuedStep& queued, std::vector<double>* weights) {
   if (static_cast<std::int64_t>(queued.weights.size() + entries.size()) > most_losses)
     fail(Fault::input, "data.micro_batch", "a step of more than " + std::to_string(most_losses) + " losses: use larger microbatches");
   for (const LossEntry& entry : entries) {
@@ -212,14 +240,18 @@ bool StepQueue::record(Walk& walk, std::uint64_t step) {
 
 std::string Engine::cannot_queue() const {
   if (device_->kind() != DeviceKind::cuda || device_->backend().queue() == nullptr) return "steps are not on a GPU (run.device)";
-  if (mesh_) return "several ranks decide together whether a step counts";
   if (!optimizer_ || !optimizer_->gated()) return "the optimizer does not say that a gate can hold its update back (Optimizer::gated)";
   return "";
 }
 
+std::string Engine::cannot_record() const {
+  if (mesh_) return "steps of several ranks are queued, not recorded";
+  return cannot_queue();
+}
+
 QueuedStep Engine::queue_step(std::span<const Batch> batches, std::int64_t step, double lr_scale, double clip) {
   if (const std::string why = cannot_queue(); !why.empty()) fail(Fault::programming, "engine", "a step cannot be queued: " + why);
-  if (!queue_) queue_ = std::make_unique<StepQueue>(*this, options_.recording);
+  if (!queue_) queue_ = std::make_unique<StepQueue>(*this, mesh_ ? Recording::off : options_.recording);
   finished_ = false;
   walking_back_ = true;
   struct Walking { bool& flag; ~Walking() { flag = false; } } walking{walking_back_};

@@ -31,12 +31,14 @@ struct QueuedStep {
 
 /// What a step came to. Not updated: a loss or gradient was not finite, in it or in one before; nothing has changed since.
 struct StepNumbers {
-  double loss = 0, norm = 0;
-  bool updated = true;
+  double loss = 0;      ///< this rank's part
+  double norm = 0;      ///< of the whole gradient
+  bool updated = true;  ///< the same on all ranks
 };
 
-/// One rank. A gate on the device stands between gradient and weights: it shuts when a loss or gradient is not finite and stays
-/// shut for the steps that were queued behind, until reopen(). Recorded work is keyed by capacities: rows, sequences (rounded up
+/// A gate on the device stands between gradient and weights: it shuts when a loss or gradient of any rank is not finite and stays
+/// shut for the steps that were queued behind, until reopen(). All ranks call the same members. Steps of several ranks are not
+/// recorded: ranks would have to agree on every record, and on every batch that has none. Recorded work is keyed by capacities: rows, sequences (rounded up
 /// to a power of two), whether all are of one length, and whether the microbatch is a step's first, which overwrites gradients
 /// where later ones add. A batch of a new kind runs unrecorded once, so that products are chosen and plans made.
 class CAPSTAN_API StepQueue {
@@ -55,6 +57,9 @@ class CAPSTAN_API StepQueue {
   /// A point in the device's work, and the seconds that it took from one to a later one; each is good for one question.
   std::int64_t mark();
   double seconds(std::int64_t begin, std::int64_t end);
+  /// What is asked from now on starts at release(), or after `seconds`.
+  void hold(double seconds);
+  void release();
 
  private:
   using Key = std::tuple<std::int64_t, std::int64_t, bool, bool>;
@@ -67,6 +72,8 @@ class CAPSTAN_API StepQueue {
     bool warm = false;
   };
   void microbatch(const Batch& batch, std::uint64_t step, bool first, QueuedStep& queued);
+  void shut_together(std::int64_t losses, double clip);
+  void keep(const std::vector<LossEntry>& entries, QueuedStep& queued, std::vector<double>* weights = nullptr);
   void plain(const Batch& batch, std::uint64_t step, QueuedStep& queued, std::vector<double>* weights = nullptr);
   bool record(Walk& walk, std::uint64_t step);
   Tensor losses(std::int64_t from, std::int64_t count) const;
@@ -76,6 +83,7 @@ class CAPSTAN_API StepQueue {
   kernels::Queue& queue_;
   Recording recording_;
   Tensor results_;  // f64: a Gate, then the losses of a step
+  Tensor parts_;    // f64: a GatePart of each rank that has a part of the gradient
   std::map<Key, Walk> walks_;
   std::string why_not_;
 };

@@ -2,6 +2,7 @@
 #include <capstan/model.h>
 #include <capstan/nn.h>
 #include <capstan/ops.h>
+#include <kernels/backend.h>
 
 #include <algorithm>
 
@@ -66,7 +67,7 @@ void Head::forward(ForwardContext& context) {
   const Tensor mine = nn::stream_rows(context, weight);  // as score() does, so that ranks only add
   if (mine.numel() == weight.numel() && context.batch.own_weight >= 0) {
     count = context.batch.own_weight;
-  } else if (!mine.is_meta()) {
+  } else if (!mine.is_meta() && mine.device().backend().queue() == nullptr) {  // where calls run behind the host, it does not wait for this
     std::vector<float> host(static_cast<std::size_t>(mine.numel()));
     mine.contiguous().copy_to_host(host.data(), mine.bytes());
     for (const float w : host) count += static_cast<double>(w);

@@ -4,6 +4,7 @@
 #include "parallel/rows.h"
 
 #include <capstan/error.h>
+#include <kernels/backend.h>
 
 #include <algorithm>
 #include <string>
@@ -24,34 +25,31 @@ namespace {
 
 constexpr std::int64_t step = 64;  // of capacities that exceed an even share: few plans for many batches
 
-template <class T>
-Tensor picked(const ContextCut& cut, const Tensor& whole, T dead) {
-  std::vector<T> values(static_cast<std::size_t>(whole.numel()));
-  whole.copy_to_host(values.data(), whole.bytes());
-  return Tensor::of<T>(cut.pick(std::span<const T>(values), dead), Dims{cut.capacity}, whole.device());
+/// Where this rank's rows are in the whole batch, one past its end for rows that are dead.
+Tensor places_of(const ContextCut& cut, std::int64_t whole, Device& device) {
+  std::vector<std::int32_t> rows = cut.source();
+  for (std::int32_t& row : rows)
+    if (row < 0) row = static_cast<std::int32_t>(whole);
+  return Tensor::of<std::int32_t>(rows, Dims{cut.capacity}, device);
 }
 
-Tensor picked(const ContextCut& cut, const std::string& name, const Tensor& whole) {
+/// Taken on the device: the host does not wait for what is queued there.
+Tensor picked(const ContextCut& cut, const Tensor& places, const std::string& name, const Tensor& whole) {
   if (whole.rank() != 1)
     fail(Fault::programming, "context",
          "stream '" + name + "': expected one value a row to cut it over the context axis, got shape " +
              to_string(whole.shape()));
   if (whole.is_meta()) return Tensor::empty(Dims{cut.capacity}, whole.dtype(), whole.device());
-  const Tensor rows = whole.contiguous();
-  switch (rows.dtype()) {
-    case DType::i32:
-      return picked<std::int32_t>(cut, rows, name == "targets" ? -1 : 0);
-    case DType::i64:
-      return picked<std::int64_t>(cut, rows, 0);
-    case DType::f32:
-      return picked<float>(cut, rows, 0);
-    case DType::f64:
-      return picked<double>(cut, rows, 0);
-    default:
-      fail(Fault::programming, "context",
-           "stream '" + name + "': expected i32, i64, f32 or f64 to cut it over the context axis, got " +
-               std::string(name_of(rows.dtype())));
-  }
+  if (whole.dtype() != DType::i32 && whole.dtype() != DType::i64 && whole.dtype() != DType::f32 && whole.dtype() != DType::f64)
+    fail(Fault::programming, "context",
+         "stream '" + name + "': expected i32, i64, f32 or f64 to cut it over the context axis, got " +
+             std::string(name_of(whole.dtype())));
+  const std::int64_t n = whole.numel();
+  const Tensor rows = Tensor::empty(Dims{n + 1}, whole.dtype(), whole.device()), mine = Tensor::empty(Dims{cut.capacity}, whole.dtype(), whole.device());
+  rows.narrow(0, 0, n).copy_from(whole);
+  rows.narrow(0, n, 1).fill(name == "targets" ? -1 : 0);
+  whole.device().backend().gather_rows(cut.capacity, size_of(whole.dtype()), rows.raw(), n + 1, places.data<std::int32_t>(), mine.raw());
+  return mine;
 }
 
 }  // namespace
@@ -105,9 +103,10 @@ Batch cut_context(const Batch& whole, int size, int rank, int tensor_ranks) {
   to.host_starts = cut->local_starts;
   to.starts = Tensor::of<std::int32_t>(to.host_starts, Dims{static_cast<std::int64_t>(to.host_starts.size())},
                                        space.starts.device());
-  to.positions = picked(*cut, "positions", space.positions);
-  to.sample_ids = picked(*cut, "sample_ids", space.sample_ids);
-  for (const auto& [name, value] : whole.streams()) local.set(name, picked(*cut, name, value));
+  const Tensor places = places_of(*cut, space.capacity, space.starts.device());
+  to.positions = picked(*cut, places, "positions", space.positions);
+  to.sample_ids = picked(*cut, places, "sample_ids", space.sample_ids);
+  for (const auto& [name, value] : whole.streams()) local.set(name, picked(*cut, places, name, value));
   return local;
 }
 

@@ -29,14 +29,6 @@ struct CAPSTAN_API ContextCut {
 
   /// The whole batch's row behind each of this rank's rows; -1: a row of the dead sequence. [capacity]
   std::vector<std::int32_t> source() const;
-  /// The values of a stream on this rank.
-  template <class T>
-  std::vector<T> pick(std::span<const T> whole, T dead) const {
-    std::vector<T> local;
-    local.reserve(static_cast<std::size_t>(capacity));
-    for (const std::int32_t row : source()) local.push_back(row < 0 ? dead : whole[static_cast<std::size_t>(row)]);
-    return local;
-  }
 };
 
 namespace parallel {

@@ -97,7 +97,7 @@ StepResult Trainer::queued_step(std::int64_t step, int& signal) {
     return forward_backward(step);
   }
   StepResult result;
-  result.loss = numbers.loss, result.grad_norm = numbers.norm, result.updated = true;
+  result.loss = sum_of_losses(numbers.loss), result.grad_norm = numbers.norm, result.updated = true;
   result.tokens = tokens_of_step();
   const auto now = steady_clock::now();
   result.seconds = std::chrono::duration<double>(now - std::exchange(last_result_, now)).count();

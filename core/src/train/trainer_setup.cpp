@@ -101,9 +101,9 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
   estimate_ = estimate_step(*session_);
   optimizer_ = session_->host->make_as<Optimizer>(options.plugin("optimizer"));
   session_->engine->attach(optimizer_);
-  const std::string cannot = session_->engine->cannot_queue();
-  queued_ = cannot.empty();
-  if (!queued_ && session_->engine->options().recording == Recording::required)
+  queued_ = session_->engine->cannot_queue().empty();
+  const std::string cannot = session_->engine->cannot_record();
+  if (!cannot.empty() && session_->engine->options().recording == Recording::required)
     options.group("run").refuse("cuda_graphs", "steps cannot be recorded: " + cannot + "; expected auto or off here");
 
   const Options& c = options.group("checkpoint");
@@ -212,7 +212,7 @@ void Trainer::print_header() {
   if (!session_->products.empty()) rows.insert(machine_row(), {"products", session_->products});
   if (session_->device->kind() == DeviceKind::cuda) {
     const Recording recording = session_->engine->options().recording;
-    const std::string cannot = session_->engine->cannot_queue();
+    const std::string cannot = session_->engine->cannot_record();
     rows.insert(machine_row(), {"cuda graphs", recording == Recording::off ? "off" : !cannot.empty() ? "off: " + cannot : "forward and backward are recorded once and replayed"});
   }
   if (session_->mesh) {

@@ -49,10 +49,10 @@ TEST(BenchTable, RatesAndSharesFollowFromBytesFlopAndSeconds) {
   EXPECT_DOUBLE_EQ(t.share(t.rows[0]), 0.5);
   EXPECT_DOUBLE_EQ(t.share(t.rows[1]), 0.5);
   EXPECT_EQ(t.share(t.rows[2]), 0) << "its limit was not measured";
-  t.steps = {{"m", "bf16", 1000, 3e14, 0.375, 20480, "", StepRow::Peer{"PyTorch 2", 800, 30000, ""}}, {"n", "", 0, 0, 0, 0, "out of memory", {}}};
+  t.steps = {{"m", "bf16", 1000, 3e14, 0.375, 20480, "", 0.981, StepRow::Peer{"PyTorch 2", 800, 30000, ""}}, {"n", "", 0, 0, 0, 0, "out of memory", 0, {}}};
   EXPECT_DOUBLE_EQ(t.steps[0].ratio(), 1.25);
   const std::string text = t.text();
-  for (const char* part : {"a chip", "4000 GB/s", "800.0 TFLOP/s", "1000.0          2000 GB/s    50.0 %", "400.0 TFLOP/s    50.0 %", "400.0 TFLOP/s         -", "none", "failed: no engine", "37.5 %",
+  for (const char* part : {"a chip", "4000 GB/s", "800.0 TFLOP/s", "1000.0          2000 GB/s    50.0 %", "400.0 TFLOP/s    50.0 %", "400.0 TFLOP/s         -", "none", "failed: no engine", "37.5 %", "98.1 %",
                            "800 tokens/s (1.25x)", "failed: out of memory"})
     EXPECT_THAT(text, HasSubstr(part));
   const auto j = nlohmann::json::parse(t.json());
@@ -62,6 +62,7 @@ TEST(BenchTable, RatesAndSharesFollowFromBytesFlopAndSeconds) {
   EXPECT_FALSE(j["rows"][2].contains("share"));
   EXPECT_EQ(j["rows"][3]["problem"], "no engine");
   EXPECT_EQ(j["steps"][0]["peer"]["ratio"], 1.25);
+  EXPECT_EQ(j["steps"][0]["busy_share"], 0.981);
   EXPECT_EQ(j["steps"][1]["problem"], "out of memory");
 }
 
@@ -230,6 +231,10 @@ TEST_F(BenchSteps, TheCommandOnAnEmulatedGpuHasEveryRow) {
   EXPECT_EQ(j["steps"][1]["precision"], "bf16+fp8");
   EXPECT_GT(j["steps"][0]["tokens_per_s"], 0);
   EXPECT_GT(j["steps"][0]["peak_mib"], 0);
+  for (const auto& step : j["steps"]) {
+    EXPECT_GT(step["busy_share"], 0) << step;
+    EXPECT_LE(step["busy_share"], 1) << step;
+  }
 }
 
 TEST_F(BenchSteps, WithoutAGpuItSaysWhatIsMissing) {

@@ -10,6 +10,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <deque>
 #include <exception>
 #include <filesystem>
 #include <fstream>
@@ -116,8 +117,8 @@ std::vector<double> values(const Tensor& t) {
   return all;
 }
 
-/// What one rank does. Gradients come from whoever has the parameter.
-void train_rank(train::Session& session, int steps, bool gradients, Trained& run, std::mutex& mutex) {
+/// What one rank does. Gradients come from whoever has the parameter. `asked`: of queued steps.
+void train_rank(train::Session& session, int steps, bool gradients, const Asked* asked, Trained& run, std::mutex& mutex) {
   corpus().build(session.tokenizer);
   Engine& engine = *session.engine;
   engine.attach(session.host->make_as<Optimizer>(session.options().plugin("optimizer")));
@@ -131,7 +132,7 @@ void train_rank(train::Session& session, int steps, bool gradients, Trained& run
       to.emplace(p->name(), values(t));
     }
   };
-  if (gradients) keep(run.initial, [&](const Parameter& p) { return engine.whole_value(p); });
+  if (gradients || asked) keep(run.initial, [&](const Parameter& p) { return engine.whole_value(p); });
 
   data::DataOptions d;
   d.sets = {{corpus().prefix(), 1}};
@@ -144,17 +145,35 @@ void train_rank(train::Session& session, int steps, bool gradients, Trained& run
     };
   }
   data::DataSource source(d, {std::string(session.tokenizer->name()), session.tokenizer->vocabulary()}, session.device);
+  const auto report = [&](double loss, double norm) {
+    if (mesh) mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(&loss, 1, DType::f64).wait();
+    if (session.rank() == 0) run.losses.push_back(loss), run.norms.push_back(norm);
+  };
+  std::deque<QueuedStep> ahead;
+  const auto collect = [&] {
+    const StepNumbers n = engine.collect(ahead.front());
+    ahead.pop_front();
+    if (!n.updated) throw std::runtime_error("a step was held back");
+    report(n.loss, n.norm);
+  };
   for (int step = 1; step <= steps; ++step) {
     const std::vector<Batch> batches = source.next();
+    if (asked) {
+      if (*asked) (*asked)(session.rank(), step, false);
+      ahead.push_back(engine.queue_step(std::span<const Batch>(batches), step, 1, 1.0));
+      if (*asked) (*asked)(session.rank(), step, true);
+      if (ahead.size() > 1) collect();
+      continue;
+    }
     double loss = 0;
     for (const LossEntry& e : engine.forward_backward(std::span<const Batch>(batches), static_cast<std::uint64_t>(step))) loss += e.weight * e.sum.item();
-    if (mesh) mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(&loss, 1, DType::f64).wait();
     const double norm = engine.gradient_norm();
     if (step == 1 && gradients) keep(run.gradients, [&](const Parameter& p) { return engine.whole_gradient(p); });
     engine.update(step, 1, norm, 1.0);
-    if (session.rank() == 0) run.losses.push_back(loss), run.norms.push_back(norm);
+    report(loss, norm);
   }
-  if (gradients) keep(run.last, [&](const Parameter& p) { return engine.whole_value(p); });
+  while (!ahead.empty()) collect();
+  if (gradients || asked) keep(run.last, [&](const Parameter& p) { return engine.whole_value(p); });
 }
 
 }  // namespace
@@ -189,7 +208,14 @@ void on_ranks(const Layout& layout, const std::vector<std::string>& overrides, c
 Trained train_on(const Layout& layout, const std::vector<std::string>& overrides, int steps, bool gradients) {
   Trained run;
   std::mutex mutex;
-  on_ranks(layout, overrides, [&](train::Session& session) { train_rank(session, steps, gradients, run, mutex); });
+  on_ranks(layout, overrides, [&](train::Session& session) { train_rank(session, steps, gradients, nullptr, run, mutex); });
+  return run;
+}
+
+Trained train_queued_on(const Layout& layout, const std::vector<std::string>& overrides, int steps, const Asked& asked) {
+  Trained run;
+  std::mutex mutex;
+  on_ranks(layout, overrides, [&](train::Session& session) { train_rank(session, steps, false, &asked, run, mutex); });
   return run;
 }
 

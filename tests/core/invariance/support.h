@@ -40,6 +40,10 @@ std::vector<std::string> overrides_of(const std::string& form);
 /// Trains `steps` steps of 5 samples in microbatches of 1 per data rank: packed documents of odd lengths, and a last
 /// microbatch that is not full. `gradients` off leaves those out.
 Trained train_on(const Layout& layout, const std::vector<std::string>& overrides, int steps, bool gradients = true);
+/// The same by Engine::queue_step(), each step asked for before the one ahead of it is collected; no gradients. `asked` is told
+/// before and after each.
+using Asked = std::function<void(int rank, int step, bool after)>;
+Trained train_queued_on(const Layout& layout, const std::vector<std::string>& overrides, int steps, const Asked& asked = {});
 
 /// The recipe that all of this starts from.
 std::string recipe();

@@ -20,6 +20,7 @@ namespace {
 using Work = std::vector<std::function<void()>>;
 std::unique_ptr<Work> record;
 bool broken = false;
+thread_local long waits = 0;
 double product_ms = 0;
 int products = 0;
 
@@ -32,6 +33,7 @@ bool note(std::function<void()> work) {
 }
 
 cudaError_t waited() {
+  ++waits;
   if (!record) return cudaSuccess;
   broken = true;
   return cudaErrorStreamCaptureUnsupported;
@@ -70,6 +72,8 @@ using Work = std::vector<std::function<void()>>;
 
 extern "C" {
 
+/// How often the calling thread has waited for the GPU.
+__attribute__((visibility("default"))) long emulated_gpu_waits() { return capstan::emulated::waits; }
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
   if (capstan::emulated::record) return cudaErrorIllegalState;
   capstan::emulated::record = std::make_unique<Work>();

@@ -1,5 +1,5 @@
 // NCCL's calls for ranks that are threads of one process, over the emulated GPU: a call is queued on its stream, and there
-// the ranks of its communicator meet, exchange addresses and copy. A rank that does not come is waited for until the abort.
+// the ranks of its communicator meet, exchange addresses and copy. A rank that does not come is waited for until this one aborts.
 #include "gpu/emulated/streams.h"
 
 #include <capstan/kernels/bf16.h>
@@ -53,13 +53,14 @@ std::size_t bytes_of(ncclDataType_t type) {
 
 /// Where the ranks of one communicator meet.
 struct Room {
-  explicit Room(int n) : size(n), calls(static_cast<std::size_t>(n)) {}
+  explicit Room(int n) : size(n), gone(static_cast<std::size_t>(n)), calls(static_cast<std::size_t>(n)) {}
   int size;
   std::mutex mutex;
   std::condition_variable changed;
   int arrived = 0;
   std::uint64_t round = 0;
-  bool aborted = false, mismatch = false;
+  std::vector<bool> gone;  // ranks that aborted: the others do not hear of it, and wait
+  bool mismatch = false;
   std::vector<const Call*> calls;
   struct Letter {
     const void* data;
@@ -68,17 +69,18 @@ struct Room {
   };
   std::map<std::pair<int, int>, std::vector<std::shared_ptr<Letter>>> letters;  // from, to
 
-  /// False after an abort.
-  bool meet() {
+  bool left(int rank) const { return gone[static_cast<std::size_t>(rank)]; }
+  /// False once `rank` has aborted.
+  bool meet(int rank) {
     std::unique_lock lock(mutex);
     const std::uint64_t mine = round;
-    if (++arrived == size) {
+    if (++arrived == size && std::find(gone.begin(), gone.end(), true) == gone.end()) {
       arrived = 0, ++round;
       changed.notify_all();
-      return !aborted;
+      return true;
     }
-    changed.wait(lock, [&] { return round != mine || aborted; });
-    return !aborted;
+    changed.wait(lock, [&] { return round != mine || left(rank); });
+    return !left(rank);
   }
 };
 
@@ -121,7 +123,7 @@ void together(Room& room, int rank, const Call& call) {
   const auto me = static_cast<std::size_t>(rank);
   const std::size_t block = call.count * bytes_of(call.type), n = static_cast<std::size_t>(room.size);
   room.calls[me] = &call;
-  if (!room.meet()) return;
+  if (!room.meet(rank)) return;
   for (const Call* other : room.calls)
     if (other->kind != call.kind || other->count != call.count || other->type != call.type) room.mismatch = true;
   std::vector<char> result(call.kind == Call::all_gather ? n * block : block);
@@ -138,9 +140,9 @@ void together(Room& room, int rank, const Call& call) {
         std::memcpy(result.data(), room.calls[static_cast<std::size_t>(call.other)]->in, block);
     }
   });
-  if (!room.meet()) return;  // everyone has read
+  if (!room.meet(rank)) return;  // everyone has read
   capstan::emulated::touch_device_memory([&] { std::memcpy(call.out, result.data(), result.size()); });
-  room.meet();
+  room.meet(rank);
 }
 
 /// Calls of one group start together: no send waits for a receive of the same group.
@@ -161,8 +163,8 @@ void run(Room& room, int rank, const std::vector<Call>& calls) {
     }
     std::unique_lock lock(room.mutex);
     auto& box = room.letters[{c.other, rank}];
-    room.changed.wait(lock, [&] { return !box.empty() || room.aborted; });
-    if (room.aborted) return;
+    room.changed.wait(lock, [&] { return !box.empty() || room.left(rank); });
+    if (room.left(rank)) return;
     const auto letter = box.front();
     box.erase(box.begin());
     lock.unlock();
@@ -176,7 +178,7 @@ void run(Room& room, int rank, const std::vector<Call>& calls) {
   }
   std::unique_lock lock(room.mutex);
   room.changed.wait(
-      lock, [&] { return room.aborted || std::all_of(sent.begin(), sent.end(), [](const auto& s) { return s->taken; }); });
+      lock, [&] { return room.left(rank) || std::all_of(sent.begin(), sent.end(), [](const auto& s) { return s->taken; }); });
 }
 
 }  // namespace
@@ -184,6 +186,7 @@ void run(Room& room, int rank, const std::vector<Call>& calls) {
 struct ncclComm {
   std::shared_ptr<Room> room;
   int rank;
+  void* buffers;
 };
 
 namespace {
@@ -225,18 +228,19 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id
   const std::lock_guard lock(rooms_mutex);
   auto& room = rooms[std::string(id.internal, sizeof next_id)];
   if (!room) room = std::make_shared<Room>(ranks);
-  *comm = new ncclComm{room, rank};
+  *comm = new ncclComm{room, rank, nullptr};
+  cudaMalloc(&(*comm)->buffers, std::size_t{1} << 20);
   return ncclInProgress;
 }
 ncclResult_t ncclCommFinalize(ncclComm_t) { return ncclSuccess; }
-ncclResult_t ncclCommDestroy(ncclComm_t comm) { return delete comm, ncclSuccess; }
+ncclResult_t ncclCommDestroy(ncclComm_t comm) { return cudaFree(comm->buffers), delete comm, ncclSuccess; }
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
   {
     const std::lock_guard lock(comm->room->mutex);
-    comm->room->aborted = true;
+    comm->room->gone[static_cast<std::size_t>(comm->rank)] = true;
     comm->room->changed.notify_all();
   }
-  return delete comm, ncclSuccess;
+  return ncclCommDestroy(comm);
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
   const std::lock_guard lock(comm->room->mutex);

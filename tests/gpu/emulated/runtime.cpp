@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <array>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <map>
@@ -172,6 +174,12 @@ void launch(const void* kernel, dim3 grid, dim3 block, const std::function<void(
 
 using capstan::emulated::Touching;
 
+namespace {
+thread_local int current_device = 0;
+std::array<std::atomic<std::size_t>, 64> taken{};  // by device
+std::map<void*, std::size_t> device_of;
+}  // namespace
+
 extern "C" {
 
 cudaError_t cudaMalloc(void** p, size_t bytes) {
@@ -183,6 +191,8 @@ cudaError_t cudaMalloc(void** p, size_t bytes) {
   if (*p == MAP_FAILED) return cudaErrorMemoryAllocation;
   madvise(*p, bytes, MADV_HUGEPAGE);  // fewer pages to open and close around each kernel
   capstan::emulated::regions[static_cast<char*>(*p)] = bytes;
+  device_of[*p] = static_cast<std::size_t>(current_device);
+  taken[device_of[*p]] += bytes;
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
@@ -190,6 +200,7 @@ cudaError_t cudaFree(void* p) {
   const auto it = capstan::emulated::regions.find(static_cast<char*>(p));
   if (it == capstan::emulated::regions.end()) return p == nullptr ? cudaSuccess : cudaErrorInvalidValue;
   munmap(p, it->second);
+  taken[device_of[p]] -= it->second;
   capstan::emulated::regions.erase(it);
   return cudaSuccess;
 }
@@ -199,8 +210,13 @@ cudaError_t cudaHostUnregister(void*) { return cudaSuccess; }
 cudaError_t cudaFreeHost(void* p) { return std::free(p), cudaSuccess; }
 cudaError_t cudaMemset(void* p, int value, size_t bytes) { Touching touching; return std::memset(p, value, bytes), cudaSuccess; }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) { Touching touching; return std::memcpy(to, from, bytes), cudaSuccess; }
-cudaError_t cudaMemGetInfo(size_t* free, size_t* total) { return *free = *total = size_t{8} << 30, cudaSuccess; }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *total = size_t{8} << 30;
+  *free = *total - taken[static_cast<std::size_t>(current_device)];
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return current_device = device, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) {
   const char* more = std::getenv("EMULATED_GPU_COUNT");
   return *count = more != nullptr ? std::atoi(more) : 1, cudaSuccess;

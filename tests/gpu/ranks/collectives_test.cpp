@@ -108,6 +108,37 @@ TEST_P(GpuCollectives, SeveralPiecesStartAfterWhatIsQueuedAndEndBeforeWhatIsQueu
   for (const auto& e : errors) EXPECT_EQ(e, "");
 }
 
+TEST_P(GpuCollectives, MemoryThatALibraryTakesIsCountedAndNamedWhenThereIsNoMore) {
+  if (choice() == GpuCommunication::staged) GTEST_SKIP() << "the device's own pool has it all";
+  const auto errors = on_gpus(ranks(), gpus(), choice(), 60, [&](World& world, Device& device, const GpuRanks&) {
+    const std::int64_t before = device.bytes_held();
+    const auto said = [&] {
+      try {
+        device.allocate(std::int64_t{1} << 50);
+      } catch (const Error& e) {
+        return std::string(e.what());
+      }
+      return std::string("nothing");
+    };
+    testing::require(said().find("NCCL") == std::string::npos, "NCCL has nothing yet: " + said());
+    {
+      std::vector<int> all;
+      for (int r = 0; r < ranks(); ++r) all.push_back(r);
+      const auto c = world.make("all", all);
+      const std::int64_t buffers = communication_bytes(device);
+      testing::require(buffers >= (1 << 20), "a communicator's buffers: " + std::to_string(buffers));
+      const auto memory = world.shared_memory(std::size_t{3} << 28);
+      c->adopt(memory, std::size_t{3} << 28);
+      testing::require(communication_bytes(device) - buffers == std::int64_t{3} << 28, "registered memory");
+      testing::require(device.bytes_held() - before == communication_bytes(device), "bytes_held");
+      testing::require(said().find("tensors hold 0.0 GiB, NCCL 0.7 GiB (its communicators, and memory registered with them)") != std::string::npos, said());
+      c->barrier();
+    }
+    testing::require(communication_bytes(device) == 0 && device.bytes_held() == before, "all of it is given back");
+  });
+  for (const auto& e : errors) EXPECT_EQ(e, "");
+}
+
 TEST_P(GpuCollectives, OneRankCopies) {
   const auto errors = on_gpus(ranks(), gpus(), choice(), 60, [&](World& world, Device& device, const GpuRanks&) {
     const auto c = world.make("alone", {world.rank()});
@@ -137,6 +168,20 @@ TEST_P(GpuCollectives, ARankThatDoesNotComeEndsTheJobByName) {
     h.wait();
   });
   EXPECT_THAT(errors[0], AllOf(HasSubstr("all_reduce"), HasSubstr("shard/gather"))) << errors[0];
+}
+
+// A collective that does not end is before all that is queued: whoever waits for the GPU must not wait for ever.
+TEST(GpuCollectivesToo, AHostThatWaitsForItsGpuIsFreedWhenACollectiveDoesNotEnd) {
+  if (cuda_device_count() < 2) GTEST_SKIP() << "NCCL wants a GPU for each rank";
+  const auto errors = on_gpus(2, 2, GpuCommunication::nccl, 1, [&](World& world, Device& device, const GpuRanks&) {
+    const auto c = world.make("shard/gather", {0, 1});
+    const Tensor x = Tensor::full(Dims{8}, 1, DType::f32, device);
+    if (world.rank() == 1) return std::this_thread::sleep_for(std::chrono::milliseconds(2500));
+    c->all_reduce(x.raw(), 8, DType::f32).wait();
+    device.synchronize();
+    c->all_reduce(x.raw(), 8, DType::f32).wait();
+  });
+  EXPECT_THAT(errors[0], AllOf(HasSubstr("all_reduce of communicator 'shard/gather'"), HasSubstr("has not ended within 1 s"))) << errors[0];
 }
 
 TEST(GpuChoice, RanksThatShareAGpuGoThroughTheHostAndSaySo) {

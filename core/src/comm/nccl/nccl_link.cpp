@@ -1,8 +1,11 @@
 #include "comm/nccl/nccl_link.h"
 
+#include "base/cuda_device.h"
+
 #include <capstan/error.h>
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <chrono>
 #include <thread>
 
@@ -24,14 +27,24 @@ Link::Link(const Job& job, const std::string& name, const ncclUniqueId& id, int 
   ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
   config.blocking = 0;
   config.commName = name_.c_str();
+  // NCCL does not say what a communicator takes: it is what the GPU, this rank's own, has less afterwards, but for what the
+  // pool took meanwhile. What NCCL takes at a first collective is not seen.
+  const auto left = [&] {
+    std::size_t free = 0, all = 0;
+    check_cuda(cudaMemGetInfo(&free, &all), where);
+    return static_cast<std::int64_t>(free) + job_.device->bytes_reserved();
+  };
+  const std::int64_t before = left();
   const ncclResult_t code = ncclCommInitRankConfig(&comm_, size, id, rank, &config);
   if (code != ncclInProgress) check(code, where);
   settle(where);
+  bytes_ = std::max<std::int64_t>(0, before - left());
+  count_communication(*job_.device, bytes_);
 }
 
 Link::~Link() {
   cudaSetDevice(job_.gpu);
-  if (!broken_) {
+  if (comm_ != nullptr) {
     for (const Adopted& a : adopted_) {
       if (a.handle == nullptr) continue;
 #if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 0)
@@ -44,12 +57,13 @@ Link::~Link() {
 #endif
     }
     ncclCommFinalize(comm_);
+    if (wait_for_state())
+      ncclCommDestroy(comm_);
+    else
+      ncclCommAbort(comm_);
   }
-  if (!broken_ && wait_for_state())
-    ncclCommDestroy(comm_);
-  else
-    ncclCommAbort(comm_);
   cudaStreamDestroy(stream_);
+  count_communication(*job_.device, -bytes_);
 }
 
 void Link::check(ncclResult_t code, const std::string& where) const {
@@ -58,11 +72,30 @@ void Link::check(ncclResult_t code, const std::string& where) const {
   fail(Fault::runtime, where, fmt::format("NCCL: {} {}", ncclGetErrorString(code), last ? last : ""));
 }
 
-/// False when NCCL failed or took longer than the timeout.
+void Link::abort() {
+  const std::scoped_lock lock(mutex_);
+  if (comm_ == nullptr) return;
+  ncclCommAbort(comm_);
+  comm_ = nullptr;
+}
+
+std::unique_lock<std::mutex> Link::use(const std::string& where) const {
+  std::unique_lock lock(mutex_);
+  if (comm_ == nullptr) fail(Fault::runtime, where, fmt::format("communicator '{}' was ended because a collective failed", name_));
+  return lock;
+}
+
+/// False when NCCL failed or took longer than the timeout. What it was asked for is mostly under way at once: sleeping would cost
+/// more than it takes.
 bool Link::wait_for_state() const {
+  constexpr int looks = 1000;
   const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(job_.control->timeout());
   ncclResult_t state = ncclInProgress;
-  while (ncclCommGetAsyncError(comm_, &state) == ncclSuccess && state == ncclInProgress) {
+  for (int look = 0; ncclCommGetAsyncError(comm_, &state) == ncclSuccess && state == ncclInProgress; ++look) {
+    if (look < looks) {
+      std::this_thread::yield();
+      continue;
+    }
     if (std::chrono::steady_clock::now() > deadline) return false;
     std::this_thread::sleep_for(std::chrono::microseconds(50));
   }
@@ -74,12 +107,13 @@ void Link::settle(const std::string& where) {
   const char* last = ncclGetLastError(comm_);
   const std::string text = fmt::format("NCCL did not get under way within {:.3g} s, or failed: {}", job_.control->timeout(),
                                        last ? last : "it does not say why");
-  broken_ = true;
   job_.control->fail_job(where + ": " + text);
   fail(Fault::runtime, where, text);
 }
 
 std::string Link::fault() const {
+  const std::scoped_lock lock(mutex_);
+  if (comm_ == nullptr) return "";
   ncclResult_t state = ncclSuccess;
   ncclCommGetAsyncError(comm_, &state);
   if (state == ncclSuccess || state == ncclInProgress) return "";
@@ -112,11 +146,16 @@ void Link::adopt(std::shared_ptr<void> memory, std::size_t bytes) {
 std::shared_ptr<void> nccl_memory(const Job& job, std::size_t bytes) {
   job.bind("memory for collectives");
   void* data = nullptr;
-  if (ncclMemAlloc(&data, bytes) != ncclSuccess || data == nullptr) return nullptr;
-  return {data, [gpu = job.gpu](void* p) {
+  if (ncclMemAlloc(&data, bytes) != ncclSuccess || data == nullptr) {
+    cudaGetLastError();  // out of memory is an answer, not a fault
+    return nullptr;
+  }
+  count_communication(*job.device, static_cast<std::int64_t>(bytes));
+  return {data, [device = job.device, gpu = job.gpu, bytes](void* p) {
             cudaSetDevice(gpu);
             cudaDeviceSynchronize();  // unlike memory of the pool, it does not come back in the stream's order
             ncclMemFree(p);
+            count_communication(*device, -static_cast<std::int64_t>(bytes));
           }};
 }
 

@@ -6,7 +6,9 @@
 #include <cuda_runtime_api.h>
 #include <nccl.h>
 
+#include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -28,7 +30,7 @@ class Link {
  public:
   /// Rank `rank` of `size`; returns when all have come. A rank that does not come ends the job within its timeout.
   Link(const Job& job, const std::string& name, const ncclUniqueId& id, int size, int rank);
-  /// Lets NCCL end what is under way, or aborts it after abandon().
+  /// Lets NCCL end what is under way.
   ~Link();
   Link(const Link&) = delete;
   Link& operator=(const Link&) = delete;
@@ -41,7 +43,10 @@ class Link {
   void settle(const std::string& where);
   /// What went wrong since; "" when nothing did.
   std::string fault() const;
-  void abandon() { broken_ = true; }
+  /// Ends what is under way, on the GPU too: who waits for it goes on, and the link is of no use. From any thread.
+  void abort();
+  /// Held around a call of NCCL, so that abort() does not take the communicator away from it; throws at `where` once it is gone.
+  std::unique_lock<std::mutex> use(const std::string& where) const;
   /// Registers memory of ncclMemAlloc and keeps it: as a symmetric window where this NCCL and these GPUs have such, else for
   /// this rank alone. All ranks of the link, with the same size.
   void adopt(std::shared_ptr<void> memory, std::size_t bytes);
@@ -55,10 +60,11 @@ class Link {
   };
   const Job& job_;
   std::string name_;
+  mutable std::mutex mutex_;
   ncclComm_t comm_ = nullptr;
   cudaStream_t stream_ = nullptr;
   std::vector<Adopted> adopted_;
-  bool broken_ = false;
+  std::int64_t bytes_ = 0;  // that the communicator took
 };
 
 /// Memory that NCCL can register on every path; null when there is none left.

@@ -93,10 +93,6 @@ class NcclCommunicator final : public Communicator {
       changed_.notify_all();
     }
     thread_.join();
-    if (!broken_) return;
-    main_->abandon();
-    for (auto& [key, peer] : peers_)
-      if (peer->link) peer->link->abandon();
   }
 
   void adopt(std::shared_ptr<void> memory, std::size_t bytes) override { main_->adopt(std::move(memory), bytes); }
@@ -250,9 +246,12 @@ class NcclCommunicator final : public Communicator {
     flight->link = &link;
     check_cuda(cudaStreamWaitEvent(link.stream(), flight->ready, 0), place);
     check_cuda(cudaEventRecord(flight->start, link.stream()), place);
-    const ncclResult_t code = body(static_cast<const Link&>(link));
-    link.check(code, place);
-    if (code == ncclInProgress) link.settle(place);
+    {
+      const auto in_use = link.use(place);
+      const ncclResult_t code = body(static_cast<const Link&>(link));
+      link.check(code, place);
+      if (code == ncclInProgress) link.settle(place);
+    }
     check_cuda(cudaEventRecord(flight->end, link.stream()), place);
     const std::scoped_lock lock(mutex_);
     flights_.push_back(flight);
@@ -285,7 +284,11 @@ class NcclCommunicator final : public Communicator {
     flight->task = peer->lane->submit(sends ? Collective::send : Collective::receive,
                                       [this, peer, other, sends, flight = flight.get(), keep = std::weak_ptr(flight), body] {
                                         job_->bind(where(flight->collective));
-                                        if (!peer->link) peer->link = link_to(other, sends);
+                                        if (!peer->link) {
+                                          std::unique_ptr<Link> made = link_to(other, sends);
+                                          const std::scoped_lock lock(mutex_);
+                                          peer->link = std::move(made);
+                                        }
                                         fly(*peer->link, keep.lock(), body);
                                       });
     return Handle(std::make_shared<Wait>(*this, std::move(flight)));
@@ -369,7 +372,13 @@ class NcclCommunicator final : public Communicator {
       }
       if (!problem.empty()) job_->control->fail_job(problem);
       lock.lock();
-      if (!problem.empty()) broken_ = true, failure_ = problem;
+      if (!problem.empty()) {
+        broken_ = true, failure_ = problem;
+        // A host that waits for its GPU would wait for ever: the collective that does not end is before all that is queued.
+        main_->abort();
+        for (const auto& [key, peer] : peers_)
+          if (peer->link) peer->link->abort();
+      }
       const bool idle = left.size() == flights.size();
       left.insert(left.end(), flights_.begin() + static_cast<std::ptrdiff_t>(flights.size()), flights_.end());
       flights_ = std::move(left);
@@ -412,9 +421,7 @@ class NcclWorld final : public World {
     std::shared_ptr<void> memory = nccl_memory(*job_, bytes);
     if (!memory)
       fail(Fault::runtime, "cuda memory",
-           fmt::format("NCCL cannot allocate {} bytes for collectives: tensors hold {} bytes; a smaller data.micro_batch or "
-                       "precision.compute=bf16 lowers the need, more ranks along mesh.shard too",
-                       bytes, job_->device->bytes_held()));
+           fmt::format("NCCL cannot allocate {} bytes for collectives: {}", bytes, memory_words(*job_->device)));
     return {memory.get(), [memory, job = job_](void*) {}};
   }
   void at(std::int64_t step, std::string_view doing) override { job_->control->at(step, doing); }
