@@ -99,11 +99,11 @@ within() {
   echo $(($1 < left ? $1 : left))
 }
 
-# check NAME SECONDS COMMAND...: one line of the table; the log is kept. After SECONDS it has failed.
+# check NAME SECONDS COMMAND...: one line of the table; the log is kept. After SECONDS it has failed. True when it passed.
 check() {
   local name=$1 seconds=$2 log begin=$SECONDS code
   shift 2
-  [ "$(left)" -lt 1 ] && { line "$name" "not run: no time is left"; return; }
+  [ "$(left)" -lt 1 ] && { line "$name" "not run: no time is left"; return 1; }
   log=$logs/$(echo "$part $name" | tr -c 'a-zA-Z0-9\n' _).log
   limited "$(within "$seconds")" "$@" >"$log" 2>&1
   code=$?
@@ -115,6 +115,7 @@ check() {
     tail -3 "$log"
     failed=1
   fi
+  return $code
 }
 # A program or one of the functions here, ended after the seconds.
 limited() {
@@ -258,14 +259,17 @@ part_train_fp8() {
 }
 
 part_checkpoints() {
-  local words=(train.steps=50 checkpoint.every_steps=30 schedule.decay=constant)
-  check "checkpoint of the GPU, 30 steps" 60 train gpt across cuda "${words[@]}"
-  rm -rf "$work/across/checkpoints/step_000050"* "$work/across/checkpoints/LATEST"
-  check "  continued on the CPU" 120 train gpt across cpu "${words[@]}"
-  check "checkpoint of the CPU, 30 steps" 120 train gpt back cpu "${words[@]}"
-  rm -rf "$work/back/checkpoints/step_000050"* "$work/back/checkpoints/LATEST"
-  check "  continued on the GPU" 60 train gpt back cuda "${words[@]}"
-  check "  both beside each other" 20 compared near across back
+  local words=(train.steps=50 checkpoint.every_steps=30 schedule.decay=constant) both=0
+  if check "checkpoint of the GPU, 30 steps" 60 train gpt across cuda "${words[@]}"; then
+    rm -rf "$work/across/checkpoints/step_000050"* "$work/across/checkpoints/LATEST"
+    check "  continued on the CPU" 120 train gpt across cpu "${words[@]}" && both=$((both + 1))
+  fi
+  if check "checkpoint of the CPU, 30 steps" 120 train gpt back cpu "${words[@]}"; then
+    rm -rf "$work/back/checkpoints/step_000050"* "$work/back/checkpoints/LATEST"
+    check "  continued on the GPU" 60 train gpt back cuda "${words[@]}" && both=$((both + 1))
+  fi
+  # A run that began anew on the other device would agree as well.
+  if [ $both = 2 ]; then check "  both beside each other" 20 compared near across back; else line "  both beside each other" "not run: one of them failed"; fi
 }
 
 part_kernels() {
