@@ -1,8 +1,10 @@
 // Communicators of one rank, and what all communicators share.
 #include "comm/communicator.h"
+#include "comm/gpu_world.h"
 #include "comm/shared_world.h"
 
 #include <capstan/error.h>
+#include <kernels/backend.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -58,9 +60,11 @@ void Communicator::record(std::string_view collective, std::int64_t calls, doubl
 namespace comm {
 namespace {
 
+/// Data is the host's memory, or with a device that device's.
 class Solo final : public Communicator {
  public:
-  Solo(std::string name, std::vector<int> ranks) : Communicator(std::move(name), std::move(ranks), 0) {}
+  Solo(std::string name, std::vector<int> ranks, std::shared_ptr<Device> device)
+      : Communicator(std::move(name), std::move(ranks), 0), device_(std::move(device)) {}
   Handle all_reduce(void*, std::int64_t, DType, Reduction) override { return {}; }
   Handle reduce_scatter(const void* in, void* out, std::int64_t count, DType dtype, Reduction) override {
     return copy(in, out, count, dtype);
@@ -85,7 +89,9 @@ class Solo final : public Communicator {
   }
   Handle send(const void*, std::int64_t, DType, int) override { wrong("there is nobody to send to"); }
   Handle receive(void*, std::int64_t, DType, int) override { wrong("there is nobody to receive from"); }
-  void barrier() override {}
+  void barrier() override {
+    if (device_) device_->synchronize();
+  }
 
  private:
   [[noreturn]] void wrong(const std::string& what) const {
@@ -97,15 +103,27 @@ class Solo final : public Communicator {
   }
   Handle copy(const void* in, void* out, std::int64_t count, DType dtype) const {
     if (count < 0) wrong("negative count " + std::to_string(count));
-    if (in != out && count > 0) std::memmove(out, in, static_cast<std::size_t>(count * size_of(dtype)));
+    if (in == out || count == 0) return {};
+    if (!device_) {
+      std::memmove(out, in, static_cast<std::size_t>(count * size_of(dtype)));
+      return {};
+    }
+    kernels::Strided bytes;
+    bytes.rank = 1, bytes.shape[0] = count * size_of(dtype), bytes.to[0] = bytes.from[0] = 1;
+    device_->backend().copy(bytes, kernels::Num::u8, out, kernels::Num::u8, in);
     return {};
   }
+  std::shared_ptr<Device> device_;
 };
 
 }  // namespace
 
 std::shared_ptr<Communicator> make_solo(std::string name, std::vector<int> ranks) {
-  return std::make_shared<Solo>(std::move(name), std::move(ranks));
+  return std::make_shared<Solo>(std::move(name), std::move(ranks), nullptr);
+}
+
+std::shared_ptr<Communicator> make_gpu_solo(std::string name, std::vector<int> ranks, std::shared_ptr<Device> device) {
+  return std::make_shared<Solo>(std::move(name), std::move(ranks), std::move(device));
 }
 
 }  // namespace comm
