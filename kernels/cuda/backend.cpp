@@ -183,10 +183,7 @@ class CudaGpu final : public Gpu {
   }
 
   void gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) override {
-    if (g.before_gelu == nullptr) return cuda::gemm(bound(), g, a, b, c, bias, residual);
-    if (g.batch != 1 || g.accumulate || residual != nullptr || g.ldc != g.n) throw std::invalid_argument("[gemm] GELU follows one product and its bias, in rows that lie close together");
-    cuda::gemm(bound(), g, a, b, g.before_gelu, bias, nullptr);
-    cuda::unary(bound(), UnaryOp::gelu, g.c, g.m * g.n, g.before_gelu, c);
+    cuda::gemm(bound(), g, a, b, c, bias, residual);
   }
   double gemm_rate(Num num) override { return num == Num::f8e4m3 ? cuda::gemm_rate_fp8(bound()) : cuda::gemm_rate(bound(), num); }
   void quantize(const Quantize& q) override {

@@ -99,7 +99,6 @@ class Context {
   /// How attention runs: cuDNN or own kernels, an ordered backward within how much scratch.
   struct AttentionChoice { bool cudnn = true; std::int64_t workspace = std::int64_t{1} << 30; } attention_choice;
   std::shared_ptr<void> attention_state;  ///< cuDNN's handle and plans; goes before the stream
-  std::shared_ptr<void> fp8_plans;        ///< descriptors and algorithms of fp8 products
   /// Through pinned memory, in pieces: the caller's memory may go at once, and the GPU does not wait for pages. Those of a
   /// few steps fit beside each other, so that no copy waits for kernels that were queued ahead of it.
   void upload(void* to, const void* host_from, std::int64_t bytes);

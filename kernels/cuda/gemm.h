@@ -1,34 +1,22 @@
-// defines: gemm() over cuBLASLt and the cache of its choices.
+// defines: gemm() and gemm_fp8() over cuBLASLt, the rates of large products.
 #pragma once
-#include <kernels/cuda/context.h>
-#include <kernels/cuda/gemm_choice.h>
+#include <kernels/cuda/product.h>
 
-#include <map>
-#include <tuple>
+#include <string>
 
 namespace capstan::kernels::cuda {
 
-/// C = op(A) op(B) (+ bias) (+ residual | + C), rows as in Gemm. bias [N] and residual [M, N] in c's type.
+/// C = op(A) op(B) (+ bias) (+ residual | + C), rows as in Gemm. bias [N] and residual [M, N] in c's type. With
+/// g.before_gelu C is the GELU of that: in the product's epilogue for bf16 where the library has one (N a multiple of 8,
+/// both results on 16 bytes), of the sums before they are rounded; else in a kernel of its own, of what was stored.
 void gemm(Context& ctx, const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual);
 
 /// FLOP/s of a large product, the best of a few.
 double gemm_rate(Context& ctx, Num num);
 
-/// Descriptors and the algorithm of each kind of product that was asked for.
-struct GemmCache {
-  using Key = std::tuple<int, int, int, int, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                         std::int64_t, std::int64_t, std::int64_t>;
-  struct Entry {
-    cublasLtMatmulDesc_t operation = nullptr;
-    cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr;
-    cublasLtMatmulAlgo_t algorithm{};
-    std::size_t workspace = 0;
-  };
-  std::map<Key, Entry> entries;
-  GemmChoices choices;
-  /// From here on products are timed (Queue::tune_products); what was chosen before is chosen again.
-  std::string tune(Context& ctx, const std::string& file);
-  ~GemmCache();
-};
+void gemm_fp8(Context& ctx, const GemmFp8& g, const void* a, const void* b, void* c, const void* bias, const void* residual);
+std::string fp8_problem(Context& ctx, Scaling scaling);
+/// FLOP/s of a large e4m3 product with one scale a matrix, the best of a few.
+double gemm_rate_fp8(Context& ctx);
 
 }  // namespace capstan::kernels::cuda

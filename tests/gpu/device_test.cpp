@@ -5,6 +5,7 @@
 #include <capstan/update.h>
 #include <kernels/backend.h>
 
+#include <cmath>
 #include <limits>
 
 namespace capstan::testing {
@@ -137,6 +138,41 @@ TEST_F(Gpu, NamesAnIdOutOfRangeAtTheNextWaitAndGoesOn) {
   EXPECT_NE(text.find("9"), std::string::npos) << text;
   EXPECT_EQ(message_of([&] { gpu->synchronize(); }), "");
   EXPECT_EQ(doubles(rows).size(), 16u);
+}
+
+// Of the sums before they are rounded where the library has the epilogue, else of what was stored; what it was taken of is there
+// either way.
+TEST_F(Gpu, TakesGeluIntoTheProductWhereItCan) {
+  struct Shape { std::int64_t rows, in, out; };
+  for (const DType dtype : {DType::f32, DType::bf16})
+    for (const bool biased : {false, true})
+      for (const auto [rows, in, out] : {Shape{1, 64, 8}, {33, 64, 40}, {130, 48, 96}, {33, 64, 36}, {7, 17, 5}}) {
+        SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << rows << " x " << in << " -> " << out << (biased ? " with a bias" : ""));
+        const auto tensor = [&](const Dims& shape, std::uint64_t seed) { return make(*gpu, random_values(shape.product(), seed, -1, 1), shape, dtype); };
+        const Tensor x = tensor(Dims{rows, in}, 1), w = tensor(Dims{out, in}, 2), b = tensor(Dims{out}, 3);
+        const Tensor y = Tensor::empty(Dims{rows, out}, dtype, *gpu), before = Tensor::empty(Dims{rows, out}, dtype, *gpu), plain = Tensor::empty(Dims{rows, out}, dtype, *gpu);
+        kernels::Gemm g;
+        g.a = g.b = g.c = static_cast<kernels::Num>(dtype), g.trans_b = true;
+        g.m = rows, g.n = g.ldc = out, g.k = g.lda = g.ldb = in;
+        gpu->backend().gemm(g, x.raw(), w.raw(), plain.raw(), biased ? b.raw() : nullptr);
+        g.before_gelu = before.raw();
+        gpu->backend().gemm(g, x.raw(), w.raw(), y.raw(), biased ? b.raw() : nullptr);
+        EXPECT_TRUE(near(before, plain, dtype));
+        std::vector<double> exact = doubles(x), weight = doubles(w), bias = doubles(b), want;
+        for (std::int64_t i = 0; i < rows; ++i)
+          for (std::int64_t j = 0; j < out; ++j) {
+            double sum = biased ? bias[static_cast<std::size_t>(j)] : 0;
+            for (std::int64_t k = 0; k < in; ++k) sum += exact[static_cast<std::size_t>(i * in + k)] * weight[static_cast<std::size_t>(j * in + k)];
+            want.push_back(0.5 * sum * (1 + std::tanh(0.7978845608028654 * (sum + 0.044715 * sum * sum * sum))));
+          }
+        EXPECT_TRUE(near(doubles(y), want, tolerance_of(dtype)));
+        const bool taken = bits(y) != bits(ops::gelu(before));
+        if (dtype != DType::bf16 || out % 8 != 0) {
+          EXPECT_FALSE(taken);
+        } else if (rows > 1) {
+          EXPECT_TRUE(taken) << "GELU was a pass of its own";
+        }
+      }
 }
 
 TEST_F(Gpu, SaysWhatIsHeldWhenMemoryRunsOut) {

@@ -58,14 +58,22 @@ TEST(GpuFp8, MultipliesInMxfp8WhereTheChipCan) {
   for (const Fp8Linear& c : fp8_linears(Kind::mxfp8)) expect_linear(run_linear(*gpu, c), c);
 }
 
+TEST(GpuFp8, IsFollowedByGelu) {
+  auto gpu = gpu_of("9"), blocks = gpu_of("10");
+  for (const Fp8Linear& c : fp8_linears(Kind::fp8)) expect_gelu(*gpu, c);
+  if (!blocks->backend().fp8_problem(kernels::Scaling::block).empty()) return;
+  for (const Fp8Linear& c : fp8_linears(Kind::mxfp8)) expect_gelu(*blocks, c);
+}
+
 TEST(GpuFp8, SaysWhichScalesItCannotTake) {
   auto gpu = gpu_of("9");
   EXPECT_EQ(gpu->backend().fp8_problem(kernels::Scaling::tensor), "");
   const std::string block = gpu->backend().fp8_problem(kernels::Scaling::block);
-  if (gpu->describe().find("emulated") != std::string::npos || gpu->describe().find("H200") != std::string::npos)
+  if (gpu->describe().find("emulated") != std::string::npos || gpu->describe().find("H200") != std::string::npos) {
     EXPECT_EQ(block,
               "this GPU has compute capability 9.0, block scales (mxfp8) need 10.0: expected precision.linear=fp8, or "
               "run.device=cpu, which computes the same numbers slowly");
+  }
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// defines: Fp8Linear, run_linear(), expect_linear(): nn::Linear under a LinearPrecision against f64 on the dequantized
-// operands, on any device.
+// defines: Fp8Linear, run_linear(), expect_linear(), expect_gelu(): nn::Linear, and with GELU after it, under a
+// LinearPrecision against f64 on the dequantized operands, on any device.
 #pragma once
 #include "core/ops/harness.h"
 
@@ -149,6 +149,51 @@ inline void expect_linear(const LinearResult& got, const Fp8Linear& c) {
   for (std::size_t i = 0; i < g.size(); ++i) db[i % db.size()] += g[i];
   EXPECT_TRUE(near(doubles(got.db), db, tolerance_of(DType::f32))) << "db";
   EXPECT_EQ(doubles(got.dr), g) << "the residual's gradient is the result's";
+}
+
+/// GELU of nn::Linear as gelu() gives it has the bits of ops::gelu() of the layer, gradients included, whose values
+/// expect_linear() checks; y against f64 on the dequantized operands; and it does round.
+inline void expect_gelu(Device& device, const Fp8Linear& c) {
+  SCOPED_TRACE(::testing::Message() << "gelu " << c.rows << " x " << c.in << " -> " << c.out << " " << name_of(c.dtype)
+                                    << (c.precision.kind == Precision::Kind::mxfp8 ? " mxfp8" : " fp8"));
+  const auto run = [&](bool one, const Precision& precision) {
+    nn::Linear layer("layer", {Segment{"wide", c.out}}, {Segment{"hidden", c.in}}, true, 0.02);
+    const std::vector<Parameter*> parameters = layer.parameters();
+    parameters[0]->place(make(device, uneven(c.out, c.in, 1, c.dtype), Dims{c.out, c.in}, c.dtype));
+    parameters[1]->place(make(device, random_values(c.out, 2), Dims{c.out}, c.dtype));
+    const Tensor x = make_leaf(make(device, uneven(c.rows, c.in, 3, c.dtype), Dims{c.rows, c.in}, c.dtype), false);
+    Batch batch;
+    ForwardContext context(batch, device, c.dtype);
+    context.grad = true, context.linear = precision;
+    const Tensor y = one ? layer.gelu(context, x) : ops::gelu(layer(context, x));
+    const Tensor roots[] = {y}, gradients[] = {make(device, uneven(c.rows, c.out, 5, c.dtype), Dims{c.rows, c.out}, c.dtype)};
+    backward(roots, gradients);
+    return std::vector<Tensor>{y.detach(), static_cast<Leaf*>(x.node().get())->grad(), parameters[0]->leaf()->grad(),
+                               parameters[1]->leaf()->grad()};
+  };
+  const std::vector<Tensor> got = run(true, c.precision), apart = run(false, c.precision), wide = run(true, {});
+  const char* names[] = {"y", "dx", "dw", "db"};
+  for (std::size_t i = 0; i < got.size(); ++i) {
+    EXPECT_TRUE(same_bits(got[i], apart[i])) << names[i];
+    EXPECT_FALSE(near(doubles(got[i]), doubles(wide[i]), tolerance_of(DType::f32))) << names[i] << " is not rounded to fp8";
+    // e5m2 is off by up to an eighth and e4m3 by a sixteenth; in the sum's norm they go up as often as down.
+    double off = 0, norm = 0;
+    const std::vector<double> a = doubles(got[i]), b = doubles(wide[i]);
+    for (std::size_t k = 0; k < a.size(); ++k) off += (a[k] - b[k]) * (a[k] - b[k]), norm += b[k] * b[k];
+    EXPECT_LT(std::sqrt(off / norm), 0.125) << names[i];
+  }
+  const bool blocks = c.precision.kind == Precision::Kind::mxfp8;
+  const std::vector<double> qx = rounded_to<kernels::E4M3>(uneven(c.rows, c.in, 3, c.dtype), c.rows, c.in, blocks, false),
+                            qw = rounded_to<kernels::E4M3>(uneven(c.out, c.in, 1, c.dtype), c.out, c.in, blocks, false),
+                            b = in_type(random_values(c.out, 2), c.dtype);
+  std::vector<double> y = product(
+      c.rows, c.out, c.in, [&](std::int64_t i, std::int64_t l) { return qx[static_cast<std::size_t>(i * c.in + l)]; },
+      [&](std::int64_t j, std::int64_t l) { return qw[static_cast<std::size_t>(j * c.in + l)]; });
+  for (std::size_t i = 0; i < y.size(); ++i) {
+    const double h = y[i] + b[i % b.size()];
+    y[i] = 0.5 * h * (1 + std::tanh(0.7978845608028654 * (h + 0.044715 * h * h * h)));
+  }
+  EXPECT_TRUE(near(doubles(got[0]), y, tolerance_of(c.dtype))) << "y";
 }
 
 /// Shapes odd in their rows, both formats of gradients.

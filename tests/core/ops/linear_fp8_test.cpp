@@ -27,6 +27,12 @@ TEST(LinearFp8, IsNotThatOfTheOperandsThemselves) {  // the test above would see
   EXPECT_TRUE(near(doubles(rounded.y), doubles(plain.y), {0.1, 0.1}));
 }
 
+TEST(LinearFp8, IsFollowedByGelu) {
+  auto device = make_cpu_device(2);
+  for (const Kind kind : {Kind::fp8, Kind::mxfp8})
+    for (const Fp8Linear& c : fp8_linears(kind)) expect_gelu(*device, c);
+}
+
 TEST(LinearFp8, GivesTheSameBitsInTwoPartsAndOnAnyThreads) {
   auto one = make_cpu_device(1), three = make_cpu_device(3);
   for (const Kind kind : {Kind::fp8, Kind::mxfp8}) {

@@ -1,10 +1,13 @@
-// cuBLASLt's meaning, plainly: column-major D = op(A) op(B) + beta C (+ bias along the rows), batched. Shapes that the library
-// would refuse are refused; of fp8 products everything that Hopper (scalars) and Blackwell (scales of 32) refuse.
+// cuBLASLt's meaning, plainly: column-major D = op(A) op(B) + beta C (+ bias along the rows), batched, and GELU of that with what
+// it was taken of. Shapes that the library would refuse are refused, and attributes of another size than cublasLt.h gives them; of
+// fp8 products everything that Hopper (scalars) and Blackwell (scales of 32) refuse. An algorithm holds its caller to the
+// alignment that it was asked for with, and to the scratch memory that it named.
 #include <cublasLt.h>
 
 #include <capstan/kernels/bf16.h>
 #include <kernels/shared/fp8.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -17,6 +20,8 @@ namespace {
 using capstan::kernels::bf16;
 
 constexpr int algorithms = 3;  // in the order in which the library proposes them
+/// Scratch memory that each takes; it writes all over it.
+constexpr std::size_t scratch_of(std::uint64_t algorithm) { return algorithm << 16; }
 
 struct Operation {
   cublasComputeType_t compute;
@@ -28,7 +33,13 @@ struct Operation {
   std::int32_t a_mode = 0, b_mode = 0;
   const void *a_scale = nullptr, *b_scale = nullptr;
   std::int8_t fast = -1;  // as it was set
+  void* aux = nullptr;
+  std::int64_t aux_ld = 0;
+  cudaDataType_t aux_type = static_cast<cudaDataType_t>(-1);
+  bool gelu() const { return epilogue == CUBLASLT_EPILOGUE_GELU_AUX || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS; }
+  bool biased() const { return epilogue == CUBLASLT_EPILOGUE_BIAS || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS; }
 };
+struct Preference { std::uint64_t workspace = 0; std::uint32_t a = 256, b = 256, c = 256, d = 256; };
 struct Layout {
   cudaDataType_t type;
   std::int64_t rows, cols, ld;
@@ -38,6 +49,17 @@ struct Layout {
 
 Operation& of(cublasLtMatmulDesc_t d) { return *reinterpret_cast<Operation*>(d); }
 Layout& of(cublasLtMatrixLayout_t l) { return *reinterpret_cast<Layout*>(l); }
+Preference& of(cublasLtMatmulPreference_t p) { return *reinterpret_cast<Preference*>(p); }
+
+/// False when the caller's value has another size.
+template <class T>
+bool take(T& to, const void* value, std::size_t size) {
+  if (value == nullptr || size != sizeof to) return false;
+  std::memcpy(&to, value, sizeof to);
+  return true;
+}
+cublasStatus_t status_of(bool good) { return good ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_INVALID_VALUE; }
+bool lies_on(const void* p, std::uint64_t bytes) { return reinterpret_cast<std::uintptr_t>(p) % bytes == 0; }
 const Layout& layout_of(cublasLtMatrixLayout_t l) { return *reinterpret_cast<const Layout*>(l); }
 
 double read(const void* p, cudaDataType_t type, std::int64_t i) {
@@ -70,6 +92,10 @@ bool fits(const Operation& op, const Layout& a, const Layout& b, const Layout& c
   const std::int64_t k2 = op.b == CUBLAS_OP_N ? b.rows : b.cols, n = op.b == CUBLAS_OP_N ? b.cols : b.rows;
   for (const Layout* l : {&a, &b, &c, &d})
     if (l->ld < l->rows || l->batch != d.batch) return false;
+  if (op.biased() && op.bias == nullptr) return false;
+  if (op.epilogue != CUBLASLT_EPILOGUE_DEFAULT && !op.biased() && !op.gelu()) return false;
+  if (op.gelu() && (op.aux == nullptr || op.aux_ld % 8 != 0 || op.aux_ld < m || op.aux_type != d.type || d.batch != 1 || is_fp8(a) || d.type == CUDA_R_64F))
+    return false;
   if (is_fp8(a) || is_fp8(b)) {
     const bool blocks = op.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0;
     if (!is_fp8(a) || !is_fp8(b) || (a.type == CUDA_R_8F_E5M2 && b.type == CUDA_R_8F_E5M2)) return false;
@@ -77,7 +103,7 @@ bool fits(const Operation& op, const Layout& a, const Layout& b, const Layout& c
     if (op.a_mode != op.b_mode || op.a_scale == nullptr || op.b_scale == nullptr) return false;
     if (k % (blocks ? 32 : 16) != 0 || m % 16 != 0 || a.ld % 16 != 0 || b.ld % 16 != 0 || d.ld % 8 != 0) return false;
     if (d.type != CUDA_R_16BF && d.type != CUDA_R_32F) return false;
-    if (op.epilogue == CUBLASLT_EPILOGUE_BIAS && op.bias_type != CUDA_R_16BF) return false;
+    if (op.biased() && op.bias_type != CUDA_R_16BF) return false;
   }
   return k == k2 && c.rows == m && c.cols == n && d.rows == m && d.cols == n;
 }
@@ -93,68 +119,93 @@ cublasStatus_t cublasLtMatmulDescCreate(cublasLtMatmulDesc_t* d, cublasComputeTy
   return *d = reinterpret_cast<cublasLtMatmulDesc_t>(new Operation{compute, scale}), CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulDescDestroy(cublasLtMatmulDesc_t d) { return delete &of(d), CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t what, const void* value, size_t) {
+cublasStatus_t cublasLtMatmulDescSetAttribute(cublasLtMatmulDesc_t d, cublasLtMatmulDescAttributes_t what, const void* value, size_t size) {
   Operation& o = of(d);
+  const auto read = [&](auto& to) { return status_of(take(to, value, size)); };
   switch (what) {
-    case CUBLASLT_MATMUL_DESC_TRANSA: std::memcpy(&o.a, value, sizeof o.a); break;
-    case CUBLASLT_MATMUL_DESC_TRANSB: std::memcpy(&o.b, value, sizeof o.b); break;
-    case CUBLASLT_MATMUL_DESC_EPILOGUE: std::memcpy(&o.epilogue, value, sizeof o.epilogue); break;
-    case CUBLASLT_MATMUL_DESC_BIAS_POINTER: std::memcpy(&o.bias, value, sizeof o.bias); break;
-    case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: std::memcpy(&o.bias_type, value, sizeof o.bias_type); break;
-    case CUBLASLT_MATMUL_DESC_A_SCALE_MODE: std::memcpy(&o.a_mode, value, sizeof o.a_mode); break;
-    case CUBLASLT_MATMUL_DESC_B_SCALE_MODE: std::memcpy(&o.b_mode, value, sizeof o.b_mode); break;
-    case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER: std::memcpy(&o.a_scale, value, sizeof o.a_scale); break;
-    case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER: std::memcpy(&o.b_scale, value, sizeof o.b_scale); break;
-    case CUBLASLT_MATMUL_DESC_FAST_ACCUM: std::memcpy(&o.fast, value, sizeof o.fast); break;
+    case CUBLASLT_MATMUL_DESC_TRANSA: return read(o.a);
+    case CUBLASLT_MATMUL_DESC_TRANSB: return read(o.b);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE: return read(o.epilogue);
+    case CUBLASLT_MATMUL_DESC_BIAS_POINTER: return read(o.bias);
+    case CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE: return read(o.bias_type);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER: return read(o.aux);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD: return read(o.aux_ld);
+    case CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE: return read(o.aux_type);
+    case CUBLASLT_MATMUL_DESC_A_SCALE_MODE: return read(o.a_mode);
+    case CUBLASLT_MATMUL_DESC_B_SCALE_MODE: return read(o.b_mode);
+    case CUBLASLT_MATMUL_DESC_A_SCALE_POINTER: return read(o.a_scale);
+    case CUBLASLT_MATMUL_DESC_B_SCALE_POINTER: return read(o.b_scale);
+    case CUBLASLT_MATMUL_DESC_FAST_ACCUM: return read(o.fast);
     default: return CUBLAS_STATUS_NOT_SUPPORTED;
   }
-  return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* l, cudaDataType type, uint64_t rows, uint64_t cols, int64_t ld) {
   return *l = reinterpret_cast<cublasLtMatrixLayout_t>(new Layout{type, static_cast<std::int64_t>(rows), static_cast<std::int64_t>(cols), ld}), CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatrixLayoutDestroy(cublasLtMatrixLayout_t l) { return delete &of(l), CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t what, const void* value, size_t) {
-  if (what == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT) std::memcpy(&of(l).batch, value, sizeof(std::int32_t));
-  else if (what == CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET) std::memcpy(&of(l).stride, value, sizeof(std::int64_t));
-  else return CUBLAS_STATUS_NOT_SUPPORTED;
-  return CUBLAS_STATUS_SUCCESS;
+cublasStatus_t cublasLtMatrixLayoutSetAttribute(cublasLtMatrixLayout_t l, cublasLtMatrixLayoutAttribute_t what, const void* value, size_t size) {
+  if (what == CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT) return status_of(take(of(l).batch, value, size));
+  if (what == CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET) return status_of(take(of(l).stride, value, size));
+  return CUBLAS_STATUS_NOT_SUPPORTED;
 }
-cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* p) { return *p = nullptr, CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t) { return CUBLAS_STATUS_SUCCESS; }
-cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t, cublasLtMatmulPreferenceAttributes_t, const void*, size_t) {
-  return CUBLAS_STATUS_SUCCESS;
+cublasStatus_t cublasLtMatmulPreferenceCreate(cublasLtMatmulPreference_t* p) {
+  return *p = reinterpret_cast<cublasLtMatmulPreference_t>(new Preference), CUBLAS_STATUS_SUCCESS;
+}
+cublasStatus_t cublasLtMatmulPreferenceDestroy(cublasLtMatmulPreference_t p) { return delete &of(p), CUBLAS_STATUS_SUCCESS; }
+cublasStatus_t cublasLtMatmulPreferenceSetAttribute(cublasLtMatmulPreference_t p, cublasLtMatmulPreferenceAttributes_t what, const void* value, size_t size) {
+  const auto read = [&](auto& to) { return status_of(take(to, value, size)); };
+  switch (what) {
+    case CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES: return read(of(p).workspace);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES: return read(of(p).a);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES: return read(of(p).b);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES: return read(of(p).c);
+    case CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES: return read(of(p).d);
+    default: return CUBLAS_STATUS_NOT_SUPPORTED;
+  }
 }
 cublasStatus_t cublasLtMatmulAlgoGetHeuristic(cublasLtHandle_t, cublasLtMatmulDesc_t d, cublasLtMatrixLayout_t a, cublasLtMatrixLayout_t b,
-                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t e, cublasLtMatmulPreference_t, int asked,
+                                              cublasLtMatrixLayout_t c, cublasLtMatrixLayout_t e, cublasLtMatmulPreference_t preference, int asked,
                                               cublasLtMatmulHeuristicResult_t results[], int* count) {
   *count = 0;
   if (asked < 1 || !fits(of(d), layout_of(a), layout_of(b), layout_of(c), layout_of(e))) return CUBLAS_STATUS_NOT_SUPPORTED;
-  *count = asked < algorithms ? asked : algorithms;
-  for (int i = 0; i < *count; ++i) results[i] = {}, results[i].algo.data[0] = static_cast<std::uint64_t>(i);
+  const Preference& wanted = of(preference);
+  const auto aligned = static_cast<std::uint64_t>(wanted.a) << 48 | static_cast<std::uint64_t>(wanted.b) << 32 | wanted.c << 16 | wanted.d;
+  for (std::uint64_t i = 0; i < algorithms && *count < asked; ++i) {
+    if (scratch_of(i) > wanted.workspace) continue;
+    cublasLtMatmulHeuristicResult_t& result = results[(*count)++];
+    result = {};
+    result.algo.data[0] = i, result.algo.data[1] = aligned, result.workspaceSize = scratch_of(i);
+  }
   return CUBLAS_STATUS_SUCCESS;
 }
 cublasStatus_t cublasLtMatmulAlgoCheck(cublasLtHandle_t, cublasLtMatmulDesc_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t, cublasLtMatrixLayout_t,
                                        cublasLtMatrixLayout_t, const cublasLtMatmulAlgo_t* algorithm, cublasLtMatmulHeuristicResult_t* result) {
   *result = {};
+  result->workspaceSize = scratch_of(algorithm->data[0]);
   return algorithm->data[0] < algorithms ? CUBLAS_STATUS_SUCCESS : CUBLAS_STATUS_NOT_SUPPORTED;
 }
 size_t cublasLtGetVersion() { return 130100; }
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const void* alpha, const void* a, cublasLtMatrixLayout_t a_layout, const void* b,
                               cublasLtMatrixLayout_t b_layout, const void* beta, const void* c, cublasLtMatrixLayout_t c_layout, void* out,
-                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algorithm, void*, size_t, cudaStream_t) {
+                              cublasLtMatrixLayout_t d_layout, const cublasLtMatmulAlgo_t* algorithm, void* scratch, size_t scratch_bytes, cudaStream_t) {
   const Operation op = of(d);
   const Layout A = layout_of(a_layout), B = layout_of(b_layout), C = layout_of(c_layout), D = layout_of(d_layout);
   const std::uint64_t number = algorithm->data[0];  // tells in which order a sum is added
   if (number >= algorithms) return CUBLAS_STATUS_NOT_SUPPORTED;
   capstan::emulated::product_ran(static_cast<int>(number));
   if (!fits(op, A, B, C, D)) return CUBLAS_STATUS_INVALID_VALUE;
+  const std::uint64_t aligned = algorithm->data[1];
+  if (!lies_on(a, aligned >> 48) || !lies_on(b, aligned >> 32 & 0xffff) || !lies_on(c, aligned >> 16 & 0xffff) || !lies_on(out, aligned & 0xffff))
+    return CUBLAS_STATUS_INVALID_VALUE;
+  const std::size_t room = scratch_of(number);
+  if (room > 0 && (scratch == nullptr || scratch_bytes < room || !lies_on(scratch, 256))) return CUBLAS_STATUS_INVALID_VALUE;
   const double one = read(alpha, op.scale, 0), add = read(beta, op.scale, 0);
   const bool wide = op.compute == CUBLAS_COMPUTE_64F;
   const std::int64_t k = op.a == CUBLAS_OP_N ? A.cols : A.rows;
   // The measurement of the machine's rate at the start of a run: a minute of work here, and nobody reads the result.
   if (static_cast<double>(D.rows) * static_cast<double>(D.cols) * static_cast<double>(k) > 1e10) return CUBLAS_STATUS_SUCCESS;
   capstan::emulated::touch_device_memory([=] {
+    if (room > 0) std::memset(scratch, 0xff, room);
     for (std::int64_t batch = 0; batch < D.batch; ++batch)
       for (std::int64_t j = 0; j < D.cols; ++j)
         for (std::int64_t i = 0; i < D.rows; ++i) {
@@ -170,7 +221,11 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const vo
           }
           double value = one * (wide ? sum : static_cast<double>(narrow));
           if (add != 0) value += add * read(c, C.type, batch * C.stride + j * C.ld + i);
-          if (op.epilogue == CUBLASLT_EPILOGUE_BIAS) value += read(op.bias, op.bias_type, i);
+          if (op.biased()) value += read(op.bias, op.bias_type, i);
+          if (op.gelu()) {
+            write(op.aux, op.aux_type, j * op.aux_ld + i, value);
+            value = 0.5 * value * (1 + std::tanh(0.7978845608028654 * (value + 0.044715 * value * value * value)));
+          }
           write(out, D.type, batch * D.stride + j * D.ld + i, value);
         }
   });

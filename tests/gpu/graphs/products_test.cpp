@@ -42,6 +42,28 @@ class Products : public ::testing::Test {
     y.copy_to_host(host.data(), y.bytes());
     return host;
   }
+  /// The same of fp8 operands, in f32.
+  static std::vector<float> fp8_product(Device& device) {
+    constexpr std::int64_t rows = 3, out = 16, in = 272;
+    const auto quantized = [&](std::int64_t n, std::uint64_t seed) {
+      std::vector<float> v(static_cast<std::size_t>(n * in));
+      const Rng rng(seed, "products");
+      for (std::size_t i = 0; i < v.size(); ++i) v[i] = static_cast<float>(rng.bits(i)) * 0x1p-31f - 1.0f;
+      const Tensor x = Tensor::of(std::span<const float>(v), Dims{n, in}, device), bytes = Tensor::empty(Dims{n * in + 256}, DType::u8, device);
+      kernels::Quantize q;
+      q.from = kernels::Num::f32, q.rows = n, q.cols = q.stride = in, q.x = x.raw();
+      q.scale = bytes.raw(), q.data = bytes.narrow(0, 256, n * in).raw();
+      device.backend().quantize(q);
+      return bytes;
+    };
+    const Tensor a = quantized(rows, 1), b = quantized(out, 2), c = Tensor::empty(Dims{rows, out}, DType::f32, device);
+    kernels::GemmFp8 g;
+    g.c = kernels::Num::f32, g.m = rows, g.n = g.ldc = out, g.k = in, g.a_scale = a.raw(), g.b_scale = b.raw();
+    device.backend().gemm_fp8(g, a.narrow(0, 256, rows * in).raw(), b.narrow(0, 256, out * in).raw(), c.raw());
+    std::vector<float> host(static_cast<std::size_t>(c.numel()));
+    c.copy_to_host(host.data(), c.bytes());
+    return host;
+  }
   static std::string message_of(const std::function<void()>& f) {
     try {
       f();
@@ -78,6 +100,31 @@ TEST_F(Products, KeepTheFirstTimingForEveryLaterRun) {
   EXPECT_THAT(tune(*elsewhere, ""), HasSubstr("kept nowhere"));
   EXPECT_NE(product(*elsewhere), tuned);
   EXPECT_NE(product(*elsewhere), first);
+}
+
+TEST_F(Products, InFp8AreChosenAndKeptToo) {
+  const auto first = fp8_product(*gpu());
+  fast(2);
+  const auto device = gpu();
+  tune(*device, file);
+  const auto tuned = fp8_product(*device);
+  EXPECT_NE(tuned, first) << "the emulated algorithms must differ, or this proves nothing";
+  EXPECT_THAT(read_file(file), HasSubstr("3 x 16 x 272 fp8"));
+  fast(1);
+  const auto later = gpu();
+  EXPECT_THAT(tune(*later, file), HasSubstr("1 known"));
+  EXPECT_EQ(fp8_product(*later), tuned);
+}
+
+// A product that ends in GELU is another kind than the same one without.
+TEST_F(Products, AreKeptByHowTheyEnd) {
+  const auto device = gpu();
+  tune(*device, file);
+  const Tensor x = Tensor::zeros(Dims{3, 64}, DType::bf16, *device), w = Tensor::zeros(Dims{16, 64}, DType::bf16, *device), b = Tensor::zeros(Dims{16}, DType::bf16, *device);
+  ops::linear(x, w), ops::linear(x, w, b), ops::linear_gelu(x, w), ops::linear_gelu(x, w, b);
+  const std::string text = read_file(file);
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 1 + 4) << text;
+  EXPECT_THAT(text, AllOf(HasSubstr(" bias\t"), HasSubstr(" gelu\t"), HasSubstr(" gelu bias\t")));
 }
 
 TEST_F(Products, AreAgreedOnByWhoSharesTheFile) {
