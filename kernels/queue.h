@@ -61,6 +61,12 @@ class Queue {
   /// way round.
   virtual std::int64_t end_record() = 0;
   virtual void cancel_record() noexcept = 0;
+  /// Until end_rehearsal() calls run nothing: those that the record was made of come again, and the numbers of adamw(), sgd(),
+  /// momentum() and axpby() are what replays take from here on. Throws std::runtime_error, there or at a call, when they are
+  /// others: cancel_rehearsal() must follow.
+  virtual void begin_rehearsal(std::int64_t record) = 0;
+  virtual void end_rehearsal() = 0;
+  virtual void cancel_rehearsal() noexcept = 0;
   /// Runs it with `step` in place of the step it was recorded with.
   virtual void replay(std::int64_t record, std::uint64_t step) = 0;
   virtual void forget_record(std::int64_t record) noexcept = 0;

@@ -76,7 +76,7 @@ class CudaGpu final : public Gpu {
     ctx.throw_fault();
   }
   void clear(void* to, std::int64_t bytes) override {
-    if (bytes > 0) check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(bytes), bound().stream()), "clearing memory");
+    bound().clear(to, bytes, "clearing memory");
   }
   void copy(const Strided& shape, Num to_num, void* to, Num from_num, const void* from) override { cuda::copy(bound(), shape, to_num, to, from_num, from); }
   void fill(const Strided& shape, Num num, void* to, double value) override { cuda::fill(bound(), shape, num, to, value); }

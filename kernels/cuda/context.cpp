@@ -95,7 +95,8 @@ Context::Context(int device) : device_(device) {
   staging_->base = static_cast<char*>(staging);
   void* cells = nullptr;  // the faults, then the step's offset
   check(cudaMalloc(&cells, sizeof(Fault) + sizeof(std::uint64_t)), "taking memory");
-  check(cudaMemset(cells, 0, sizeof(Fault) + sizeof(std::uint64_t)), "clearing memory");
+  // In the stream: a call without one would not be ordered ahead of the kernels that write there.
+  check(cudaMemsetAsync(cells, 0, sizeof(Fault) + sizeof(std::uint64_t), stream_), "clearing memory");
   faults_ = static_cast<Fault*>(cells);
   step_offset_ = reinterpret_cast<std::uint64_t*>(static_cast<char*>(cells) + sizeof(Fault));
   check(cublasLtCreate(&blas_), "starting cuBLASLt");
@@ -220,7 +221,7 @@ void Context::download(void* host_to, const void* from, std::int64_t bytes) {
 }
 
 void* Context::scratch(std::int64_t bytes) {
-  if (recording_) {
+  if (recording_ || rehearsed_ != nullptr) {
     // Its address is in the records: an older, smaller one stays where it is.
     if (bytes <= record_scratch_bytes_) return record_scratch_;
     const std::int64_t size = whole_lines(std::max(bytes, scratch_bytes_));
@@ -240,7 +241,7 @@ void* Context::scratch(std::int64_t bytes) {
 }
 
 void Context::refuse_in_record(const char* what) const {
-  if (recording_)
+  if (asked_ != nullptr)
     throw std::runtime_error(std::string("[cuda graphs] ") + what +
                              " cannot be part of a recorded step: expected work on device memory alone; set run.cuda_graphs: off, or move it out of forward()");
 }
@@ -250,6 +251,7 @@ void Context::begin_record(std::uint64_t step) {
   // Relaxed: records may take memory, and other threads go on as they please.
   check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), "beginning a record");
   recording_ = true, record_ = {step, step_offset_};
+  noted_ = {}, asked_ = &noted_.work;
   std::lock_guard lock(pool_->mutex);
   pool_->recording = true, pool_->recorder = std::this_thread::get_id();
 }
@@ -265,10 +267,10 @@ void stop_recording(Pool& pool, std::int64_t& held, std::size_t& foreign) {
 }
 }  // namespace
 
-cudaGraph_t Context::end_record() {
+cudaGraph_t Context::end_record(Noted& noted) {
   cudaGraph_t graph = nullptr;
   const cudaError_t code = cudaStreamEndCapture(stream_, &graph);
-  recording_ = false;
+  recording_ = false, asked_ = nullptr;
   std::int64_t held = 0;
   std::size_t foreign = 0;
   stop_recording(*pool_, held, foreign);
@@ -277,7 +279,11 @@ cudaGraph_t Context::end_record() {
     wrong = std::to_string(held) + " pieces of memory that were taken inside of the recorded step outlive it";
   if (code == cudaSuccess && foreign > 0)
     wrong += (wrong.empty() ? "" : ", and ") + std::to_string(foreign) + " pieces of memory that were taken before the recorded step were given back inside of it: a replay would touch what others hold by then";
-  if (code == cudaSuccess && wrong.empty()) return graph;
+  if (code == cudaSuccess && wrong.empty()) {
+    noted = std::exchange(noted_, {});
+    return graph;
+  }
+  forget(noted_);
   if (graph != nullptr) cudaGraphDestroy(graph);
   if (wrong.empty()) check(code, "ending a record");
   throw std::runtime_error("[cuda graphs] " + wrong + "; set run.cuda_graphs: off, or keep such tensors out of forward()");
@@ -288,10 +294,77 @@ void Context::cancel_record() noexcept {
   cudaGraph_t graph = nullptr;
   if (cudaStreamEndCapture(stream_, &graph) == cudaSuccess && graph != nullptr) cudaGraphDestroy(graph);
   cudaGetLastError();  // what broke the record is on its way to the caller already
-  recording_ = false;
+  recording_ = false, asked_ = nullptr;
+  forget(noted_);
   std::int64_t held = 0;
   std::size_t foreign = 0;
   stop_recording(*pool_, held, foreign);
+}
+
+void Context::forget(Noted& noted) noexcept {
+  std::lock_guard lock(pool_->mutex);
+  for (void* chunk : noted.chunks) pool_->records.give(chunk);
+  noted = {};
+}
+
+const void* Context::note_numbers(const void* numbers, std::size_t bytes) {
+  Noted& noted = rehearsed_ != nullptr ? *rehearsed_ : noted_;
+  const auto chunk = static_cast<std::size_t>(Noted::chunk);
+  std::size_t at = ((rehearsed_ != nullptr ? rehearsed_bytes_ : noted.numbers.size()) + 15) / 16 * 16;
+  if (at % chunk + bytes > chunk) at = (at / chunk + 1) * chunk;  // none lies across two
+  if (rehearsed_ != nullptr) {
+    if (at + bytes > noted.numbers.size()) throw std::runtime_error("[cuda graphs] the work is not the recorded one: it has more updates");
+    rehearsed_bytes_ = at + bytes;
+  } else {
+    noted.numbers.resize(at + bytes);
+    while (noted.chunks.size() * chunk < noted.numbers.size()) {
+      std::lock_guard lock(pool_->mutex);
+      void* more = pool_->records.take(Noted::chunk);
+      if (more == nullptr) throw std::runtime_error("[cuda memory] no room for " + std::to_string(Noted::chunk) + " bytes of a record's numbers");
+      noted.chunks.push_back(more);
+    }
+  }
+  std::memcpy(noted.numbers.data() + at, numbers, bytes);
+  return static_cast<const std::byte*>(noted.chunks[at / chunk]) + at % chunk;
+}
+
+void Context::begin_rehearsal(Noted& noted) {
+  refuse_in_record("a rehearsal");
+  rehearsed_ = &noted, rehearsed_bytes_ = 0, rehearsed_work_ = 0, asked_ = &rehearsed_work_;
+  std::lock_guard lock(pool_->mutex);
+  pool_->recording = true, pool_->recorder = std::this_thread::get_id();
+}
+
+void Context::end_rehearsal() {
+  const Noted& noted = *rehearsed_;
+  const bool same = rehearsed_bytes_ == noted.numbers.size() && rehearsed_work_ == noted.work;
+  cancel_rehearsal();
+  if (!same)
+    throw std::runtime_error("[cuda graphs] the work is not the recorded one: other calls, or a number that is another at each step and does not reach "
+                             "the GPU through adamw(), sgd(), momentum() or axpby() of capstan/update.h; set run.cuda_graphs: off");
+}
+
+void Context::cancel_rehearsal() noexcept {
+  if (rehearsed_ == nullptr) return;
+  rehearsed_ = nullptr, asked_ = nullptr;
+  std::int64_t held = 0;
+  std::size_t foreign = 0;
+  stop_recording(*pool_, held, foreign);
+}
+
+void Context::bring(const Noted& noted) {
+  for (std::size_t i = 0; i < noted.chunks.size(); ++i) {
+    const std::size_t begin = i * static_cast<std::size_t>(Noted::chunk), end = std::min(noted.numbers.size(), begin + static_cast<std::size_t>(Noted::chunk));
+    if (begin < end) upload(noted.chunks[i], noted.numbers.data() + begin, static_cast<std::int64_t>(end - begin));
+  }
+}
+
+void Context::clear(void* to, std::int64_t bytes, const char* doing) {
+  if (bytes > 0 && asks(static_cast<std::uint64_t>(bytes))) check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(bytes), stream_), doing);
+}
+
+void Context::move(void* to, const void* from, std::int64_t bytes, const char* doing) {
+  if (bytes > 0 && asks(static_cast<std::uint64_t>(bytes))) check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(bytes), cudaMemcpyDeviceToDevice, stream_), doing);
 }
 
 void Context::set_step_offset(std::uint64_t difference) { upload(step_offset_, &difference, sizeof difference); }
@@ -308,7 +381,7 @@ void Context::throw_fault() {
   Fault fault{};
   check(cudaMemcpy(&fault, faults_, sizeof fault, cudaMemcpyDeviceToHost), "reading what kernels found");
   if (fault.what == 0) return;
-  check(cudaMemset(faults_, 0, sizeof fault), "clearing memory");
+  check(cudaMemsetAsync(faults_, 0, sizeof fault, stream_), "clearing memory");
   const auto& texts = fault_texts_->texts;
   const std::string what = fault.what <= texts.size() ? texts[fault.what - 1] : "a kernel";
   throw std::runtime_error("[" + what + "] element " + std::to_string(fault.index) + " is " + std::to_string(static_cast<long long>(fault.value)) +

@@ -7,6 +7,8 @@
 #include <cublasLt.h>
 #include <cuda_runtime.h>
 
+#include <bit>
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -14,6 +16,7 @@
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 namespace capstan::kernels::cuda {
 
@@ -49,7 +52,10 @@ class Context {
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
 
-  cudaStream_t stream() const { return stream_; }
+  cudaStream_t stream() const {
+    if (rehearsed_ != nullptr) refuse_in_record("a call that cannot be asked for without running");
+    return stream_;
+  }
   int device() const { return device_; }
   int multiprocessors() const { return multiprocessors_; }
   /// Most dynamic shared memory of a block, bytes (227 KiB on sm_90).
@@ -76,18 +82,51 @@ class Context {
   /// Throws std::runtime_error with what was reported since the last call; the stream must be idle.
   void throw_fault();
 
+  /// Bytes to 0, or from elsewhere on the GPU.
+  void clear(void* to, std::int64_t bytes, const char* doing);
+  void move(void* to, const void* from, std::int64_t bytes, const char* doing);
+
   /// While a record is made calls are noted instead of run. Not null then.
   struct Record {
     std::uint64_t step = 0;                       ///< what step numbers are baked in
     const std::uint64_t* step_offset = nullptr;   ///< on the device: what a replay adds to them
   };
   const Record* record() const { return recording_ ? &record_ : nullptr; }
-  /// Throws when a record is being made: `what` cannot be in one.
+  /// Throws when a record is being made or rehearsed: `what` cannot be in one.
   void refuse_in_record(const char* what) const;
+  /// What goes with a record: the numbers that may be others at each replay, and what tells its work from other work.
+  struct Noted {
+    static constexpr std::int64_t chunk = 16384;
+    std::vector<std::byte> numbers;
+    std::vector<void*> chunks;  ///< where they lie on the device
+    std::uint64_t work = 0;     ///< of all calls in their order, with the numbers that stay
+  };
   void begin_record(std::uint64_t step);
-  /// The graph of what was asked for since; whoever calls destroys it.
-  cudaGraph_t end_record();
+  /// The graph of what was asked for since, which whoever calls destroys, and what goes with it: then forget(noted).
+  cudaGraph_t end_record(Noted& noted);
   void cancel_record() noexcept;
+  void forget(Noted& noted) noexcept;
+  /// Until end_rehearsal() nothing runs: step_numbers() go into `noted`. Throws std::runtime_error there, or before, when the
+  /// calls are not those of the record.
+  void begin_rehearsal(Noted& noted);
+  void end_rehearsal();
+  void cancel_rehearsal() noexcept;
+  /// Brings them to the device, for the replays behind it.
+  void bring(const Noted& noted);
+  /// Numbers of a kernel that may be others at each step: where it reads them under a record, null where it takes those that
+  /// it is given.
+  template <class T>
+  const T* step_numbers(const T& numbers) {
+    static_assert(std::is_trivially_copyable_v<T> && alignof(T) <= 16 && sizeof(T) <= 256);
+    return asked_ == nullptr ? nullptr : static_cast<const T*>(note_numbers(&numbers, sizeof numbers));
+  }
+  /// Notes a call that `what` tells from others; true when it is to run (or to be recorded).
+  bool asks(std::uint64_t what) {
+    if (asked_ == nullptr) return true;
+    *asked_ = (*asked_ ^ what) * 0x100000001b3u;
+    return rehearsed_ == nullptr;
+  }
+  bool notes() const { return asked_ != nullptr; }
   /// For the replays behind it: step numbers are `difference` more than those recorded.
   void set_step_offset(std::uint64_t difference);
   std::int64_t record_bytes() const;
@@ -119,8 +158,14 @@ class Context {
   void staged();
   std::unique_ptr<Staging> staging_;
   Fault* faults_ = nullptr;
+  const void* note_numbers(const void* numbers, std::size_t bytes);
   bool recording_ = false;
   Record record_;
+  Noted noted_;                     // of the record that is being made
+  Noted* rehearsed_ = nullptr;
+  std::size_t rehearsed_bytes_ = 0;
+  std::uint64_t rehearsed_work_ = 0;
+  std::uint64_t* asked_ = nullptr;  // where calls are noted: while a record is made or rehearsed
   std::uint64_t* step_offset_ = nullptr;
   void* record_scratch_ = nullptr;
   std::int64_t record_scratch_bytes_ = 0;
@@ -134,11 +179,27 @@ struct Launch {
 };
 
 #if defined(__CUDACC__) || defined(CAPSTAN_EMULATED_KERNELS)
+/// The numbers among a kernel's arguments as bits; pointers count as nothing, for memory taken inside of a record lies elsewhere
+/// in a rehearsal, and of structures those that have numbers of their own say them by bits().
+template <class T>
+std::uint64_t bits_of_number(const T& value) {
+  if constexpr (std::is_floating_point_v<T>) return std::bit_cast<std::uint64_t>(static_cast<double>(value));
+  else if constexpr (std::is_integral_v<T>) return static_cast<std::uint64_t>(value);
+  else if constexpr (std::is_same_v<T, bf16>) return value.bits;
+  else if constexpr (requires { value.bits(); }) return value.bits();
+  else return 0;
+}
+
 /// Launches `kernel` in the context's stream; nothing when the grid is empty. Dynamic shared memory above 48 KiB is
 /// asked for.
 template <class... Parameters, class... Arguments>
 void launch(Context& context, const Launch& l, const char* name, void (*kernel)(Parameters...), Arguments&&... arguments) {
   if (l.grid_x == 0 || l.grid_y == 0 || l.grid_z == 0) return;
+  if (context.notes()) {
+    std::uint64_t what = reinterpret_cast<std::uintptr_t>(kernel) ^ l.grid_x ^ std::uint64_t{l.grid_y} << 32 ^ std::uint64_t{l.grid_z} << 48;
+    ((what = what * 31 + bits_of_number(arguments)), ...);
+    if (!context.asks(what)) return;
+  }
 #if defined(CAPSTAN_EMULATED_KERNELS)
   static_cast<void>(context), static_cast<void>(name);
   emulated::launch(reinterpret_cast<const void*>(kernel), dim3(l.grid_x, l.grid_y, l.grid_z), dim3(l.block), [=] { kernel(arguments...); });

@@ -136,7 +136,7 @@ void copy(Context& ctx, const Strided& shape, Num to_num, void* to, Num from_num
   const std::int64_t n = elements(s);
   if (to_num == from_num) {
     if (flat(s, true)) {
-      check(cudaMemcpyAsync(to, from, static_cast<std::size_t>(n * bytes_of(to_num)), cudaMemcpyDeviceToDevice, ctx.stream()), "copying");
+      ctx.move(to, from, n * bytes_of(to_num), "copying");
       return;
     }
     const CopyPlan plan = copy_plan(s, bytes_of(to_num), to, from);
@@ -166,7 +166,7 @@ void fill(Context& ctx, const Strided& shape, Num num, void* to, double value) {
   const Strided s = merged(both);
   const std::int64_t n = elements(s);
   if (value == 0 && !std::signbit(value) && flat(s, false)) {
-    check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(n * bytes_of(num)), ctx.stream()), "clearing");
+    ctx.clear(to, n * bytes_of(num), "clearing");
     return;
   }
   visit_number(num, [&]<class T>() {

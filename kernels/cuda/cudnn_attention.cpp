@@ -236,7 +236,8 @@ bool CudnnAttention::forward(Context& ctx, const Attention& a) {
   State::Entry& e = state_->entry(shape);
   why_ = e.why;
   if (!e.plan) return false;
-  const std::int64_t offsets = shape.ragged ? round_up(((shape.batch + 1) * 5 + shape.batch) * 4) : 0;
+  const std::int64_t pitch = ragged_pitch(shape.batch);
+  const std::int64_t offsets = shape.ragged ? round_up(6 * pitch * 4) : 0;
   auto* base = static_cast<char*>(ctx.scratch(offsets + e.plan->workspace() + 256));
   const float scale = static_cast<float>(a.scale), low = -std::numeric_limits<float>::infinity();
   std::vector<CudnnPlan::Pointer> pointers{{e.ids.q, a.q}, {e.ids.k, a.k}, {e.ids.v, a.v}, {e.ids.out, a.out}, {e.ids.scale, &scale}, {e.ids.low, &low}};
@@ -247,8 +248,8 @@ bool CudnnAttention::forward(Context& ctx, const Attention& a) {
     auto* o = reinterpret_cast<std::int32_t*>(base);
     ragged_offsets(ctx, a.starts, a.sequences, shape.batch, {5, {a.q_stride, a.k_stride, a.v_stride, a.out_stride, 1}}, o);
     for (int i = 0; i < 5; ++i)
-      if (i < 4 || shape.stats) pointers.push_back({e.ids.offsets[i], o + i * (shape.batch + 1)});
-    pointers.push_back({e.ids.lengths, o + 5 * (shape.batch + 1)});
+      if (i < 4 || shape.stats) pointers.push_back({e.ids.offsets[i], o + i * pitch});
+    pointers.push_back({e.ids.lengths, o + 5 * pitch});
   }
   e.plan->run(state_->handle, pointers, base + offsets);
   last_workspace_ = e.plan->workspace();
@@ -266,12 +267,18 @@ bool CudnnAttention::backward(Context& ctx, const Attention& a, bool ordered, st
       return false;
     }
     shape.batch = chunk.batch, shape.kv_heads = chunk.kv_heads, shape.heads = chunk.kv_heads * group;
+    // Pieces begin somewhere in the log-sums, of which the graph promises 16 bytes.
+    if ((batches > shape.batch && shape.batch * shape.length % 4 != 0) || (kv_heads > shape.kv_heads && shape.heads * a.rows % 4 != 0)) {
+      why_ = "[cudnn] a backward in one order in pieces that do not begin on 16 bytes: " + std::to_string(shape.length) + " tokens";
+      return false;
+    }
   }
   State::Entry& e = state_->entry(shape);
   why_ = e.why;
   if (!e.plan) return false;
   const std::int64_t head_rows = shape.ragged ? a.rows * a.heads : shape.batch * shape.heads * shape.length;
-  const std::int64_t offset_bytes = shape.ragged ? round_up(((shape.batch + 1) * 7 + shape.batch) * 4) : 0, sum_bytes = round_up(head_rows * 4);
+  const std::int64_t pitch = ragged_pitch(shape.batch);
+  const std::int64_t offset_bytes = shape.ragged ? round_up(8 * pitch * 4) : 0, sum_bytes = round_up(head_rows * 4);
   const std::int64_t dq_bytes = shape.ordered ? 0 : round_up(shape.ragged ? a.rows * a.dq_stride * 4 : head_rows * a.head_size * 4);
   const std::int64_t dkv_bytes = shape.ragged && group > 1 ? round_up(a.rows * a.dkv_stride * group * 2) : 0;
   auto* base = static_cast<char*>(ctx.scratch(offset_bytes + sum_bytes + dq_bytes + 2 * dkv_bytes + e.plan->workspace() + 256));
@@ -303,8 +310,8 @@ bool CudnnAttention::backward(Context& ctx, const Attention& a, bool ordered, st
       if (e.ids.dq_sums != 0) pointers.push_back({e.ids.dq_sums, dq_sums});
       if (e.ids.dk_heads != 0) pointers.push_back({e.ids.dk_heads, dk_heads}), pointers.push_back({e.ids.dv_heads, dv_heads});
       if (shape.ragged) {
-        for (int i = 0; i < 6; ++i) pointers.push_back({e.ids.offsets[i], o + i * (shape.batch + 1)});
-        pointers.push_back({e.ids.dkv_offsets, o + 6 * (shape.batch + 1)}), pointers.push_back({e.ids.lengths, o + 7 * (shape.batch + 1)});
+        for (int i = 0; i < 6; ++i) pointers.push_back({e.ids.offsets[i], o + i * pitch});
+        pointers.push_back({e.ids.dkv_offsets, o + 6 * pitch}), pointers.push_back({e.ids.lengths, o + 7 * pitch});
       }
       e.plan->run(state_->handle, pointers, workspace);
     }

@@ -52,8 +52,10 @@ class CudnnAttention {
 };
 
 /// Offsets and lengths of ragged sequences: offsets[k][i] = starts[min(i, sequences)] * strides[k] for i <= batch, arrays
-/// batch + 1 long one after another; then lengths[batch], 0 past the last sequence.
+/// ragged_pitch(batch) apart; then lengths[batch], 0 past the last sequence.
 struct RaggedStrides { std::int64_t count = 0, strides[8] = {}; };
+/// Elements: each array begins on the 16 bytes that the graphs promise.
+constexpr std::int64_t ragged_pitch(std::int64_t batch) { return (batch + 1 + 3) / 4 * 4; }
 void ragged_offsets(Context& ctx, const std::int32_t* starts, std::int64_t sequences, std::int64_t batch, const RaggedStrides& strides, std::int32_t* to);
 
 }  // namespace capstan::kernels::cuda

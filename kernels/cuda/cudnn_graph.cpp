@@ -21,6 +21,8 @@ CudnnLibrary::CudnnLibrary() {
   find(create_descriptor, "cudnnBackendCreateDescriptor"), find(destroy_descriptor, "cudnnBackendDestroyDescriptor");
   find(set_attribute, "cudnnBackendSetAttribute"), find(get_attribute, "cudnnBackendGetAttribute");
   find(finalize, "cudnnBackendFinalize"), find(execute, "cudnnBackendExecute");
+  // Before 9.6 whoever builds a backward's graph has to clear the queries' sums; nobody has tried the ones between.
+  if (version() < 91000) throw std::runtime_error("[cudnn] libcudnn.so.9 is version " + std::to_string(version()) + ": version 9.10 (91000) or later is needed");
 }
 
 CudnnLibrary::~CudnnLibrary() = default;  // a library with threads of its own is never closed

@@ -44,6 +44,7 @@ template <class C>
 struct Scale {
   C factor, shift;
   template <class V> __device__ V operator()(V x) const { return fma(x, V(factor), V(shift)); }
+  std::uint64_t bits() const { return bits_of_number(factor) * 31 + bits_of_number(shift); }
 };
 
 template <class T, class F>

@@ -56,7 +56,7 @@ class Gpu : public Backend {
 };
 
 /// Raised with each change of Gpu, Backend or types.h: core and the library must have been built together.
-inline constexpr int gpu_interface = 5;
+inline constexpr int gpu_interface = 6;
 
 /// `capstan_cuda_open`: makes the Gpu `device` (to be deleted by the caller), or returns null with the reason in
 /// `message`. Device -1 only looks: null, and the message is empty when a GPU can be used.

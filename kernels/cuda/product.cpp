@@ -173,6 +173,7 @@ bool choose_algorithm(Context& ctx, Product& p, const Operands& o, const std::st
 }
 
 void run_product(Context& ctx, const Product& p, const Operands& o) {
+  if (!ctx.asks(reinterpret_cast<std::uintptr_t>(&p) + o.add)) return;
   check(launch_product(ctx, p, o, p.workspace > 0 ? ctx.scratch(product_scratch) : nullptr), "running a product");
 }
 

@@ -134,13 +134,12 @@ void quantize_as(Context& ctx, const Quantize& q) {
   auto* scale = static_cast<std::uint8_t*>(q.scale);
   if constexpr (Blocks) {
     const auto clear = [&](void* to, std::int64_t rows, std::int64_t k) {
-      check(cudaMemsetAsync(to, 0, static_cast<std::size_t>(scale_bytes(Scaling::block, rows, k)), ctx.stream()),
-            "clearing scales");
+      ctx.clear(to, scale_bytes(Scaling::block, rows, k), "clearing scales");
     };
     if (q.data != nullptr) clear(q.scale, q.rows, q.cols);
     if (q.turned != nullptr) clear(q.turned_scale, q.cols, fp8_padded(q.scaling, q.rows));
   } else {
-    check(cudaMemsetAsync(scale, 0, 8, ctx.stream()), "clearing a scale");
+    ctx.clear(scale, 8, "clearing a scale");
     const AmaxPlan p = amax_plan(q.rows, q.cols, q.stride, sizeof(T), x);
     Launch l;
     l.grid_x = static_cast<unsigned>(p.blocks), l.block = amax_threads;

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <mutex>
+#include <utility>
 
 namespace capstan::kernels::cuda {
 
@@ -101,6 +102,7 @@ void CudaQueue::collect(std::int64_t ticket, void* host_to, std::int64_t bytes) 
 
 std::int64_t CudaQueue::mark() {
   ctx_.bind();
+  ctx_.refuse_in_record("a mark in time");
   cudaEvent_t event = nullptr;
   check(cudaEventCreate(&event), "making an event");
   marks_.emplace(next_mark_, event);
@@ -139,22 +141,35 @@ void CudaQueue::begin_record(std::uint64_t step) {
 std::int64_t CudaQueue::end_record() {
   ctx_.bind();
   const std::uint64_t step = ctx_.record() != nullptr ? ctx_.record()->step : 0;
-  cudaGraph_t graph = ctx_.end_record();
+  Context::Noted noted;
+  cudaGraph_t graph = ctx_.end_record(noted);
   cudaGraphExec_t runnable = nullptr;
   const cudaError_t code = cudaGraphInstantiate(&runnable, graph, 0);
   cudaGraphDestroy(graph);
+  if (code != cudaSuccess) ctx_.forget(noted);
   check(code, "making a graph of a record");
-  records_.emplace(next_record_, Recorded{runnable, step});
+  records_.emplace(next_record_, Recorded{runnable, step, std::move(noted)});
   return next_record_++;
+}
+
+CudaQueue::Recorded& CudaQueue::recorded(std::int64_t record) {
+  const auto it = records_.find(record);
+  if (it == records_.end()) throw std::logic_error("[cuda] there is no record " + std::to_string(record));
+  return it->second;
+}
+
+void CudaQueue::begin_rehearsal(std::int64_t record) {
+  ctx_.bind();
+  ctx_.begin_rehearsal(recorded(record).noted);
 }
 
 void CudaQueue::replay(std::int64_t record, std::uint64_t step) {
   ctx_.bind();
   ctx_.refuse_in_record("a replay");
-  const auto it = records_.find(record);
-  if (it == records_.end()) throw std::logic_error("[cuda] there is no record " + std::to_string(record));
-  ctx_.set_step_offset(step - it->second.step);
-  check(cudaGraphLaunch(it->second.graph, ctx_.stream()), "replaying a record");
+  const Recorded& r = recorded(record);
+  ctx_.set_step_offset(step - r.step);
+  ctx_.bring(r.noted);
+  check(cudaGraphLaunch(r.graph, ctx_.stream()), "replaying a record");
 }
 
 void CudaQueue::forget_record(std::int64_t record) noexcept {
@@ -163,6 +178,7 @@ void CudaQueue::forget_record(std::int64_t record) noexcept {
   cudaSetDevice(ctx_.device());
   cudaStreamSynchronize(ctx_.stream());
   cudaGraphExecDestroy(it->second.graph);
+  ctx_.forget(it->second.noted);
   records_.erase(it);
 }
 

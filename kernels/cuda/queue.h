@@ -29,6 +29,9 @@ class CudaQueue final : public Queue {
   void begin_record(std::uint64_t step) override;
   std::int64_t end_record() override;
   void cancel_record() noexcept override { ctx_.cancel_record(); }
+  void begin_rehearsal(std::int64_t record) override;
+  void end_rehearsal() override { ctx_.end_rehearsal(); }
+  void cancel_rehearsal() noexcept override { ctx_.cancel_rehearsal(); }
   void replay(std::int64_t record, std::uint64_t step) override;
   void forget_record(std::int64_t record) noexcept override;
   std::int64_t record_bytes() const override { return ctx_.record_bytes(); }
@@ -36,7 +39,12 @@ class CudaQueue final : public Queue {
 
  private:
   struct Slot { cudaEvent_t done = nullptr; std::int64_t ticket = -1; };
-  struct Recorded { cudaGraphExec_t graph; std::uint64_t step; };
+  struct Recorded {
+    cudaGraphExec_t graph;
+    std::uint64_t step;
+    Context::Noted noted;
+  };
+  Recorded& recorded(std::int64_t record);
   struct Hold;
   Context& ctx_;
   std::vector<std::unique_ptr<Hold>> holds_;

@@ -75,8 +75,13 @@ class CAPSTAN_API Parameter {
 
   /// Raised by each change of the values.
   std::uint64_t version() const { return version_; }
-  /// A form made from the values (packed for a GEMM library, cast, transposed), kept until they change.
-  const Tensor& derived(std::string_view form, const std::function<Tensor(const Tensor&)>& make) const;
+  /// Fills a form that is made from the values (packed for a GEMM library, cast, transposed).
+  using Fill = std::function<void(const Tensor& values, const Tensor& form)>;
+  /// That form, filled once for each version of the values; in one place for as long as it has one shape, until forget_derived().
+  /// `fill` is kept: what it captures must last.
+  const Tensor& derived(std::string_view form, const Dims& shape, DType dtype, const Fill& fill) const;
+  /// Fills anew all forms that the values have left behind, where they are.
+  void refresh_derived() const;
   /// Bytes that derived forms hold; forget_derived() frees them.
   std::int64_t derived_bytes() const;
   void forget_derived() const { derived_.clear(); }
@@ -98,7 +103,11 @@ class CAPSTAN_API Parameter {
   Tensor local_;
   std::shared_ptr<const TensorPlacement> placement_;
   std::uint64_t version_ = 0;
-  struct Derived { std::uint64_t version; Tensor value; };
+  struct Derived {
+    std::uint64_t version;
+    Tensor value;
+    Fill fill;
+  };
   mutable std::map<std::string, Derived, std::less<>> derived_;
 };
 

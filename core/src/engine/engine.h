@@ -128,6 +128,8 @@ class CAPSTAN_API Engine {
   std::vector<LossEntry> walk(const Batch& batch, std::uint64_t step);
   std::vector<LossEntry> walk_all(std::span<const Batch> batches, std::uint64_t step);
   std::vector<kernels::Piece> gradient_pieces();
+  /// update() but for forgetting the gradients.
+  void apply(std::int64_t step, double lr_scale, double grad_scale);
   ForwardContext context(const Batch& batch) const;
   Batch localize(const Batch& batch) const;
   void make_units();

@@ -90,6 +90,7 @@ StepQueue::StepQueue(Engine& engine, Recording recording)
 StepQueue::~StepQueue() {
   for (const auto& [key, walk] : walks_)
     if (walk.record >= 0) queue_.forget_record(walk.record);
+  if (update_record_ >= 0) queue_.forget_record(update_record_);
 }
 
 std::int64_t StepQueue::recorded() const {
@@ -109,6 +110,7 @@ std::vector<Leaf*> StepQueue::leaves() const {
 
 QueuedStep StepQueue::run(std::span<const Batch> batches, std::int64_t step, double lr_scale, double clip) {
   QueuedStep queued;
+  refresh_forms();  // weights that came another way, such as from a checkpoint
   if (engine_.executor_) keep(engine_.walk_all(batches, static_cast<std::uint64_t>(step)), queued);
   else
     for (std::size_t i = 0; i < batches.size(); ++i) microbatch(batches[i], static_cast<std::uint64_t>(step), i == 0, queued);
@@ -121,7 +123,8 @@ QueuedStep StepQueue::run(std::span<const Batch> batches, std::int64_t step, dou
     ~Obey() { queue.obey(nullptr); }
   } obey{queue_};
   queue_.obey(gate);
-  engine_.update(step, lr_scale, 0, 0);
+  update(step, lr_scale);
+  engine_.discard();
   return queued;
 }
 
@@ -141,6 +144,38 @@ void StepQueue::shut_together(std::int64_t count, double clip) {
   queue_.decide(parts, c.size(), clip, gate);
   // Replicas have the same gradient, and losses of their own.
   if (engine_.mesh()->size("replicate") > 1) engine_.comm("replicate", "reduce").all_reduce(&gate->shut, 1, DType::i64, Reduction::max).wait();
+}
+
+void StepQueue::refresh_forms() const {
+  if (recording_ == Recording::off) return;  // they are made where they are wanted
+  for (const Parameter* p : engine_.model().parameters()) p->refresh_derived();
+}
+
+void StepQueue::update(std::int64_t step, double lr_scale) {
+  const auto work = [&] {
+    engine_.apply(step, lr_scale, 1);  // the gate has the factor of clipping
+    refresh_forms();
+  };
+  if (recording_ == Recording::off || update_plain_ || !std::exchange(update_warm_, true)) return work();
+  try {
+    if (update_record_ < 0) {
+      queue_.begin_record(static_cast<std::uint64_t>(step));
+      work();
+      update_record_ = queue_.end_record();
+    } else {
+      queue_.begin_rehearsal(update_record_);
+      work();
+      queue_.end_rehearsal();
+    }
+  } catch (const std::exception& e) {
+    queue_.cancel_record(), queue_.cancel_rehearsal();
+    if (recording_ == Recording::required) fail(Fault::runtime, "run.cuda_graphs", std::string("the optimizer's update cannot be recorded: ") + e.what());
+    if (update_record_ >= 0) queue_.forget_record(std::exchange(update_record_, -1));
+    why_not_ = std::string("the optimizer's update: ") + e.what();
+    update_plain_ = true;
+    return work();  // nothing of it has run
+  }
+  queue_.replay(update_record_, static_cast<std::uint64_t>(step));
 }
 
 StepNumbers StepQueue::collect(const QueuedStep& step) {
@@ -207,11 +242,6 @@ bool StepQueue::record(Walk& walk, std::uint64_t step) {
     if (leaf->has_grad()) before.push_back(leaf);
   const auto count = static_cast<std::int64_t>(walk.weights.size());
   walk.outs = Tensor::empty(Dims{std::max<std::int64_t>(count, 1)}, DType::f64, engine_.device()).narrow(0, 0, count);
-  // Forms made from the weights are made inside, so that each replay makes them of its own weights.
-  const auto forget_forms = [&] {
-    for (const Parameter* p : engine_.model().parameters()) p->forget_derived();
-  };
-  forget_forms();
   queue_.begin_record(step);
   try {
     {
@@ -219,11 +249,10 @@ bool StepQueue::record(Walk& walk, std::uint64_t step) {
       if (static_cast<std::int64_t>(entries.size()) != count) throw std::runtime_error("the model has another number of losses than the time before");
       for (std::int64_t i = 0; i < count; ++i) walk.outs.narrow(0, i, 1).copy_from(entries[static_cast<std::size_t>(i)].sum.view(Dims{1}));
     }
-    forget_forms();
     walk.record = queue_.end_record();
   } catch (const std::exception& e) {
     queue_.cancel_record();
-    forget_forms();
+    for (const Parameter* p : engine_.model().parameters()) p->forget_derived();  // one made inside was not filled
     for (Leaf* leaf : all) leaf->clear();
     for (Leaf* leaf : before) leaf->mark_filled();
     if (recording_ == Recording::required) fail(Fault::runtime, "run.cuda_graphs", std::string("the training step cannot be recorded: ") + e.what());

@@ -1,6 +1,6 @@
 // defines: Recording, QueuedStep, StepNumbers, StepQueue: training steps on a device whose work runs behind its calls. The host
-// asks for a step, forward to update, and reads later what it came to; forward and backward of a microbatch are recorded once
-// and replayed.
+// asks for a step, forward to update, and reads later what it came to; forward and backward of a microbatch, and the update, are
+// recorded once and replayed.
 #pragma once
 #include <capstan/export.h>
 #include <capstan/model.h>
@@ -40,7 +40,9 @@ struct StepNumbers {
 /// shut for the steps that were queued behind, until reopen(). All ranks call the same members. Steps of several ranks are not
 /// recorded: ranks would have to agree on every record, and on every batch that has none. Recorded work is keyed by capacities: rows, sequences (rounded up
 /// to a power of two), whether all are of one length, and whether the microbatch is a step's first, which overwrites gradients
-/// where later ones add. A batch of a new kind runs unrecorded once, so that products are chosen and plans made.
+/// where later ones add. A batch of a new kind runs unrecorded once, so that products are chosen and plans made; so does the first
+/// update. Ahead of each replay of the update the optimizer is asked again, nothing runs, and its numbers of this step go along.
+/// Forms made from the weights (fp8) lie outside of records and are made anew once a step, with the update.
 class CAPSTAN_API StepQueue {
  public:
   StepQueue(Engine& engine, Recording recording);
@@ -76,6 +78,8 @@ class CAPSTAN_API StepQueue {
   void keep(const std::vector<LossEntry>& entries, QueuedStep& queued, std::vector<double>* weights = nullptr);
   void plain(const Batch& batch, std::uint64_t step, QueuedStep& queued, std::vector<double>* weights = nullptr);
   bool record(Walk& walk, std::uint64_t step);
+  void update(std::int64_t step, double lr_scale);
+  void refresh_forms() const;
   Tensor losses(std::int64_t from, std::int64_t count) const;
   std::vector<Leaf*> leaves() const;
 
@@ -85,6 +89,8 @@ class CAPSTAN_API StepQueue {
   Tensor results_;  // f64: a Gate, then the losses of a step
   Tensor parts_;    // f64: a GatePart of each rank that has a part of the gradient
   std::map<Key, Walk> walks_;
+  bool update_warm_ = false, update_plain_ = false;
+  std::int64_t update_record_ = -1;
   std::string why_not_;
 };
 

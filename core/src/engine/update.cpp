@@ -66,12 +66,17 @@ bool Engine::whole_rule(const Unit& unit, std::size_t i) const {
 }
 
 void Engine::update(std::int64_t step, double lr_scale, double norm, double clip) {
+  apply(step, lr_scale, clip > 0 && norm > clip ? clip / norm : 1.0);
+  discard();
+}
+
+void Engine::apply(std::int64_t step, double lr_scale, double grad_scale) {
   finish_gradients();
   UpdateContext u;
   u.device = device_.get();
   u.step = step;
   u.lr_scale = lr_scale;
-  u.grad_scale = clip > 0 && norm > clip ? clip / norm : 1.0;
+  u.grad_scale = grad_scale;
   std::vector<UpdateItem> items;
   for (auto& unit : units_)
     for (std::size_t p = 0; p < unit->parts.size(); ++p) {
@@ -95,7 +100,6 @@ void Engine::update(std::int64_t step, double lr_scale, double norm, double clip
     }
   }
   publish();
-  discard();
 }
 
 /// Each such parameter has an owner among the ranks that hold its pieces, the least loaded one. Pieces of value, gradient

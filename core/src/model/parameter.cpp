@@ -50,14 +50,24 @@ void Parameter::place(Tensor local, bool with_gradient) {
   ++version_;
 }
 
-const Tensor& Parameter::derived(std::string_view form, const std::function<Tensor(const Tensor&)>& make) const {
+const Tensor& Parameter::derived(std::string_view form, const Dims& shape, DType dtype, const Fill& fill) const {
   auto it = derived_.find(form);
-  if (it == derived_.end()) it = derived_.emplace(std::string(form), Derived{0, Tensor()}).first;
-  if (!it->second.value.defined() || it->second.version != version_) {
-    it->second.value = Tensor();  // the old form goes before the new one comes
-    it->second = {version_, make(local().detach())};
+  if (it != derived_.end() && it->second.version == version_) return it->second.value;
+  if (it == derived_.end()) it = derived_.emplace(std::string(form), Derived{0, Tensor(), fill}).first;
+  Derived& d = it->second;
+  if (!d.value.defined() || !(d.value.shape() == shape) || d.value.dtype() != dtype || &d.value.device() != &local().device()) {
+    d.value = Tensor();  // the old form goes before the new one comes
+    d.value = Tensor::empty(shape, dtype, local().device());
   }
-  return it->second.value;
+  d.fill = fill;
+  d.fill(local().detach(), d.value);
+  d.version = version_;
+  return d.value;
+}
+
+void Parameter::refresh_derived() const {
+  for (auto& [form, d] : derived_)
+    if (d.version != version_ && d.value.defined()) d.fill(local().detach(), d.value), d.version = version_;
 }
 
 std::int64_t Parameter::derived_bytes() const {

@@ -172,13 +172,13 @@ bool fits_fp8(const LinearPrecision& precision, const Dims& weight) {
 
 const Tensor& fp8_form(const Parameter& weight, const LinearPrecision& precision) {
   const Scaling scaling = scaling_of(precision);
-  return weight.derived(scaling == Scaling::block ? "mxfp8" : "fp8", [&](const Tensor& values) {
-    const Tensor w = row_matrix(values),
-                 bytes = Tensor::empty(Dims{kernels::fp8_places(scaling, w.size(0), w.size(1), true, true).bytes}, DType::u8,
-                                       w.device());
-    quantize(w, carved(bytes, w.shape(), scaling));
-    return bytes;
-  });
+  const Dims& shape = weight.local().shape();
+  const Dims bytes{kernels::fp8_places(scaling, shape[0], shape[1], true, true).bytes};
+  return weight.derived(scaling == Scaling::block ? "mxfp8" : "fp8", bytes, DType::u8,
+                        [scaling](const Tensor& values, const Tensor& form) {
+                          const Tensor w = row_matrix(values);
+                          quantize(w, carved(form, w.shape(), scaling));
+                        });
 }
 
 Tensor linear_fp8(const Tensor& x, const SharedRows& rows, const Parameter& weight, const Tensor& values, const Tensor& bias,

@@ -368,14 +368,23 @@ TEST(Parameters, DerivedFormsFollowTheVersion) {
   const Tensor t = Tensor::full({2, 2}, 1, DType::f32, *device);
   p.place(t);
   int made = 0;
-  const auto twice = [&](const Tensor& x) { return ++made, ops::scale(x, 2); };
-  EXPECT_EQ(p.derived("twice", twice).data<float>()[0], 2);
-  p.derived("twice", twice);
+  const auto twice = [&](const Tensor& x, const Tensor& form) { ++made, form.copy_from(ops::scale(x, 2)); };
+  const auto form = [&]() -> const Tensor& { return p.derived("twice", Dims{2, 2}, DType::f32, twice); };
+  EXPECT_EQ(form().data<float>()[0], 2);
+  const void* place = form().raw();
   EXPECT_EQ(made, 1);
   t.fill(5);
   p.changed();
-  EXPECT_EQ(p.derived("twice", twice).data<float>()[0], 10);
+  EXPECT_EQ(form().data<float>()[0], 10);
   EXPECT_EQ(made, 2);
+  t.fill(6);
+  p.changed();
+  p.refresh_derived();
+  p.refresh_derived();
+  EXPECT_EQ(made, 3);
+  EXPECT_EQ(form().data<float>()[0], 12);
+  EXPECT_EQ(made, 3);
+  EXPECT_EQ(form().raw(), place) << "what was recorded reads it there";
 }
 
 TEST(Batches, PositionsRestartAndAddressesRunOn) {

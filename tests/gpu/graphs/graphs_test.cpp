@@ -3,7 +3,9 @@
 #include "in_process.h"
 
 #include <capstan/ops.h>
+#include <capstan/optimizer.h>
 #include <capstan/random.h>
+#include <capstan/update.h>
 #include <gmock/gmock.h>
 #include <kernels/backend.h>
 
@@ -53,8 +55,104 @@ INSTANTIATE_TEST_SUITE_P(Kinds, Graphs,
                                            Case{"gpt2", {"model.norm=layer", "model.positions=learned", "model.activation=gelu", "model.bias=true", "model.tied=true"}},
                                            Case{"equal_lengths", {"data.attend_across_documents=true"}}, Case{"recompute", {"train.recompute=block"}},
                                            Case{"muon", {"optimizer.plugin=muon", "optimizer.lr=0.01"}},
-                                           Case{"sgd", {"optimizer.plugin=sgd", "optimizer.lr=0.1"}}),
+                                           Case{"sgd", {"optimizer.plugin=sgd", "optimizer.lr=0.1"}},
+                                           Case{"fp8", {"precision.compute=bf16", "precision.linear=fp8"}}),
                          [](const auto& info) { return std::string(info.param.name); });
+
+/// Queued steps of one engine; two microbatches each.
+class Steps {
+ public:
+  Steps(const Project& project, const std::string& graphs, const Words& more = {}, std::shared_ptr<Optimizer> optimizer = nullptr)
+      : session_(open_session(project.recipe(), on_gpu(project, "unused", graphs, more), CAPSTAN_PROGRAM, Placement::gradients)) {
+    if (!optimizer) optimizer = session_->host->make_as<Optimizer>(session_->options().plugin("optimizer"));
+    session_->engine->attach(std::move(optimizer));
+    session_->engine->initialize();
+  }
+  Engine& engine() { return *session_->engine; }
+  Device& device() { return *session_->device; }
+  void take(std::int64_t step) {
+    const Rng rng(3, "tokens");
+    std::vector<Batch> batches;
+    for (int m = 0; m < 2; ++m) {
+      std::vector<std::int32_t> tokens, targets, lengths{7, 25, 32};
+      for (std::int64_t i = 0; i < 64; ++i) {
+        const auto at = static_cast<std::uint64_t>((step * 2 + m) * 100 + i);
+        tokens.push_back(static_cast<std::int32_t>(rng.below(at, 256))), targets.push_back(static_cast<std::int32_t>(rng.below(at + 1, 256)));
+      }
+      batches.push_back(make_batch(*session_->device, tokens, lengths, targets, {}, (step * 2 + m) * 64));
+      batches.back().step_weight = 128;
+    }
+    const StepNumbers n = engine().collect(engine().queue_step(std::span<const Batch>(batches), step, 1.0 / static_cast<double>(step), 0.3));
+    EXPECT_TRUE(n.updated);
+  }
+
+ private:
+  std::unique_ptr<Session> session_;
+};
+
+// A weight in fp8 is made anew with each update, in its place: microbatches' records read it and make none.
+TEST(QueuedSteps, QuantizeEachWeightOnceAStep) {
+  Project project;
+  Steps steps(project, "on", {"precision.compute=bf16", "precision.linear=fp8"});
+  const auto quantized = [&](std::int64_t step) {
+    steps.device().clear_ledger();
+    steps.take(step);
+    for (const OpRecord& r : steps.device().ledger())
+      if (r.name == "quantize") return r.calls;
+    return std::int64_t{0};
+  };
+  steps.device().record(true);
+  const std::int64_t first = quantized(1), second = quantized(2), third = quantized(3);
+  std::int64_t weights = 0;
+  for (const Parameter* p : steps.engine().model().parameters()) weights += p->derived_bytes() > 0;
+  EXPECT_EQ(weights, 8);
+  // First: weights, what both microbatches multiply by them, and weights again once they are updated. Second: that is recorded,
+  // the weights are there. Later: they alone, asked for ahead of the update's replay.
+  EXPECT_EQ(first, weights + 2 * 2 * weights + weights);
+  EXPECT_EQ(second, 2 * 2 * weights + weights);
+  EXPECT_EQ(third, weights);
+}
+
+/// Obeys the gate, and takes a number to the GPU in its own way, or does more at every third step.
+class OwnWay final : public Optimizer {
+ public:
+  enum class Way { number, calls };
+  explicit OwnWay(Way way) : way_(way) {}
+  std::vector<StateDecl> state_of(const Parameter&) const override { return {}; }
+  Atomicity atomicity(const Parameter&) const override { return Atomicity::element; }
+  double peak_lr() const override { return 0.1; }
+  bool gated() const override { return true; }
+  void update(const UpdateContext& context, std::span<UpdateItem> items) override {
+    for (const UpdateItem& item : items) {
+      const Tensor value = item.value.view(Dims{1, item.value.numel()}), grad = item.grad.view(value.shape());
+      const Tensor scaled = way_ == Way::number ? ops::scale(grad, context.lr_scale) : grad;
+      update::axpby(1, value, way_ == Way::number ? -0.1 : -0.1 * context.lr_scale, scaled, value);
+      if (way_ == Way::calls && context.step % 3 == 0) update::axpby(0.999, value, 0, Tensor(), value);
+    }
+  }
+
+ private:
+  Way way_;
+};
+
+// Its numbers of another step would be replayed: seen before anything runs.
+TEST(QueuedSteps, AnUpdateThatIsAnotherAtEachStepIsNotReplayed) {
+  for (const OwnWay::Way way : {OwnWay::Way::number, OwnWay::Way::calls}) {
+    Project project;
+    std::vector<Values> ends;
+    for (const char* graphs : {"off", "auto"}) {
+      Steps steps(project, graphs, {}, std::make_shared<OwnWay>(way));
+      for (std::int64_t step = 1; step <= 6; ++step) steps.take(step);
+      ends.push_back(values_of(steps.engine()));
+      EXPECT_THAT(steps.engine().queued()->why_not(), graphs[0] == 'o' ? ::testing::Matcher<std::string>("") : AllOf(HasSubstr("the optimizer's update"), HasSubstr("not the recorded one")));
+      EXPECT_EQ(steps.engine().queued()->recorded(), graphs[0] == 'a' ? 2 : 0) << "microbatches still are";
+    }
+    EXPECT_EQ(ends[0], ends[1]);
+    Steps steps(project, "on", {}, std::make_shared<OwnWay>(way));
+    steps.take(1), steps.take(2);
+    EXPECT_THROW(steps.take(3), Error);
+  }
+}
 
 TEST(QueuedSteps, AreThoseThatTheHostWaitsFor) {
   Project project;

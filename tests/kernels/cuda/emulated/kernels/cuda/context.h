@@ -28,6 +28,7 @@ decltype(auto) visit(Num num, F&& f) {
 class Context {
  public:
   cudaStream_t stream() const { return nullptr; }
+  void clear(void* to, std::int64_t bytes, const char*) { std::memset(to, 0, static_cast<std::size_t>(bytes)); }
   int multiprocessors() const { return 3; }
   int shared_limit() const { return 232448; }
   int capability() const { return 90; }
