@@ -85,7 +85,7 @@ Context::Context(int device) : device_(device) {
   shared_limit_ = static_cast<int>(properties.sharedMemPerBlockOptin);
   capability_ = properties.major * 10 + properties.minor;
   capacity_ = static_cast<std::int64_t>(properties.totalGlobalMem);
-  if (capability_ < 90)
+  if (capability_ != 90 && capability_ / 10 != 10)  // code for sm_90a runs on nothing else, that for sm_100f on its family
     throw std::runtime_error(std::string("[cuda] the GPU ") + properties.name + " has compute capability " + std::to_string(properties.major) + "." +
                              std::to_string(properties.minor) + ": kernels are compiled for 9.0 (H100, H200) and 10.x (B200)");
   check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream");

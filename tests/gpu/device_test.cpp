@@ -146,7 +146,7 @@ TEST_F(Gpu, TakesGeluIntoTheProductWhereItCan) {
   struct Shape { std::int64_t rows, in, out; };
   for (const DType dtype : {DType::f32, DType::bf16})
     for (const bool biased : {false, true})
-      for (const auto [rows, in, out] : {Shape{1, 64, 8}, {33, 64, 40}, {130, 48, 96}, {33, 64, 36}, {7, 17, 5}}) {
+      for (const auto [rows, in, out] : {Shape{1, 64, 8}, {33, 64, 40}, {130, 48, 96}, {33, 64, 36}, {33, 17, 8}, {7, 17, 5}}) {
         SCOPED_TRACE(::testing::Message() << name_of(dtype) << " " << rows << " x " << in << " -> " << out << (biased ? " with a bias" : ""));
         const auto tensor = [&](const Dims& shape, std::uint64_t seed) { return make(*gpu, random_values(shape.product(), seed, -1, 1), shape, dtype); };
         const Tensor x = tensor(Dims{rows, in}, 1), w = tensor(Dims{out, in}, 2), b = tensor(Dims{out}, 3);
@@ -169,8 +169,10 @@ TEST_F(Gpu, TakesGeluIntoTheProductWhereItCan) {
         const bool taken = bits(y) != bits(ops::gelu(before));
         if (dtype != DType::bf16 || out % 8 != 0) {
           EXPECT_FALSE(taken);
-        } else if (rows > 1) {
+        } else if (in % 8 == 0 && rows > 1) {
           EXPECT_TRUE(taken) << "GELU was a pass of its own";
+        } else if (in % 8 != 0 && gpu->describe().find("emulated") != std::string::npos) {
+          EXPECT_FALSE(taken) << "the library has no algorithm for it";
         }
       }
 }

@@ -132,7 +132,7 @@ Tensor product(const Tensor& x, const SharedRows& shared, const Tensor& weight, 
   Tensor y = Tensor::empty(Dims{t, out}, x.dtype(), x.device());
   const Tensor before = gelu ? Tensor::empty(y.shape(), y.dtype(), y.device()) : Tensor();
   {
-    // GELU's bytes are those of a pass of its own, as a GPU makes it.
+    // GELU's bytes are those of a pass of its own, as a GPU makes it where the product's epilogue does not take it.
     OpScope scope(x.device(), "linear", {2 * d(t) * d(out) * d(in) + (gelu ? 14 * d(t) * d(out) : 0),
                                          d(rows.bytes() + weight.bytes() + (residual.defined() || gelu ? y.bytes() : 0)), d(y.bytes()) * (gelu ? 2 : 1)});
     if (!scope.meta()) {
