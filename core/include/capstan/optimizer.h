@@ -48,8 +48,7 @@ class CAPSTAN_API Optimizer {
   virtual double peak_lr() const = 0;
   virtual void update(const UpdateContext& context, std::span<UpdateItem> items) = 0;
   /// True when values and states change through update.h alone: an update can then be asked of a GPU before the host knows
-  /// whether the gradient is finite, for those functions leave everything as it is when it is not. An update that makes the
-  /// same calls at every step, with numbers that differ in those functions' arguments alone, is recorded and replayed there.
+  /// whether the gradient is finite, for those functions leave everything as it is when it is not.
   virtual bool gated() const { return false; }
 };
 
