@@ -20,12 +20,26 @@ using namespace panel;
 // Caches decide the blocks: the most of k that is summed at once, and how many panels are packed at once.
 constexpr std::int64_t rows_k = 768, rows_group = 4, columns_k = 512, columns_group = 6;
 
+/// How threads share an m x n product: `rows` of them along m, the others along n.
+struct Grid { int rows, cols; };
+Grid grid_of(std::int64_t tiles, std::int64_t panels, int threads) {
+  Grid best{1, threads};
+  double least = 0;
+  for (int rows = 1; rows <= threads; ++rows) {
+    if (threads % rows != 0) continue;
+    const std::int64_t cols = threads / rows, own_panels = (panels + cols - 1) / cols, own_tiles = (tiles + rows - 1) / rows;
+    const double cost = static_cast<double>(own_panels) * (static_cast<double>(own_tiles) * 12 + 25);  // cycles for one k: tiles, packing
+    if (rows == 1 || cost < least) least = cost, best = {rows, static_cast<int>(cols)};
+  }
+  return best;
+}
+
 /// A as stored: a few panels at a time against all rows.
 void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias, const float* residual) {
   constexpr std::int64_t group = rows_group;
   const std::int64_t kc = block_of(g.k, rows_k), tiles = (g.m + tile_m - 1) / tile_m, panels = (g.n + tile_n - 1) / tile_n;
   const int threads = threads_for(context, g);
-  const Grid grid = grid_of(tiles, panels, threads, 25, 0);
+  const Grid grid = grid_of(tiles, panels, threads);
   float* const before = static_cast<float*>(g.before_gelu);
 #pragma omp parallel num_threads(threads)
   {
@@ -80,7 +94,7 @@ void columns_of_a(Context& context, const Gemm& g, const float* a, const float* 
   const std::int64_t tile_floats = tile_m * kc + 16, need = strip_tiles * tile_floats + group * tile_n * kc;
   const std::int64_t lines = (strip * 4 + 63) / 64 + (g.lda % 16 != 0 || reinterpret_cast<std::uintptr_t>(a) % 64 != 0 ? 1 : 0);
   const int threads = threads_for(context, g);
-  const Grid grid = grid_of(grains * (grain / tile_m), panels, threads, 25, 0);
+  const Grid grid = grid_of(grains * (grain / tile_m), panels, threads);
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads(), wanted = grid.rows * grid.cols;

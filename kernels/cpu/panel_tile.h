@@ -166,22 +166,6 @@ inline void pack_panel(const Gemm& g, const float* b, std::int64_t k0, std::int6
   else load_tile<float, float>(k, n, tile_n, b + k0 * g.ldb + j, g.ldb, to);
 }
 
-/// How threads share an m x n product: `rows` of them along m, the others along n.
-struct Grid { int rows, cols; };
-/// The grid of least cost; for one k a tile takes 12 half cycles, to pack a panel of B `panel_cost` and a tile of A `tile_cost`.
-inline Grid grid_of(std::int64_t tiles, std::int64_t panels, int threads, double panel_cost, double tile_cost) {
-  Grid best{1, threads};
-  double least = 0;
-  for (int rows = 1; rows <= threads; ++rows) {
-    if (threads % rows != 0) continue;
-    const int cols = threads / rows;
-    const double own_panels = static_cast<double>((panels + cols - 1) / cols), own_tiles = static_cast<double>((tiles + rows - 1) / rows);
-    const double cost = own_panels * (own_tiles * 12 + panel_cost) + own_tiles * tile_cost;
-    if (rows == 1 || cost < least) least = cost, best = {rows, cols};
-  }
-  return best;
-}
-
 /// Waking a team costs more than a small product.
 inline int threads_for(const Context& context, const Gemm& g) { return g.m * g.n * g.k < 262144 ? 1 : context.threads(); }
 

@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 
 #if defined(CAPSTAN_PANEL_TILE) && !defined(CAPSTAN_AVX512)
 
@@ -13,9 +14,10 @@ namespace {
 
 using namespace panel;
 
-// Caches decide the blocks: the most of k that is summed at once, rows of A in a strip, floats of B that are packed at once.
-constexpr std::int64_t strips_k = 384, most_strip = 144, group_floats = 1 << 20;
-constexpr std::int64_t grain = 48;  ///< threads share rows by it: whole tiles, whole lines
+// Caches decide the blocks: the most of k that is summed at once, rows of A in a strip, floats of B that are packed at once
+// (of A transposed fewer: k is long there, and what is packed next can be asked for meanwhile).
+constexpr std::int64_t strips_k = 384, most_strip = 144, rows_floats = 1 << 21, columns_floats = 1 << 19;
+constexpr std::int64_t grain = 48;  ///< strips are multiples of it: whole tiles, whole lines
 
 /// Rows [i, i + m) of A over columns [k0, k0 + k) as tiles [k][6], `apart` floats from one to the next, zeros beyond m.
 void pack_rows(const float* a, std::int64_t lda, std::int64_t m, std::int64_t k, float* to, std::int64_t apart) {
@@ -54,27 +56,51 @@ void pack_columns(const float* a, std::int64_t lda, std::int64_t m, std::int64_t
   }
 }
 
-/// `count` panels of B from column j on, over k rows from k0. B as stored is read in rows, a few at a time.
-void pack_panels(const Gemm& g, const float* b, std::int64_t k0, std::int64_t k, std::int64_t j, std::int64_t count, float* to) {
+/// Rows [p0, p1) of `count` panels of B from column j on, which hold k rows from k0. B as stored is read in rows, a few at a time.
+void pack_panels(const Gemm& g, const float* b, std::int64_t k0, std::int64_t k, std::int64_t p0, std::int64_t p1, std::int64_t j, std::int64_t count, float* to) {
   constexpr std::int64_t rows = 8;
-  const std::int64_t whole = g.trans_b ? 0 : std::min(count, (g.n - j) / tile_n);
-  for (std::int64_t p0 = 0; p0 < k && whole > 0; p0 += rows) {
-    const std::int64_t p1 = std::min(k, p0 + rows);
+  const std::int64_t whole = std::min(count, (g.n - j) / tile_n);
+  for (; p0 < p1; p0 += rows) {
+    const std::int64_t end = std::min(p1, p0 + rows);
     for (std::int64_t q = 0; q < whole; ++q)
-      for (std::int64_t p = p0; p < p1; ++p)
+      for (std::int64_t p = p0; p < end; ++p)
         for (int v = 0; v < across; ++v)
           V::load(b + (k0 + p) * g.ldb + j + q * tile_n + v * V::lanes).store(to + (q * k + p) * tile_n + v * V::lanes);
+    for (std::int64_t q = whole; q < count; ++q)
+      for (std::int64_t p = p0; p < end; ++p)
+        for (std::int64_t x = 0; x < tile_n; ++x) to[(q * k + p) * tile_n + x] = j + q * tile_n + x < g.n ? b[(k0 + p) * g.ldb + j + q * tile_n + x] : 0.f;
   }
-  for (std::int64_t q = whole; q < count; ++q) pack_panel(g, b, k0, k, j + q * tile_n, to + q * k * tile_n);
 }
+
+/// Rows in strips that threads claim in turn: large ones, then small ones, so that threads end together.
+struct Strips {
+  std::int64_t m, strip, large, count;
+  Strips(std::int64_t rows, int threads) : m(rows) {
+    const std::int64_t even = (m + 2 * threads - 1) / (2 * threads);
+    strip = std::min(most_strip, (even + grain - 1) / grain * grain);
+    large = threads == 1 ? m / strip : (m - m / 8) / strip;
+    count = large + (m - large * strip + grain - 1) / grain;
+  }
+  std::int64_t begin(std::int64_t s) const { return s < large ? s * strip : std::min(m, large * strip + (s - large) * grain); }
+};
+
+/// How much of B is packed at once, at most about `floats`: `panels` of it over `k`, all of k where enough panels then fit.
+struct Portion {
+  std::int64_t panels, k;
+  Portion(std::int64_t all_panels, std::int64_t all_k, std::int64_t block, std::int64_t floats) {
+    const std::int64_t wanted = std::min<std::int64_t>(all_panels, 96), fit = floats / (all_k * tile_n);  // packing A pays over that many
+    if (fit >= wanted) panels = std::min(all_panels, fit), k = all_k;
+    else panels = wanted, k = std::max<std::int64_t>(1, floats / (panels * tile_n) / block) * block;
+  }
+};
 
 /// Lines of a block of k that will be packed, handed out in small lists: each tile that is summed asks for one.
 struct Asks {
   const float* at = nullptr;
   std::int64_t wide = 1, across = 0, along = 0, step = 0, total = 0, asked = 0;
-  /// Rows of `lines` lines each, one per k: a list takes one line of every row in a sixteenth of them.
-  static Asks of_rows_of_k(const float* at, std::int64_t ld, std::int64_t lines, std::int64_t k) {
-    return {at, lines, 16, (k + chunk - 1) / chunk * ld, ld, lines * chunk};
+  /// Rows of `lines` lines each: a list takes one line of `each` rows, as many as a tile has chunks.
+  static Asks of_lines(const float* at, std::int64_t ld, std::int64_t lines, std::int64_t rows, std::int64_t each) {
+    return {at, lines, 16, each * ld, ld, lines * ((rows + each - 1) / each)};
   }
   /// Rows that k runs along: a list takes one.
   static Asks of_rows(const float* at, std::int64_t ld, std::int64_t rows) { return {at, 1, 0, ld, chunk, rows}; }
@@ -86,58 +112,76 @@ struct Asks {
 
 }  // namespace
 
-// Strips of up to 144 rows of A, packed 6 by 6, against all panels of one block of k (or as many as `group_floats` holds): a
-// strip stays in the second-level cache, panels come from the third, each asked for while the one before is summed with.
-// Meanwhile come the next strip and, during the last strip, what the next block of k starts with.
+// Panels of B that stay in the third-level cache are packed by all threads together; then threads claim strips of up to 144
+// rows of A, packed 6 by 6 for a block of k at a time, which stay in the second-level cache while panels pass, each asked for
+// while the one before is summed with. Claims, because processors are not equally fast: with fixed halves one waited for the
+// other 9 % of a step. A thread claims one strip ahead, so that what it packs next can be asked for, and then B's next portion.
 void strip_gemm(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias, const float* residual) {
-  const std::int64_t kc = block_of(g.k, strips_k), panels = (g.n + tile_n - 1) / tile_n, grains = (g.m + grain - 1) / grain;
+  const std::int64_t kc = block_of(g.k, strips_k), all_panels = (g.n + tile_n - 1) / tile_n;
   // A tile's pad takes what its last store writes too much, and keeps tiles from falling on the same cache sets.
   const std::int64_t tile_floats = tile_m * kc + 16, a_row = g.trans_a ? 1 : g.lda, a_col = g.trans_a ? g.lda : 1;
   const int threads = threads_for(context, g);
-  const Grid grid = grid_of(grains * (grain / tile_m), panels, threads, 25, 15);
+  const Strips strips(g.m, threads);
+  const Portion portion(all_panels, g.k, kc, g.trans_a ? columns_floats : rows_floats);
+  // Few strips are cut along the panels too.
+  const std::int64_t parts = threads == 1 ? 1 : std::clamp<std::int64_t>((4 * threads + strips.count - 1) / strips.count, 1, std::max<std::int64_t>(1, portion.panels / 4));
+  const std::int64_t items = strips.count * parts, phases = ((all_panels + portion.panels - 1) / portion.panels) * ((g.k + portion.k - 1) / portion.k);
+  const std::int64_t strip_floats = (std::min(strips.strip, g.m) + tile_m - 1) / tile_m * tile_floats, b_floats = portion.panels * tile_n * std::min(portion.k, g.k);
   float* const before = static_cast<float*>(g.before_gelu);
+  float* const packed = static_cast<float*>(context.scratch(0, static_cast<std::size_t>(b_floats + strip_floats) * sizeof(float)));
+  std::atomic<std::int64_t> claims{0};
 #pragma omp parallel num_threads(threads)
   {
-    const int team = omp_get_num_threads(), wanted = grid.rows * grid.cols;
-    for (int me = omp_get_thread_num(); me < wanted; me += team) {  // a smaller team does all the shares
-      const std::int64_t row = me / grid.cols, col = me % grid.cols;
-      const std::int64_t i0 = std::min(g.m, grains * row / grid.rows * grain), i1 = std::min(g.m, grains * (row + 1) / grid.rows * grain);
-      const std::int64_t p0 = panels * col / grid.cols, p1 = panels * (col + 1) / grid.cols;
-      const std::int64_t strips = std::max<std::int64_t>(1, (i1 - i0 + most_strip - 1) / most_strip);
-      const std::int64_t strip = ((i1 - i0 + strips - 1) / strips + tile_m - 1) / tile_m * tile_m;
-      const std::int64_t group = std::min(std::max<std::int64_t>(1, p1 - p0), std::max<std::int64_t>(1, group_floats / (kc * tile_n)));
-      float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>(strip / tile_m * tile_floats + group * tile_n * kc) * sizeof(float)));
-      float* strip_of = packed + group * tile_n * kc;
-      for (std::int64_t p = p0; p < p1; p += group)
-        for (std::int64_t k0 = 0; k0 < g.k; k0 += kc) {
-          const std::int64_t k = std::min(kc, g.k - k0), chunks = (k + chunk - 1) / chunk, count = std::min(group, p1 - p);
-          pack_panels(g, b, k0, k, p * tile_n, count, packed);
-          const bool first_k = k0 == 0, last_k = k0 + kc >= g.k;
-          const std::int64_t next_k = std::min(kc, g.k - k0 - kc);
-          for (std::int64_t i = i0; i < i1; i += strip) {
-            const std::int64_t m = std::min(strip, i1 - i);
+    const int me = omp_get_thread_num(), team = omp_get_num_threads();
+    float* const strip_of = me == 0 ? packed + b_floats : static_cast<float*>(context.scratch(me, static_cast<std::size_t>(strip_floats) * sizeof(float)));
+    std::int64_t mine = claims.fetch_add(1, std::memory_order_relaxed), phase = 0;  // claims count through the phases
+    const auto ask_for = [&](const float* at, std::int64_t rows, std::int64_t of_k) {
+      return g.trans_a ? Asks::of_lines(at, g.lda, (rows + 15) / 16, of_k, kc / chunk) : Asks::of_rows(at, g.lda, rows);
+    };
+    for (std::int64_t p = 0; p < all_panels; p += portion.panels)
+      for (std::int64_t k_begin = 0; k_begin < g.k; k_begin += portion.k, ++phase) {
+        const std::int64_t count = std::min(portion.panels, all_panels - p), k_end = std::min(g.k, k_begin + portion.k);
+        const std::int64_t r0 = k_begin + (k_end - k_begin) * me / team, r1 = k_begin + (k_end - k_begin) * (me + 1) / team;  // rows of B that are mine
+        for (std::int64_t k0 = k_begin; k0 < k_end; k0 += kc) {
+          const std::int64_t k = std::min(kc, g.k - k0);
+          float* to = packed + (k0 - k_begin) * count * tile_n;
+          if (g.trans_b)
+            for (std::int64_t q = count * me / team; q < count * (me + 1) / team; ++q) pack_panel(g, b, k0, k, (p + q) * tile_n, to + q * k * tile_n);
+          else pack_panels(g, b, k0, k, std::max<std::int64_t>(0, r0 - k0), std::min(k, r1 - k0), p * tile_n, count, to);
+        }
+        Asks of_b;  // what this thread packs next
+        if (!g.trans_b && k_end < g.k) {
+          const std::int64_t next_k = std::min(portion.k, g.k - k_end), first = k_end + next_k * me / team;
+          of_b = Asks::of_lines(b + first * g.ldb + p * tile_n, g.ldb, count, k_end + next_k * (me + 1) / team - first, kc / chunk);
+        }
+#pragma omp barrier
+        while (mine < (phase + 1) * items) {
+          const std::int64_t item = mine % items, i = strips.begin(item / parts), m = strips.begin(item / parts + 1) - i;
+          const std::int64_t q0 = count * (item % parts) / parts, q1 = count * (item % parts + 1) / parts;
+          mine = claims.fetch_add(1, std::memory_order_relaxed);
+          for (std::int64_t k0 = k_begin; k0 < k_end; k0 += kc) {
+            const std::int64_t k = std::min(kc, g.k - k0), chunks = (k + chunk - 1) / chunk;
+            const bool first_k = k0 == 0, last_k = k0 + kc >= g.k, last_here = k0 + kc >= k_end;
+            const float* panels = packed + (k0 - k_begin) * count * tile_n;
             const float* from = a + i * a_row + k0 * a_col;
             if (g.trans_a) pack_columns(from, g.lda, m, k, strip_of, tile_floats);
             else pack_rows(from, g.lda, m, k, strip_of, tile_floats);
-            const auto ask_for = [&](const float* at, std::int64_t rows, std::int64_t of_k) {
-              return g.trans_a ? Asks::of_rows_of_k(at, g.lda, (rows + 15) / 16, of_k) : Asks::of_rows(at, g.lda, rows);
-            };
-            Asks of_a, of_b;
-            if (i + strip < i1) {
-              of_a = ask_for(from + strip * a_row, std::min(strip, i1 - i - strip), k);
-            } else if (!last_k) {
-              of_a = ask_for(a + i0 * a_row + (k0 + kc) * a_col, std::min(strip, i1 - i0), next_k);
-              if (!g.trans_b) of_b = Asks::of_rows_of_k(b + (k0 + kc) * g.ldb + p * tile_n, g.ldb, count, next_k);
+            Asks of_a;
+            if (!last_here) {
+              of_a = ask_for(from + kc * a_col, m, std::min(kc, g.k - k0 - kc));
+            } else if (mine < phases * items) {
+              const std::int64_t next = strips.begin(mine % items / parts), next_k = mine < (phase + 1) * items ? k_begin : k_end < g.k ? k_end : 0;
+              of_a = ask_for(a + next * a_row + next_k * a_col, strips.begin(mine % items / parts + 1) - next, std::min(kc, g.k - next_k));
             }
-            for (std::int64_t q = 0; q < count; ++q) {
+            for (std::int64_t q = q0; q < q1; ++q) {
               const std::int64_t j = (p + q) * tile_n, n = std::min(tile_n, g.n - j);
-              const float* panel = packed + q * k * tile_n;
-              const float* next_panel = packed + (q + 1 < count ? q + 1 : 0) * k * tile_n;
+              const float* panel = panels + q * k * tile_n;
+              const float* next_panel = panels + (q + 1 < q1 ? q + 1 : last_here ? q0 : q1) * k * tile_n;
               for (std::int64_t t = 0; t * tile_m < m; ++t) {
                 float* to = c + (i + t * tile_m) * g.ldc + j;
                 const float* own = strip_of + t * tile_floats;
                 const bool last = (t + 1) * tile_m >= m;
-                Next next{{own, 0}, {next_panel + t * chunks * 16, 16}, {own, 0}, !last ? to + tile_m * g.ldc : q + 1 < count ? c + i * g.ldc + j + tile_n : to, g.ldc};
+                Next next{{own, 0}, {next_panel + t * chunks * 16, 16}, {own, 0}, !last ? to + tile_m * g.ldc : c + i * g.ldc + (q + 1 < q1 ? j + tile_n : (p + q0) * tile_n), g.ldc};
                 of_a.give(next.first);
                 of_b.give(next.third);
                 const float* add = !first_k || g.accumulate ? to : residual != nullptr ? residual + (i + t * tile_m) * g.ldc + j : nullptr;
@@ -151,7 +195,8 @@ void strip_gemm(Context& context, const Gemm& g, const float* a, const float* b,
             }
           }
         }
-    }
+#pragma omp barrier
+      }
   }
 }
 

@@ -234,7 +234,7 @@ std::string enumerators() {
 }
 
 /// The table of epoch `golden_epoch`.
-constexpr std::uint32_t golden_epoch = 4;
+constexpr std::uint32_t golden_epoch = 5;
 constexpr const char* golden = R"(
 Dims 56/8: v_@0+48[8] size_@48+4
 Storage 56/8: device@0+16 data@16+8 bytes@24+8 owned@32+1 keeper@40+16
@@ -254,7 +254,7 @@ Rng 16/8: key_@0+8 step_@8+8
 Segment 88/8: axis@0+32[1] count@32+8 width@40+8 part@48+32[1]
 Init 16/8: kind@0+1 scale@8+8
 ParameterSpec 56/8: dims@0+24[24] role@24+1 init@32+16 trainable@48+1 persistent@49+1 linear@50+1
-Parameter 320/8: name_@0+32[1] spec_@32+56 local_@88+160 version_@264+8 derived_@272+48[200]
+Parameter 320/8: name_@0+32[1] spec_@32+56 local_@88+160 version_@264+8 derived_@272+48[232]
 OptionSpec 248/8: name@0+32[1] help@32+32[1] unit@64+32[1] type@96+1 required@97+1 optional@98+1 default_text@104+32[1] minimum@136+16[8] maximum@152+16[8] exclusive_minimum@168+1 allowed@176+24[32] plugin_kind@200+32[1] group@232+16
 Schema 24/8: options_@0+24[248]
 Options 16/8: impl_@0+16
