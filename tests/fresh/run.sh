@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Does what a newcomer does, on bare systems: makes each Debian release in a folder, clones this repository into it (what is
 # committed), runs `./capstan train recipes/quickstart.yaml` and `./capstan test` there as root, and prints a table of times.
-#   sudo tests/fresh/run.sh [--folder DIR] [--mirror URL] [bookworm|trixie|all]...
+#   sudo tests/fresh/run.sh [--folder DIR] [--mirror URL] [--train] [bookworm|trixie|all]...
 #   --folder   where the systems and logs go, outside the tree; default /var/tmp/capstan-fresh. The bare system is kept
 #              there (SUITE.base) and copied for each run.
 #   --mirror   a Debian mirror; default: the one this system's own apt sources name
+#   --train    the first command only
 # Needs root, debootstrap, git and the network. By hand, not in CI. Exits 1 if any command failed.
 set -euo pipefail
 
@@ -23,10 +24,12 @@ shift
 folder=/var/tmp/capstan-fresh
 mirror=
 suites=()
+commands=("train recipes/quickstart.yaml" test)
 while (($#)); do
   case $1 in
     --folder) folder=$(readlink -m "$2"); shift 2 ;;
     --mirror) mirror=$2; shift 2 ;;
+    --train) commands=("${commands[0]}"); shift ;;
     bookworm | trixie) suites+=("$1"); shift ;;
     all) suites+=(bookworm trixie); shift ;;
     *) die "unknown word '$1': see the head of $0" ;;
@@ -80,7 +83,7 @@ table=$(printf '%-10s %-6s %-22s %-8s %s' system cores command seconds result)
 for suite in "${suites[@]}"; do
   echo "fresh: making $suite in $folder/$suite" >&2
   make_system "$suite"
-  for words in "train recipes/quickstart.yaml" test; do
+  for words in "${commands[@]}"; do
     log=$folder/$suite.${words%% *}.log
     echo "fresh: $suite: ./capstan $words (log: $log)" >&2
     result=ok
