@@ -196,7 +196,7 @@ void bench(const Program& program, const Words& words) {
 void add_bench(CLI::App& app, Program& program) {
   CLI::App* command = app.add_subcommand("bench", "Measure a recipe's training step on random tokens against the matrix rate of this machine");
   auto words = std::make_shared<Words>();
-  command->add_option("recipe", words->recipe, "YAML file; or the word gpu: everything that a GPU does, see bench gpu --help");
+  command->add_option("file", words->recipe, "a recipe (YAML); or the word gpu: everything that a GPU does, see bench gpu --help");
   command->add_option("overrides", words->overrides, "key.path=value");
   command->add_option("--steps", words->steps, "steps that count")->check(CLI::PositiveNumber)->capture_default_str();
   command->add_option("--warmup", words->warmup, "steps before them")->check(CLI::NonNegativeNumber)->capture_default_str();

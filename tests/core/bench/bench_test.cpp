@@ -214,14 +214,14 @@ TEST_F(BenchSteps, TheCommandOnAnEmulatedGpuHasEveryRow) {
   if (!fs::exists(emulated / "libcapstan_cuda.so")) GTEST_SKIP() << "this build has no CUDA part";
   const std::vector<std::string> words{"env", "LD_LIBRARY_PATH=" + emulated.string(), "OMP_NUM_THREADS=1", CAPSTAN_PROGRAM, "bench", "gpu", "--small", "--no-pytorch", "--steps", "1",
                                        "--recipe", tiny(), "run.threads=1"};
-  const ChildResult text = run_child(words, 120);
+  const ChildResult text = run_child(words, 140);
   ASSERT_EQ(text.status, 0) << text.errors << text.out;
   for (const char* part : {"copy, read and written", "product, bf16", "product, f32", "kernels", "rms_norm", "products", "attention", "any order", "training step", "tiny", "alone", "bf16+fp8", "product, f8e4m3"})
     EXPECT_THAT(text.out, HasSubstr(part));
   EXPECT_THAT(text.out, ::testing::Not(HasSubstr("failed")));
   std::vector<std::string> again = words;
   again.insert(again.end(), {"--json", "--part", "attention", "--part", "steps"});
-  const ChildResult json = run_child(again, 120);
+  const ChildResult json = run_child(again, 140);
   ASSERT_EQ(json.status, 0) << json.errors;
   const auto j = nlohmann::json::parse(json.out);
   EXPECT_GT(j["limits"]["copy_bytes_per_s"], 0);
