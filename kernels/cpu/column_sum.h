@@ -15,7 +15,8 @@ constexpr std::int64_t most_columns = 1024;
 /// whatever the number of threads; as wide as may be, so that rows come in runs.
 template <class A> std::int64_t columns_of_a_share(const Context& context, std::int64_t cols) {
   const std::int64_t team = context.threads(), shares = (std::max(team, (cols + most_columns - 1) / most_columns) + team - 1) / team * team;
-  return ((cols + shares - 1) / shares + Vec<A>::lanes - 1) / Vec<A>::lanes * Vec<A>::lanes;
+  const std::int64_t even = std::max<std::int64_t>(1, (cols + shares - 1) / shares);
+  return (even + Vec<A>::lanes - 1) / Vec<A>::lanes * Vec<A>::lanes;
 }
 
 /// to[c] (+)= sum_r from[r * stride + c]. Rows are added in order whatever the number of threads.

@@ -97,7 +97,8 @@ void Trainer::after_step(const StepResult&) {
 bool Trainer::due_after(std::int64_t step) const {
   const Options& train = session_->options().group("train");
   const auto due = [&](std::int64_t every) { return every > 0 && step % every == 0; };
-  return due(session_->options().group("mesh").integer("check_every")) || due(train.integer("validate_every")) || due(train.integer("sample_every")) || due(session_->options().group("checkpoint").integer("every_steps")) || save_due_;
+  return due(session_->options().group("mesh").integer("check_every")) || due(train.integer("validate_every")) || due(train.integer("sample_every")) ||
+         due(session_->options().group("checkpoint").integer("every_steps")) || save_due_;
 }
 
 /// Ends the job when ranks that should hold the same parameters do not.

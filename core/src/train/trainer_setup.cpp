@@ -213,7 +213,7 @@ void Trainer::print_header() {
   if (session_->device->kind() == DeviceKind::cuda) {
     const Recording recording = session_->engine->options().recording;
     const std::string cannot = session_->engine->cannot_record();
-    rows.insert(machine_row(), {"cuda graphs", recording == Recording::off ? "off" : !cannot.empty() ? "off: " + cannot : "forward and backward are recorded once and replayed"});
+    rows.insert(machine_row(), {"cuda graphs", recording == Recording::off ? "off" : !cannot.empty() ? "off: " + cannot : "forward, backward and update are recorded once and replayed"});
   }
   if (session_->mesh) {
     const auto machine = std::find_if(rows.begin(), rows.end(), [](const auto& row) { return row.first == "machine"; });

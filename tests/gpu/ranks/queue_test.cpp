@@ -2,6 +2,7 @@
 // over NCCL, and a gradient that is bad on one rank held back on all.
 #include "base/cuda_device.h"
 #include "core/invariance/support.h"
+#include "gpu/ranks/case.h"
 
 #include <capstan/batch.h>
 #include <dlfcn.h>
@@ -13,24 +14,6 @@
 
 namespace capstan::invariance {
 namespace {
-
-struct Case {
-  Layout layout;
-  std::string form, type, way;
-  std::vector<std::string> more{};
-  std::string name{};
-};
-
-void PrintTo(const Case& c, std::ostream* out) { *out << c.layout.name() << "/" << c.form << "/" << c.type << "/" << c.way; }
-
-std::vector<std::string> words_of(const Case& c) {
-  std::vector<std::string> words = overrides_of(c.form);
-  words.push_back("precision.compute=" + c.type);
-  words.push_back("run.device=cuda");
-  words.push_back("mesh.gpu_communication=" + c.way);
-  words.insert(words.end(), c.more.begin(), c.more.end());
-  return words;
-}
 
 std::vector<Case> cases() {
   std::vector<Case> all;

@@ -2,6 +2,7 @@
 // across; ranks that disagree are named.
 #include "base/cuda_device.h"
 #include "core/invariance/runs.h"
+#include "gpu/ranks/case.h"
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
@@ -16,23 +17,6 @@ namespace capstan::invariance {
 namespace {
 
 using ::testing::HasSubstr;
-
-struct Case {
-  Layout layout;
-  std::string form, type, way;
-  std::vector<std::string> more{};
-  std::string name{};
-};
-
-void PrintTo(const Case& c, std::ostream* out) { *out << c.layout.name() << "/" << c.form << "/" << c.type << "/" << c.way; }
-
-std::vector<std::string> words_of(const std::string& form, const std::string& type, const std::vector<std::string>& more) {
-  std::vector<std::string> words = overrides_of(form);
-  words.push_back("precision.compute=" + type);
-  words.push_back("run.device=cuda");
-  words.insert(words.end(), more.begin(), more.end());
-  return words;
-}
 
 /// The run on one rank, made once in a process.
 const Trained& reference(const std::string& form, const std::string& type) {
