@@ -96,11 +96,17 @@ void query_tile(const Buffers<A>& b, std::int64_t packed, std::int64_t rows, std
   }
 }
 
+/// Bytes of a thread's Buffers.
+template <class A>
+std::size_t buffers_need(std::int64_t head_size, std::int64_t most_tiles) {
+  const std::int64_t d = pad(head_size, 16);
+  return static_cast<std::size_t>(tile * d * 2 + tile * tile + tile * 2 + most_tiles * tile * (head_size + d)) * sizeof(A);
+}
+
 template <class A>
 Buffers<A> take_buffers(Context& context, std::int64_t head_size, std::int64_t most_tiles) {
   const std::int64_t d = pad(head_size, 16);
-  const std::int64_t need = tile * d * 2 + tile * tile + tile * 2 + most_tiles * tile * (head_size + d);
-  A* p = static_cast<A*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>(need) * sizeof(A)));
+  A* p = static_cast<A*>(context.scratch(omp_get_thread_num(), buffers_need<A>(head_size, most_tiles)));
   Buffers<A> b{};
   b.q = p, p += tile * d;
   b.out = p, p += tile * d;
@@ -142,6 +148,7 @@ void attention_forward(Context& context, const AttentionArgs<T>& a) {
   const auto key_tiles = [&](const Work& w) { return tiles_of(std::min(a.key_count(w.sequence), past_of(w.sequence) + w.end * tile)); };
   std::int64_t most = 0;
   for (const Work& w : work) most = std::max(most, key_tiles(w) - first_seen(past_of(w.sequence) + w.first * tile, a.window) / tile);
+  context.reserve_scratch(context.threads(), buffers_need<A>(d, most));
 #pragma omp parallel num_threads(context.threads())
   {
     const Buffers<A> b = take_buffers<A>(context, d, most);
@@ -178,6 +185,7 @@ void attention_paged(Context& context, const PagedAttentionArgs<T>& a) {
     const std::int64_t held = a.lengths[w.sequence], past = held - (a.starts[w.sequence + 1] - a.starts[w.sequence]);
     most = std::max(most, tiles_of(std::min(held, past + w.end * tile)) - first_seen(past + w.first * tile, a.window) / tile);
   }
+  context.reserve_scratch(context.threads(), buffers_need<A>(d, most));
 #pragma omp parallel num_threads(context.threads())
   {
     const Buffers<A> b = take_buffers<A>(context, d, most);

@@ -122,9 +122,11 @@ void attention_backward(Context& context, const AttentionArgs<T>& a) {
   of.push_back(a.sequences);
   const std::int64_t d = a.head_size, dp = pad(d), group = a.heads / a.kv_heads, items = (static_cast<std::int64_t>(of.size()) - 1) * a.kv_heads;
   const std::int64_t whole = (longest + tile - 1) / tile * tile;
+  const std::size_t need = static_cast<std::size_t>(Buffers<A>::need(whole, dp)) * sizeof(A);
+  context.reserve_scratch(context.threads(), need);
 #pragma omp parallel num_threads(context.threads())
   {
-    const Buffers<A> b(static_cast<A*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>(Buffers<A>::need(whole, dp)) * sizeof(A))), whole, dp);
+    const Buffers<A> b(static_cast<A*>(context.scratch(omp_get_thread_num(), need)), whole, dp);
 #pragma omp for schedule(dynamic, 1)
     for (std::int64_t item = 0; item < items; ++item) {
       const auto first = static_cast<std::size_t>(item / a.kv_heads);

@@ -40,4 +40,8 @@ void* Context::scratch(int thread, std::size_t bytes) {
   return s.data;
 }
 
+void Context::reserve_scratch(int count, std::size_t bytes) {
+  for (int thread = 0; thread < count; ++thread) scratch(thread, bytes);
+}
+
 }  // namespace capstan::kernels::cpu

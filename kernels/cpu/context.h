@@ -20,6 +20,9 @@ class Context {
   int threads() const { return threads_; }
   /// 64-byte aligned scratch of at least `bytes` for thread `thread`; kept and reused, contents undefined.
   void* scratch(int thread, std::size_t bytes);
+  /// Takes that for the first `count` threads, so that scratch() cannot fail inside a parallel region, which no error may
+  /// leave. Throws std::bad_alloc.
+  void reserve_scratch(int count, std::size_t bytes);
   GemmCache& gemms() { return *gemms_; }
 
  private:

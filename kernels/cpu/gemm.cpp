@@ -177,10 +177,12 @@ void run_in_tiles(Context& context, const Gemm& g, const void* a, const void* b,
   const std::int64_t cols = (g.n + tile_n - 1) / tile_n, rows = (g.m + tile_m - 1) / tile_m;
   const std::int64_t a_row = g.trans_a ? 1 : g.lda, a_col = g.trans_a ? g.lda : 1;
   const std::int64_t b_row = g.trans_b ? 1 : g.ldb, b_col = g.trans_b ? g.ldb : 1;
+  const std::size_t need = static_cast<std::size_t>((tile_n + tile_m) * g.k + tile_m * tile_n) * sizeof(float);
+  context.reserve_scratch(context.threads(), need);
 #pragma omp parallel for num_threads(context.threads()) schedule(dynamic, 1)
   for (std::int64_t column = 0; column < cols; ++column) {
     const std::int64_t j0 = column * tile_n, n = std::min(tile_n, g.n - j0);
-    float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>((tile_n + tile_m) * g.k + tile_m * tile_n) * sizeof(float)));
+    float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), need));
     float* wide = packed + tile_n * g.k;
     float* out = wide + tile_m * g.k;
     for (std::int64_t j = 0; j < tile_n; ++j)

@@ -41,11 +41,13 @@ void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, 
   const int threads = threads_for(context, g);
   const Grid grid = grid_of(tiles, panels, threads);
   float* const before = static_cast<float*>(g.before_gelu);
+  const std::size_t need = static_cast<std::size_t>(group * tile_n * kc) * sizeof(float);
+  context.reserve_scratch(threads, need);
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads(), wanted = grid.rows * grid.cols;
     for (int me = omp_get_thread_num(); me < wanted; me += team) {  // a smaller team does all the shares
-      float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>(group * tile_n * kc) * sizeof(float)));
+      float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), need));
       const std::int64_t row = me / grid.cols, col = me % grid.cols;
       const std::int64_t i0 = tiles * row / grid.rows * tile_m, i1 = std::min(g.m, tiles * (row + 1) / grid.rows * tile_m);
       const std::int64_t p0 = panels * col / grid.cols, p1 = panels * (col + 1) / grid.cols;
@@ -91,15 +93,17 @@ void columns_of_a(Context& context, const Gemm& g, const float* a, const float* 
   constexpr std::int64_t strip = 96, strip_tiles = strip / tile_m, group = columns_group, grain = 48;  // a grain: whole tiles, whole lines
   const std::int64_t kc = block_of(g.k, columns_k), panels = (g.n + tile_n - 1) / tile_n, grains = (g.m + grain - 1) / grain;
   // A tile's pad takes what its last store writes too much, and keeps tiles from falling on the same cache sets.
-  const std::int64_t tile_floats = tile_m * kc + 16, need = strip_tiles * tile_floats + group * tile_n * kc;
+  const std::int64_t tile_floats = tile_m * kc + 16, floats = strip_tiles * tile_floats + group * tile_n * kc;
   const std::int64_t lines = (strip * 4 + 63) / 64 + (g.lda % 16 != 0 || reinterpret_cast<std::uintptr_t>(a) % 64 != 0 ? 1 : 0);
   const int threads = threads_for(context, g);
   const Grid grid = grid_of(grains * (grain / tile_m), panels, threads);
+  const std::size_t need = static_cast<std::size_t>(floats) * sizeof(float);
+  context.reserve_scratch(threads, need);
 #pragma omp parallel num_threads(threads)
   {
     const int team = omp_get_num_threads(), wanted = grid.rows * grid.cols;
     for (int me = omp_get_thread_num(); me < wanted; me += team) {
-      float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), static_cast<std::size_t>(need) * sizeof(float)));
+      float* packed = static_cast<float*>(context.scratch(omp_get_thread_num(), need));
       float* strip_of = packed + group * tile_n * kc;
       const std::int64_t row = me / grid.cols, col = me % grid.cols;
       const std::int64_t i0 = std::min(g.m, grains * row / grid.rows * grain), i1 = std::min(g.m, grains * (row + 1) / grid.rows * grain);

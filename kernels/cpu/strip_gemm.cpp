@@ -129,11 +129,13 @@ void strip_gemm(Context& context, const Gemm& g, const float* a, const float* b,
   const std::int64_t strip_floats = (std::min(strips.strip, g.m) + tile_m - 1) / tile_m * tile_floats, b_floats = portion.panels * tile_n * std::min(portion.k, g.k);
   float* const before = static_cast<float*>(g.before_gelu);
   float* const packed = static_cast<float*>(context.scratch(0, static_cast<std::size_t>(b_floats + strip_floats) * sizeof(float)));
+  const std::size_t strip_bytes = static_cast<std::size_t>(strip_floats) * sizeof(float);
+  context.reserve_scratch(threads, strip_bytes);
   std::atomic<std::int64_t> claims{0};
 #pragma omp parallel num_threads(threads)
   {
     const int me = omp_get_thread_num(), team = omp_get_num_threads();
-    float* const strip_of = me == 0 ? packed + b_floats : static_cast<float*>(context.scratch(me, static_cast<std::size_t>(strip_floats) * sizeof(float)));
+    float* const strip_of = me == 0 ? packed + b_floats : static_cast<float*>(context.scratch(me, strip_bytes));
     std::int64_t mine = claims.fetch_add(1, std::memory_order_relaxed), phase = 0;  // claims count through the phases
     const auto ask_for = [&](const float* at, std::int64_t rows, std::int64_t of_k) {
       return g.trans_a ? Asks::of_lines(at, g.lda, (rows + 15) / 16, of_k, kc / chunk) : Asks::of_rows(at, g.lda, rows);
