@@ -36,7 +36,7 @@ int main(int argc, char** argv) {
   capstan::checkpoint::SaverOptions options;
   options.keep = 1, options.copy_threads = threads;
   capstan::checkpoint::Saver saver(folder, host.make_as<capstan::CheckpointFormat>(host.choice("checkpoint", "hdf5", {})), options);
-  saver.reserve(tensors * each);
+  saver.reserve(std::vector<std::int64_t>(tensors, each));
   std::vector<double> copies, snapshots;
   for (int r = 0; r < rounds; ++r) {
     const auto begin = Clock::now();

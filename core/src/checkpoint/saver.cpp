@@ -243,7 +243,7 @@ Saver::~Saver() {
   impl_->thread.join();
 }
 
-void Saver::reserve(std::int64_t bytes) {
+void Saver::reserve(std::span<const std::int64_t> bytes) {
   wait();
   if (impl_->options.asynchronous) impl_->staging.reserve(bytes);
 }

@@ -8,6 +8,7 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -57,8 +58,9 @@ class CAPSTAN_API Saver {
   Saver(const Saver&) = delete;
   Saver& operator=(const Saver&) = delete;
 
-  /// Gets the staging buffer ready (allocated and faulted in), so that the first save costs no more than the next.
-  void reserve(std::int64_t bytes);
+  /// Gets the staging buffer ready (allocated and faulted in) for tensors of these many bytes, so that the first save costs
+  /// no more than the next and memory that is not there is missed before any training. Throws Error(runtime).
+  void reserve(std::span<const std::int64_t> bytes);
   /// Waits for the previous save, copies the tensors, and returns; the copy may be changed at once. Throws
   /// Error(programming) on a malformed snapshot.
   void save(const Snapshot& snapshot);

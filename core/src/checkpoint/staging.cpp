@@ -39,7 +39,13 @@ void Staging::release() {
   data_ = nullptr, bytes_ = 0;
 }
 
-void Staging::reserve(std::int64_t bytes) {
+void Staging::reserve(std::span<const std::int64_t> bytes) {
+  std::int64_t total = 0;
+  for (const std::int64_t b : bytes) total += rounded(b);
+  grow(total);
+}
+
+void Staging::grow(std::int64_t bytes) {
   if (bytes <= bytes_) return;
   release();
   bytes = (bytes + page - 1) / page * page;
@@ -61,7 +67,7 @@ void Staging::copy(std::vector<SavedTensor>& tensors) {
   std::vector<std::int64_t> places;
   std::int64_t total = 0;
   for (const auto& t : tensors) places.push_back(total), total += rounded(t.bytes);
-  reserve(total);
+  grow(total);
   in_parallel(threads_, total, [&](std::int64_t begin, std::int64_t end) {
     // The tensors that lie in this part, each in the longest run: glibc streams past the caches only then.
     auto i = static_cast<std::size_t>(std::upper_bound(places.begin(), places.end(), begin) - places.begin());

@@ -17,13 +17,14 @@ class Staging {
   Staging& operator=(const Staging&) = delete;
   ~Staging();
 
-  /// Grows the buffer when it is smaller. Throws Error(runtime) when the memory is not there.
-  void reserve(std::int64_t bytes);
+  /// Grows the buffer when it is smaller than tensors of these many bytes want. Throws Error(runtime) when the memory is not there.
+  void reserve(std::span<const std::int64_t> bytes);
   /// Copies all tensors and points their `data` at the copies.
   void copy(std::vector<SavedTensor>& tensors);
 
  private:
   void release();
+  void grow(std::int64_t bytes);
   int threads_;
   char* data_ = nullptr;
   std::int64_t bytes_ = 0;

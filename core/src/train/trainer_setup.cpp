@@ -116,6 +116,11 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
   saver.keep = static_cast<int>(c.integer("keep")), saver.asynchronous = c.flag("asynchronous");
   saver_ = std::make_unique<checkpoint::Saver>(folder_.checkpoints(), session_->host->make_as<CheckpointFormat>(c.plugin("format")), saver);
   resume();
+  if (saves_from_a_copy(options)) {
+    std::vector<std::int64_t> bytes;
+    for (const NamedTensor& t : session_->engine->tensors(true, true)) bytes.push_back(t.value.bytes());
+    saver_->reserve(bytes);
+  }
   cursor_ = data_->cursor();
   last_save_ = steady_clock::now();
 }

@@ -12,6 +12,7 @@
 #include <unistd.h>
 #include <csignal>
 
+#include <array>
 #include <atomic>
 #include <fstream>
 #include <future>
@@ -99,7 +100,7 @@ TEST(Saver, ManyTensorsOfOddSizesAreStagedWhole) {
   auto o = options(true);
   o.copy_threads = 4;  // several parts, whose borders fall inside tensors
   Saver saver(root, hdf5(), o);
-  saver.reserve(1 << 20);
+  saver.reserve(std::array<std::int64_t, 1>{1 << 20});
   save(saver, model, 1);
   EXPECT_TRUE(load_newest(root, model).model == model);
 }
