@@ -127,33 +127,4 @@ void gemm(Context& ctx, const Gemm& g, const void* a, const void* b, void* c, co
   if (gelu) unary(ctx, UnaryOp::gelu, g.c, g.m * g.n, g.before_gelu, c);
 }
 
-double gemm_rate(Context& ctx, Num num) {
-  const std::int64_t n = num == Num::bf16 ? 8192 : 4096, bytes = n * n * bytes_of(num);
-  void* m[3] = {};
-  for (void*& p : m)
-    if ((p = ctx.allocate(bytes)) == nullptr) throw std::runtime_error("[cuda memory] no room for a product of " + std::to_string(n) + " squared");
-  struct Free {
-    Context& ctx;
-    void** m;
-    ~Free() { for (int i = 0; i < 3; ++i) if (m[i] != nullptr) ctx.release(m[i]); }
-  } free_all{ctx, m};
-  for (int i = 0; i < 2; ++i) {  // random values: zeros would run faster than real ones
-    RandomFill fill;
-    fill.key = static_cast<std::uint64_t>(i + 1), fill.normal = false, fill.scale = 1;
-    random(ctx, num, fill, n * n, m[i]);
-  }
-  Gemm g;
-  g.a = g.b = g.c = num;
-  g.m = g.n = g.k = g.lda = g.ldb = g.ldc = n;
-  g.trans_b = true;
-  Events events;
-  double best = 0;
-  for (int i = 0; i < 3; ++i) gemm(ctx, g, m[0], m[1], m[2], nullptr, nullptr);
-  for (int i = 0; i < 10; ++i) {
-    const double seconds = events.seconds(ctx, [&] { gemm(ctx, g, m[0], m[1], m[2], nullptr, nullptr); });
-    best = std::max(best, 2 * static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(n) / seconds);
-  }
-  return best;
-}
-
 }  // namespace capstan::kernels::cuda

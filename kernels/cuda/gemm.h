@@ -11,12 +11,13 @@ namespace capstan::kernels::cuda {
 /// both results on 16 bytes), of the sums before they are rounded; else in a kernel of its own, of what was stored.
 void gemm(Context& ctx, const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual);
 
-/// FLOP/s of a large product, the best of a few.
-double gemm_rate(Context& ctx, Num num);
-
 void gemm_fp8(Context& ctx, const GemmFp8& g, const void* a, const void* b, void* c, const void* bias, const void* residual);
 std::string fp8_problem(Context& ctx, Scaling scaling);
-/// FLOP/s of a large e4m3 product with one scale a matrix, the best of a few.
+
+/// FLOP/s of large square products, the best of a few: as large as keeps the device busy for a while. Throws
+/// std::runtime_error where its memory has no room for them.
+double gemm_rate(Context& ctx, Num num);
+/// The same of e4m3 with one scale a matrix.
 double gemm_rate_fp8(Context& ctx);
 
 }  // namespace capstan::kernels::cuda

@@ -104,39 +104,4 @@ void gemm_fp8(Context& ctx, const GemmFp8& g, const void* a, const void* b, void
   if (bias != nullptr && !epilogue) add_bias(ctx, g.c, g.m, g.n, c, bias);
 }
 
-double gemm_rate_fp8(Context& ctx) {
-  const std::int64_t n = 8192;
-  void* m[5] = {};
-  struct Free {
-    Context& ctx;
-    void** m;
-    ~Free() {
-      for (int i = 0; i < 5; ++i)
-        if (m[i] != nullptr) ctx.release(m[i]);
-    }
-  } free_all{ctx, m};
-  const std::int64_t bytes[5] = {n * n, n * n, 256, 256, n * n * 2};
-  for (int i = 0; i < 5; ++i)
-    if ((m[i] = ctx.allocate(bytes[i])) == nullptr)
-      throw std::runtime_error("[cuda memory] no room for a product of " + std::to_string(n) + " squared");
-  for (int i = 0; i < 2; ++i) {  // random values: zeros would run faster than real ones
-    RandomFill fill;
-    fill.key = static_cast<std::uint64_t>(i + 1), fill.normal = false, fill.scale = 1;
-    random(ctx, Num::bf16, fill, n * n, m[4]);
-    Quantize q;
-    q.rows = q.cols = q.stride = n, q.x = m[4], q.data = m[i], q.scale = m[2 + i];
-    quantize(ctx, q);
-  }
-  GemmFp8 g;
-  g.m = g.n = g.k = g.ldc = n, g.a_scale = m[2], g.b_scale = m[3];
-  Events events;
-  double best = 0;
-  for (int i = 0; i < 13; ++i) {
-    const double seconds = events.seconds(ctx, [&] { gemm_fp8(ctx, g, m[0], m[1], m[4], nullptr, nullptr); });
-    const auto side = static_cast<double>(n);
-    if (i >= 3) best = std::max(best, 2 * side * side * side / seconds);
-  }
-  return best;
-}
-
 }  // namespace capstan::kernels::cuda

@@ -72,7 +72,7 @@ void say(const RankWork& work, int rank, const Ending& ending) {
 int train(const launch::Launch& launch, const RankWork& work, std::shared_ptr<World> world,
           std::unique_ptr<train::Trainer>& trainer) {
   trainer = std::make_unique<train::Trainer>(
-      train::open_session(work.recipe, work.overrides, work.executable, train::Placement::gradients, std::move(world)),
+      train::open_session(work.recipe, work.overrides, work.executable, train::Placement::none, std::move(world)),
       [] { return static_cast<int>(pending_signal); });
   const bool stopped = trainer->run() != 0;
   if (work.supervised && launch.rank == 0)

@@ -36,6 +36,7 @@ struct Words {
 void plan_step(const Program& program, const Words& words) {
   const auto session = train::open_session(words.recipe, words.overrides, program.executable, train::Placement::none,
                                            plan::make_paper_world(0, words.ranks));
+  train::check_data_options(*session);
   std::optional<plan::DeviceModel> device;
   if (!words.device.empty()) device = plan::load_device(words.devices.empty() ? plan::devices_file(program.executable) : words.devices, words.device);
   const plan::Setting setting = plan::setting_from(*session, words.ranks);
@@ -77,6 +78,7 @@ void check(const Program& program, const Words& words) {
   const Recipe& recipe = session->recipe;
   const Options& options = session->options();
   const PluginHost& host = *session->host;
+  train::check_data_options(*session);
   const train::Estimate estimate = train::estimate_step(*session);
   const Options& data = options.group("data");
   const Options& train = options.group("train");
@@ -92,13 +94,8 @@ void check(const Program& program, const Words& words) {
     row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")));
   row("training", fmt::format("{} steps of {} sequences x {} tokens, {:.4g} million tokens in all", steps, sequences, length,
                               1e-6 * double(steps) * double(sequences) * double(length)));
-  const auto gib = [](std::int64_t bytes) { return fmt::format("{:.3g} GiB", static_cast<double>(bytes) / (1 << 30)); };
   row("parameters", fmt::format("{} ({})", estimate.parameters, session->model->describe()));
-  row("memory", fmt::format("{} a rank: {} weights, gradients and optimizer, {} activations", gib(estimate.weights_bytes + estimate.quantized_bytes + estimate.activations_bytes),
-                            gib(estimate.weights_bytes), gib(estimate.activations_bytes)) +
-                    (estimate.quantized_bytes > 0 ? ", " + gib(estimate.quantized_bytes) + " weights in fp8" : "") +
-                    (estimate.staging_bytes > 0 ? ", " + gib(estimate.staging_bytes) + " to write checkpoints from" : "") +
-                    (estimate.sampling_bytes > 0 ? ", " + gib(estimate.sampling_bytes) + " between steps for samples" : ""));
+  row("memory", train::describe_memory(estimate, ranks > 1));
   row("compute", fmt::format("{:.4g} GFLOP a step, {:.4g} MFLOP a token", estimate.step_flop * 1e-9, estimate.model_flop_per_token * 1e-6));
   row("xxh3", recipe_digest(options));
   for (const auto& plugin : host.loaded())

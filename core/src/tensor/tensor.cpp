@@ -42,8 +42,16 @@ Storage::~Storage() {
 }
 
 Tensor Tensor::empty(const Dims& shape, DType dtype, Device& device) {
-  for (std::int64_t n : shape)
+  constexpr std::int64_t most = std::int64_t{1} << 55;  // bytes: sums of some hundred of these do not overflow
+  std::int64_t room = most / size_of(dtype);
+  bool none = false;
+  for (std::int64_t n : shape) {
     if (n < 0) fail(Fault::programming, "tensor", "negative extent in shape " + to_string(shape));
+    none = none || n == 0;
+    room = n > 0 ? room / n : room;
+  }
+  if (room == 0 && !none)
+    fail(Fault::input, "tensor", "a tensor of shape " + to_string(shape) + " is more than " + std::to_string(most) + " bytes: expected smaller sizes in the recipe's model or data");
   Tensor t;
   t.storage_ = std::make_shared<Storage>();
   t.storage_->device = device.shared_from_this();

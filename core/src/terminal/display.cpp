@@ -31,7 +31,7 @@ void Display::header(const std::string& title, const std::vector<std::pair<std::
   std::fflush(stdout);
 }
 
-void Display::status(const std::string& line, bool keep) {
+void Display::status(const std::string& line, bool keep, const std::vector<std::string>& shorter) {
   if (!shown_) return;
   if (!live_) {
     if (keep) fmt::print("{}\n", line);
@@ -40,7 +40,10 @@ void Display::status(const std::string& line, bool keep) {
   }
   winsize size{};
   std::string shown = line;
-  if (ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1 && shown.size() >= size.ws_col) shown.resize(size.ws_col - 1u);
+  if (ioctl(STDOUT_FILENO, TIOCGWINSZ, &size) == 0 && size.ws_col > 1) {
+    for (std::size_t i = 0; i < shorter.size() && shown.size() >= size.ws_col; ++i) shown = shorter[i];
+    if (shown.size() >= size.ws_col) shown.resize(size.ws_col - 1u);
+  }
   fmt::print("\r\x1b[2K{}", shown);
   line_ = shown;
   std::fflush(stdout);

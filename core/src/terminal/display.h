@@ -21,8 +21,9 @@ class CAPSTAN_API Display {
   bool live() const { return live_; }
   /// A heading and its rows, aligned.
   void header(const std::string& title, const std::vector<std::pair<std::string, std::string>>& rows);
-  /// Rewrites the live line; without a terminal it prints only when `keep`.
-  void status(const std::string& line, bool keep);
+  /// Rewrites the live line; without a terminal it prints only when `keep`. `shorter`: what to show instead where the
+  /// terminal is too narrow for it, longest first; the last one is cut off at its edge.
+  void status(const std::string& line, bool keep, const std::vector<std::string>& shorter = {});
   /// A line that stays, above the live one.
   void note(const std::string& line);
   /// Something that went wrong and did not stop the run; also in plain lines, marked.

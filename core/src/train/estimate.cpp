@@ -1,6 +1,10 @@
 #include "train/estimate.h"
 
 #include "parallel/meta_batch.h"
+#include "terminal/display.h"
+
+#include <capstan/error.h>
+#include <sys/sysinfo.h>
 
 #include <algorithm>
 #include <filesystem>
@@ -67,6 +71,29 @@ Estimate estimate_step(const Session& session) {
     e.model_flop_per_token = again->total_cost().flop / static_cast<double>(micro * length);
   }
   return e;
+}
+
+std::string describe_memory(const Estimate& e, bool shared) {
+  const auto words = [](std::int64_t bytes) { return terminal::short_bytes(static_cast<double>(bytes)); };
+  std::string text = words(e.total_bytes()) + ": " + words(e.weights_bytes) + " weights, gradients and optimizer, ";
+  if (e.quantized_bytes > 0) text += words(e.quantized_bytes) + " weights in fp8, ";
+  text += words(e.activations_bytes) + " activations";
+  if (e.staging_bytes > 0) text += ", " + words(e.staging_bytes) + " to write checkpoints from";
+  if (e.sampling_bytes > 0) text += ", " + words(e.sampling_bytes) + " between steps for samples";
+  return shared ? text + "; the mesh shares it: `capstan recipe check RECIPE --ranks N` says what a rank has" : text;
+}
+
+void check_memory(const Session& session, const Estimate& e, const std::function<void(const std::string&)>& warn) {
+  struct sysinfo host{};
+  if (::sysinfo(&host) != 0) return;
+  const auto there = static_cast<std::int64_t>(host.totalram + host.totalswap) * static_cast<std::int64_t>(host.mem_unit);
+  const auto words = [](std::int64_t bytes) { return terminal::short_bytes(static_cast<double>(bytes)); };
+  if (e.weights_bytes > there)
+    fail(Fault::input, session.recipe.path, "the weights, gradients and optimizer take " + words(e.weights_bytes) + ", and this host has " + words(there) +
+                                                ": expected a smaller model, an optimizer with less state, or ranks on other hosts that share it (mesh.shard)");
+  if (e.total_bytes() > there)
+    warn("this run is estimated to take " + words(e.total_bytes()) + ", and this host has " + words(there) +
+         ": data.micro_batch, train.recompute=block and checkpoint.asynchronous=false lower it");
 }
 
 }  // namespace capstan::train

@@ -4,7 +4,10 @@
 
 #include <capstan/export.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
+#include <string>
 
 namespace capstan::train {
 
@@ -18,6 +21,8 @@ struct Estimate {
   std::int64_t activations_bytes = 0;  ///< most that a microbatch holds beside them
   std::int64_t staging_bytes = 0;   ///< the copy that a checkpoint is written from while training goes on
   std::int64_t sampling_bytes = 0;  ///< keys and values that samples have room for; between steps
+  /// Most at once: samples are written while there are no activations.
+  std::int64_t total_bytes() const { return weights_bytes + quantized_bytes + std::max(activations_bytes, sampling_bytes) + staging_bytes; }
 };
 
 /// Whether checkpoints are written from a copy in memory.
@@ -26,6 +31,11 @@ CAPSTAN_API bool saves_from_a_copy(const Options& options);
 CAPSTAN_API std::int64_t sampled_tokens(const Session& session);
 /// Bytes of keys and values of one token.
 CAPSTAN_API std::int64_t state_bytes_per_token(const Model& model, DType compute);
+
+/// "2.1 GiB: 1.9 GiB weights, gradients and optimizer, 196 MiB activations, ..."; `shared`: among ranks, as the estimate does not know.
+CAPSTAN_API std::string describe_memory(const Estimate& estimate, bool shared);
+/// Error(input) when the weights alone are more than this host's memory and swap space; `warn` hears of it when all is.
+CAPSTAN_API void check_memory(const Session& session, const Estimate& estimate, const std::function<void(const std::string&)>& warn);
 
 /// Runs one microbatch of the recipe's shapes on the meta device. No memory, no arithmetic: the same code.
 CAPSTAN_API Estimate estimate_step(const Session& session);

@@ -83,7 +83,7 @@ std::string describe_precision(const Session& session) {
 ProductRate measure_products(const Session& session, const Estimate& estimate) {
   Device& device = *session.device;
   if (device.kind() != DeviceKind::cuda) return {measure_gemm_rate(device, DType::f32), ""};
-  const DType compute = session.engine->options().compute;
+  const DType compute = session.engine_options(true).compute;
   const double rate = measure_gemm_rate(device, compute), share = estimate.fp8_flop / estimate.step_flop;
   if (!(share > 0)) return {rate, ""};
   const double narrow = measure_gemm_rate(device, DType::f8e4m3);

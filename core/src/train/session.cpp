@@ -129,17 +129,31 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
     s->communication = std::move(gpus.words);
   }
   s->model = s->make_model();
-  if (placement != Placement::weights) check_precision(*s, placement == Placement::gradients);  // what writes text has no fp8
+  if (placement == Placement::none) check_precision(*s, false);
   if (s->model->vocabulary() < s->tokenizer->vocabulary())
     fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
                                     std::to_string(s->tokenizer->vocabulary()) + ": set model.vocabulary to 0 or to at least that");
-  if (placement != Placement::none) {
-    s->products = choose_products(*s);
-    EngineOptions e = s->engine_options(placement == Placement::gradients);
-    if (s->mesh && s->mesh->size("pp") > 1) s->cut_into_stages(e);
-    s->engine = std::make_unique<Engine>(s->model, s->device, std::move(e), s->mesh);
-  }
+  if (placement != Placement::none) place(*s, placement);
   return s;
+}
+
+void place(Session& s, Placement placement) {
+  if (placement != Placement::weights) check_precision(s, placement == Placement::gradients);  // what writes text has no fp8
+  s.products = choose_products(s);
+  EngineOptions e = s.engine_options(placement == Placement::gradients);
+  if (s.mesh && s.mesh->size("pp") > 1) s.cut_into_stages(e);
+  s.engine = std::make_unique<Engine>(s.model, s.device, std::move(e), s.mesh);
+}
+
+void check_data_options(const Session& session) {
+  const Options& data = session.options().group("data");
+  if (session.model->longest() > 0 && data.integer("sequence_length") > session.model->longest())
+    data.refuse("sequence_length", "the model's context is " + std::to_string(session.model->longest()) + " tokens");
+  for (const Options& set : data.groups("sets")) {
+    const std::string& prefix = set.path("path");
+    if (!std::filesystem::exists(prefix + ".idx") && set.texts("text").empty())
+      set.refuse("path", "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`");
+  }
 }
 
 std::int64_t load_weights(Session& session, const std::string& run_folder, std::int64_t step, const std::function<void(const std::string&)>& report) {

@@ -27,7 +27,7 @@ struct CAPSTAN_API Session {
   std::shared_ptr<Device> device;
   std::string communication;     ///< how the ranks' GPUs reach each other, in words; "" on CPUs and on one rank
   std::shared_ptr<Model> model;
-  std::unique_ptr<Engine> engine;  ///< null with Placement::none
+  std::unique_ptr<Engine> engine;  ///< null with Placement::none, until place()
   std::string products;            ///< how a GPU's matrix products are chosen, for a person; "" elsewhere
 
   const Options& options() const { return recipe.options; }
@@ -49,6 +49,12 @@ enum class Placement : unsigned char { none, weights, gradients };
 CAPSTAN_API std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
                                                   const std::string& executable, Placement placement,
                                                   std::shared_ptr<World> world = nullptr);
+
+/// Takes the memory that Placement::none left out: the trainer's, once its header stands.
+CAPSTAN_API void place(Session& session, Placement placement);
+/// Refuses what the recipe's parts cannot do together and no data is needed to see: sequences beyond the model's context,
+/// sets that are not there and name no text. Error(input).
+CAPSTAN_API void check_data_options(const Session& session);
 
 /// Fills the weights from a run folder's newest good checkpoint, or from that of `step` when it is not
 /// negative. `report` hears of damaged ones. Returns the step; Error(input) when there is none.

@@ -13,7 +13,6 @@ using std::chrono::steady_clock;
 bool StepResult::finite() const { return std::isfinite(loss) && std::isfinite(grad_norm); }
 
 int Trainer::run() {
-  print_header();
   Engine& engine = *session_->engine;
   int signal = 0;
   while ((step_ < steps_ && signal == 0) || !flights_.empty()) {

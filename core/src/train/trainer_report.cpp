@@ -47,10 +47,13 @@ void Trainer::report(const StepResult& r) {
   if (step_ % every == 0 || step_ == steps_) folder_.metric(metric_line(r));
   // Without a terminal: the first steps, then about fifty lines in all, or as train.log_every says.
   const std::int64_t stride = every > 1 ? every : std::max<std::int64_t>(1, steps_ / 50);
-  display_.status(fmt::format("step {}/{}  loss {:.4f}{}  |grad| {:.2f}  lr {:.2e}  {} tok/s  {:.0f} GFLOP/s ({:.0f}% of peak)  {} left", step_, steps_, r.loss,
-                              validation_ ? fmt::format("  val {:.4f}", *validation_) : "", r.grad_norm, r.lr, short_count(static_cast<double>(r.tokens) / r.seconds),
-                              rate * 1e-9, 100 * rate / peak_, short_time(per_step * static_cast<double>(steps_ - step_))),
-                  timed_steps_ <= 2 || step_ % stride == 0 || step_ == steps_);
+  const std::string begin = fmt::format("step {}/{}  loss {:.4f}{}", step_, steps_, r.loss, validation_ ? fmt::format("  val {:.4f}", *validation_) : "");
+  const std::string speed = short_count(static_cast<double>(r.tokens) / r.seconds) + " tok/s", share = fmt::format("{:.0f}% of peak", 100 * rate / peak_),
+                    left = short_time(per_step * static_cast<double>(steps_ - step_)) + " left";
+  display_.status(fmt::format("{}  |grad| {:.2f}  lr {:.2e}  {}  {:.0f} GFLOP/s ({})  {}", begin, r.grad_norm, r.lr, speed, rate * 1e-9, share, left),
+                  timed_steps_ <= 2 || step_ % stride == 0 || step_ == steps_,
+                  {fmt::format("{}  |grad| {:.2f}  {}  {}  {}", begin, r.grad_norm, speed, share, left), fmt::format("{}  {}  {}", begin, speed, left),
+                   fmt::format("step {}/{}  {:.4f}  {}", step_, steps_, r.loss, left)});
   watch_spikes(r);
   const StepQueue* queue = session_->engine->queued();
   if (queue != nullptr && !queue->why_not().empty() && !std::exchange(told_why_not_recorded_, true)) {

@@ -25,9 +25,7 @@ namespace {
 /// The run's folder, after what needs no data is seen to be right: a run that is refused builds no data sets and
 /// leaves no folder.
 std::string checked_folder(const Session& session) {
-  const Options& data = session.options().group("data");
-  if (session.model->longest() > 0 && data.integer("sequence_length") > session.model->longest())
-    data.refuse("sequence_length", "the model's context is " + std::to_string(session.model->longest()) + " tokens");
+  check_data_options(session);
   const Options& run = session.options().group("run");
   const std::string& mode = run.text("resume");
   std::string folder = session.run_folder();
@@ -43,8 +41,6 @@ void build_missing_sets(const Session& session, Display& display) {
   for (const Options& set : session.options().group("data").groups("sets")) {
     const std::string& prefix = set.path("path");
     if (fs::exists(prefix + ".idx")) continue;
-    if (set.texts("text").empty())
-      set.refuse("path", "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`");
     data::BuildOptions build;
     build.inputs = set.texts("text");
     build.prefix = prefix;
@@ -100,11 +96,16 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
                                              session_->device);
   estimate_ = estimate_step(*session_);
   optimizer_ = session_->host->make_as<Optimizer>(options.plugin("optimizer"));
+  print_header();  // all that is said of the run comes before its memory is taken
+  if (!session_->engine) place(*session_, Placement::gradients);
   session_->engine->attach(optimizer_);
   queued_ = session_->engine->cannot_queue().empty();
   const std::string cannot = session_->engine->cannot_record();
   if (!cannot.empty() && session_->engine->options().recording == Recording::required)
     options.group("run").refuse("cuda_graphs", "steps cannot be recorded: " + cannot + "; expected auto or off here");
+  if (!session_->products.empty()) display_.note("  products: " + session_->products);
+  if (session_->device->kind() == DeviceKind::cuda)
+    display_.note("  cuda graphs: " + (session_->engine->options().recording == Recording::off ? "off" : !cannot.empty() ? "off, " + cannot : "forward, backward and update are recorded once and replayed"));
 
   const Options& c = options.group("checkpoint");
   checkpoint::SaverOptions saver;
@@ -208,18 +209,9 @@ void Trainer::print_header() {
                    {"optimizer", fmt::format("{}, peak learning rate {:g}, {} decay after {} steps of warm-up", options.plugin("optimizer").name, optimizer_->peak_lr(),
                                              options.group("schedule").text("decay"), options.group("schedule").integer("warmup"))},
                    {"machine", describe_machine(*session_->device) + fmt::format(", {:.0f} GFLOP/s in matrix products{}", peak_ * 1e-9, products.what)},
-                   {"memory", short_bytes(static_cast<double>(estimate_.weights_bytes)) + " weights, gradients and optimizer, " +
-                                  (estimate_.quantized_bytes > 0 ? short_bytes(static_cast<double>(estimate_.quantized_bytes)) + " weights in fp8, " : "") +
-                                  short_bytes(static_cast<double>(estimate_.activations_bytes)) + " activations"},
-                   {"estimate", fmt::format("{:.3g} GFLOP a step, about {}", estimate_.step_flop * 1e-9, short_time(step_seconds * static_cast<double>(steps_ - step_)))},
+                   {"memory", describe_memory(estimate_, session_->mesh != nullptr)},
+                   {"estimate", fmt::format("{:.3g} GFLOP a step, about {}", estimate_.step_flop * 1e-9, short_time(step_seconds * static_cast<double>(steps_)))},
                    {"run", folder_.path()}};
-  const auto machine_row = [&] { return std::find_if(rows.begin(), rows.end(), [](const auto& row) { return row.first == "memory"; }); };
-  if (!session_->products.empty()) rows.insert(machine_row(), {"products", session_->products});
-  if (session_->device->kind() == DeviceKind::cuda) {
-    const Recording recording = session_->engine->options().recording;
-    const std::string cannot = session_->engine->cannot_record();
-    rows.insert(machine_row(), {"cuda graphs", recording == Recording::off ? "off" : !cannot.empty() ? "off: " + cannot : "forward, backward and update are recorded once and replayed"});
-  }
   if (session_->mesh) {
     const auto machine = std::find_if(rows.begin(), rows.end(), [](const auto& row) { return row.first == "machine"; });
     machine->second += " over all ranks, " + std::to_string(session_->world->local_size()) + " on this host";
@@ -227,6 +219,7 @@ void Trainer::print_header() {
     rows.insert(machine, {"mesh", session_->mesh->layout().describe() + ", " + options.group("mesh").text("strategy") + gpus});
   }
   display_.header("capstan train " + session_->recipe.path, rows);
+  if (session_->device->kind() == DeviceKind::cpu && !session_->mesh) check_memory(*session_, estimate_, [&](const std::string& line) { display_.warn(line); });
 }
 
 }  // namespace capstan::train

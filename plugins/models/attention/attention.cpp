@@ -132,9 +132,9 @@ class AttentionMaker : public LayerMaker {
 
 CAPSTAN_PLUGIN("layer", "attention", "1.0.0") {
   capstan::Schema schema;
-  schema.required(capstan::OptionSpec::Type::integer, "heads", "query heads").at_least(1);
-  schema.integer("kv_heads", 0, "key/value heads, a divisor of heads; 0: as many as heads").at_least(0);
-  schema.integer("head_size", 0, "elements of one head; 0: width / heads").at_least(0);
+  schema.required(capstan::OptionSpec::Type::integer, "heads", "query heads").range(1, 1 << 16);
+  schema.integer("kv_heads", 0, "key/value heads, a divisor of heads; 0: as many as heads").range(0, 1 << 16);
+  schema.integer("head_size", 0, "elements of one head; 0: width / heads").range(0, 1 << 16);
   schema.flag("rope", true, "rotate queries and keys by their positions");
   schema.number("rope_theta", 10000, "base of the rotation's wavelengths").above(0);
   schema.flag("qk_norm", false, "normalize each head's query and key");

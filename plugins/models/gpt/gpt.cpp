@@ -203,15 +203,15 @@ class Gpt : public Model {
 
 CAPSTAN_PLUGIN("model", "gpt", "1.0.0") {
   capstan::Schema schema;
-  schema.integer("layers", 6, "how often the pattern repeats").at_least(1);
-  schema.integer("width", 384, "width of the residual stream").at_least(1);
-  schema.integer("context", 256, "longest sequence").at_least(1).in("tokens");
-  schema.integer("vocabulary", 0, "rows of the token table; 0: the tokenizer's").at_least(0).in("tokens");
-  schema.integer("heads", 6, "query heads").at_least(1);
-  schema.integer("kv_heads", 0, "key/value heads, a divisor of heads; 0: as many as heads").at_least(0);
-  schema.integer("head_size", 0, "elements of one head; 0: width / heads").at_least(0);
+  schema.integer("layers", 6, "how often the pattern repeats").range(1, 1 << 14);
+  schema.integer("width", 384, "width of the residual stream").range(1, 1 << 20);
+  schema.integer("context", 256, "longest sequence").range(1, 1 << 24).in("tokens");
+  schema.integer("vocabulary", 0, "rows of the token table; 0: the tokenizer's").range(0, 1 << 26).in("tokens");
+  schema.integer("heads", 6, "query heads").range(1, 1 << 16);
+  schema.integer("kv_heads", 0, "key/value heads, a divisor of heads; 0: as many as heads").range(0, 1 << 16);
+  schema.integer("head_size", 0, "elements of one head; 0: width / heads").range(0, 1 << 16);
   schema.integer("ffn", 0, "inner width of the MLP; 0: 4 * width for gelu, 8/3 * width up to a multiple of 64 for swiglu")
-      .at_least(0);
+      .range(0, 1 << 22);
   schema.text("activation", "swiglu", "of the MLP").one_of({"swiglu", "gelu"});
   schema.text("norm", "rms", "RMSNorm or LayerNorm").one_of({"rms", "layer"});
   schema.number("norm_epsilon", 1e-5, "added under the norm's square root").above(0);

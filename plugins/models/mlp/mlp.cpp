@@ -60,7 +60,7 @@ class MlpMaker : public LayerMaker {
 CAPSTAN_PLUGIN("layer", "mlp", "1.0.0") {
   capstan::Schema schema;
   schema.text("activation", "swiglu", "what stands between the two projections").one_of({"swiglu", "gelu"});
-  schema.integer("ffn", 0, "inner width; 0: 4 * width for gelu, 8/3 * width up to a multiple of 64 for swiglu").at_least(0);
+  schema.integer("ffn", 0, "inner width; 0: 4 * width for gelu, 8/3 * width up to a multiple of 64 for swiglu").range(0, 1 << 22);
   registrar.add("layer", "mlp", schema, [](const capstan::Options& o, capstan::Registrar&) {
     return capstan::as_interface<capstan::LayerMaker>(std::make_shared<capstan::MlpMaker>(o));
   });

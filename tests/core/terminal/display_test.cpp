@@ -18,6 +18,7 @@ namespace {
 
 using namespace train::testing;
 using ::testing::AllOf;
+using ::testing::EndsWith;
 using ::testing::HasSubstr;
 using ::testing::Not;
 using ::testing::StartsWith;
@@ -66,16 +67,21 @@ TEST(Terminal, ATerminalShowsOneLiveLine) {
 
 TEST(Terminal, LiveLinesFitNarrowTerminals) {
   Project project;
-  const Seen seen = on_a_terminal({"train", project.recipe()}, "xterm", 40);
-  EXPECT_EQ(seen.code, 0) << seen.text;
-  int lines = 0;
-  for (std::size_t at = 0; (at = seen.text.find("\x1b[2Kstep ", at)) != std::string::npos; at += 4) {
-    const std::size_t begin = at + 4, end = std::min(seen.text.find('\r', begin), seen.text.find('\n', begin));
-    if (seen.text.substr(begin, end - begin).find(": ") != std::string::npos) continue;  // a note, which the terminal wraps
-    ++lines;
-    EXPECT_LE(end - begin, 39u) << seen.text.substr(begin, end - begin);
+  for (const unsigned short columns : {30, 40, 60, 80}) {
+    const Seen seen = on_a_terminal({"train", project.recipe(), project.dir(std::to_string(columns))}, "xterm", columns);
+    EXPECT_EQ(seen.code, 0) << seen.text;
+    int lines = 0;
+    for (std::size_t at = 0; (at = seen.text.find("\x1b[2Kstep ", at)) != std::string::npos; at += 4) {
+      const std::size_t begin = at + 4, end = std::min(seen.text.find('\r', begin), seen.text.find('\n', begin));
+      const std::string line = seen.text.substr(begin, end - begin);
+      if (line.find(": ") != std::string::npos) continue;  // a note, which the terminal wraps
+      ++lines;
+      EXPECT_LT(line.size(), columns) << line;
+      EXPECT_THAT(line, EndsWith(" left")) << "what does not fit is left out, the time left is not";
+      EXPECT_EQ(count(line, " tok/s"), columns >= 60 ? 1u : 0u) << line;
+    }
+    EXPECT_GE(lines, 20);
   }
-  EXPECT_GE(lines, 20);
 }
 
 TEST(Terminal, DumbTerminalsGetPlainLines) {

@@ -188,7 +188,9 @@ TEST(QueuedSteps, AreThoseThatTheHostWaitsFor) {
         losses[0].push_back(loss), norms[0].push_back(norm);
       }
     }
-    if (queued) EXPECT_EQ(engine.queued()->recorded(), 2);  // first and later microbatches: three sequences and four share a record
+    if (queued) {
+      EXPECT_EQ(engine.queued()->recorded(), 2);  // first and later microbatches: three sequences and four share a record
+    }
     ends.push_back(values_of(engine));
   }
   EXPECT_EQ(losses[0], losses[1]);
