@@ -89,6 +89,8 @@ void info(const Words& words) {
     first = false;
     try {
       print_one(candidate, words.tensors);
+    } catch (const checkpoint::Unreadable& e) {
+      fmt::print("step {}  {}\n  cannot be read:  {}\n", candidate.step, candidate.folder.string(), e.what());
     } catch (const Error& e) {
       fmt::print("step {}  {}\n  damaged:  {}\n", candidate.step, candidate.folder.string(), e.what());
     }
@@ -96,18 +98,22 @@ void info(const Words& words) {
 }
 
 void verify(Program& program, const Words& words) {
-  int damaged = 0, count = 0;
+  int damaged = 0, unreadable = 0, count = 0;
+  bool forbidden = false;
   for (const auto& candidate : chosen(words.path)) {
     ++count;
     const auto problems = checkpoint::verify(candidate.folder);
-    const bool fatal = std::any_of(problems.begin(), problems.end(), [](const auto& p) { return p.fatal; });
-    if (fatal) ++damaged;
-    fmt::print("step {}: {}\n", candidate.step, problems.empty() ? "good" : fatal ? "DAMAGED" : "good, but");
+    const auto any = [&](const auto& is) { return std::any_of(problems.begin(), problems.end(), is); };
+    const bool bad = any([](const auto& p) { return p.fatal && !p.unreadable; });
+    const bool unread = !bad && any([](const auto& p) { return p.fatal && p.unreadable; });
+    damaged += bad, unreadable += unread;
+    forbidden |= any([](const auto& p) { return p.fatal && p.unreadable == Fault::input; });
+    fmt::print("step {}: {}\n", candidate.step, problems.empty() ? "good" : bad ? "DAMAGED" : unread ? "CANNOT BE READ" : "good, but");
     for (const auto& problem : problems) fmt::print("  {}\n", problem.text);
   }
-  if (damaged == 0) return;
-  fmt::print("{} of {} checkpoints damaged\n", damaged, count);
-  program.exit_code = 2;
+  if (damaged > 0) fmt::print("{} of {} checkpoints damaged\n", damaged, count);
+  if (unreadable > 0) fmt::print("{} of {} checkpoints cannot be read; what they hold may be good\n", unreadable, count);
+  if (damaged + unreadable > 0) program.exit_code = damaged > 0 || forbidden ? 2 : 1;
 }
 
 }  // namespace
@@ -123,7 +129,7 @@ void add_checkpoint(CLI::App& app, Program& program) {
   info_command->callback([words] { info(*words); });
 
   CLI::App* verify_command =
-      command->add_subcommand("verify", "Compare every byte with its checksum; exit code 2 when damaged");
+      command->add_subcommand("verify", "Compare every byte with its checksum; exit code 2 when one differs or may not be read, 1 when the disk fails");
   verify_command->add_option("path", words->path, "a run's folder, or one step_... folder in it")->required();
   verify_command->callback([words, &program] { verify(program, *words); });
 }
