@@ -1,4 +1,5 @@
 // `capstan checkpoint info|verify`: what a run's checkpoints hold, and whether they are whole.
+#include "base/look.h"
 #include "checkpoint/loader.h"
 #include "checkpoint/run_state.h"
 #include "program/commands.h"
@@ -33,13 +34,14 @@ std::string size_text(std::int64_t bytes) {
 
 /// The checkpoints that PATH stands for, newest first: a run's folder, its checkpoints/, or one step in it.
 std::vector<Candidate> chosen(const std::string& text) {
+  if (text.empty()) fail(Fault::input, "command line", "expected a run's folder, got an empty path");
   const auto path = fs::absolute(text).lexically_normal();
-  if (!fs::exists(path)) fail(Fault::input, path.string(), "no such run or checkpoint");
+  if (!is_there(path)) fail(Fault::input, path.string(), "no such run or checkpoint");
   // A step's folder may have been renamed by its user; its manifest makes it a checkpoint.
-  if (fs::exists(path / checkpoint::manifest_name)) return {{checkpoint::read_manifest(path).step, path}};
+  if (is_there(path / checkpoint::manifest_name)) return {{checkpoint::read_manifest(path).step, path}};
   const auto name = (path.filename().empty() ? path.parent_path() : path).filename().string();
   if (const auto step = checkpoint::step_of(name)) return {{*step, path}};
-  const auto root = fs::is_directory(path / "checkpoints") ? path / "checkpoints" : path;
+  const auto root = is_folder(path / "checkpoints") ? path / "checkpoints" : path;
   const auto all =
       checkpoint::candidates(root, [](const std::string& warning) { fmt::print(stderr, "warning: {}\n", warning); });
   if (all.empty())

@@ -1,6 +1,7 @@
 #include "train/session.h"
 
 #include "base/cuda_device.h"
+#include "base/look.h"
 #include "checkpoint/loader.h"
 #include "comm/gpu_world.h"
 #include "pipeline/stages.h"
@@ -153,7 +154,7 @@ std::int64_t load_weights(Session& session, const std::string& run_folder, std::
   std::int64_t found = 0;
   if (step >= 0) {
     const std::filesystem::path folder = root / checkpoint::step_name(step);
-    if (!std::filesystem::exists(folder)) fail(Fault::input, folder.string(), "there is no checkpoint of step " + std::to_string(step) + ": `capstan checkpoint info " + run_folder + "` lists those that there are");
+    if (!is_there(folder)) fail(Fault::input, folder.string(), "there is no checkpoint of step " + std::to_string(step) + ": `capstan checkpoint info " + run_folder + "` lists those that there are");
     found = checkpoint::load(folder, wanted, maker, load).step;
   } else {
     const auto loaded = checkpoint::load_newest(root, wanted, maker, checkpoint::OnDamage::fall_back, report, load);

@@ -1,4 +1,5 @@
 // Opening a run: data, folder, resume, rollback, and the header on the terminal.
+#include "base/look.h"
 #include "checkpoint/loader.h"
 #include "checkpoint/run_state.h"
 #include "data/build.h"
@@ -16,7 +17,6 @@
 
 namespace capstan::train {
 
-namespace fs = std::filesystem;
 using std::chrono::steady_clock;
 using namespace terminal;
 
@@ -42,7 +42,7 @@ std::string checked_folder(const Session& session) {
 void build_missing_sets(const Session& session, Display& display) {
   for (const Options& set : session.options().group("data").groups("sets")) {
     const std::string& prefix = set.path("path");
-    if (fs::exists(prefix + ".idx")) continue;
+    if (is_there(prefix + ".idx")) continue;
     if (set.texts("text").empty())
       set.refuse("path", "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`");
     data::BuildOptions build;

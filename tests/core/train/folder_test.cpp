@@ -234,6 +234,16 @@ TEST(RunFolder, ACheckpointThatCannotBeReadStopsTheRunAndStays) {
   EXPECT_EQ(train(project.recipe(), {"train.steps=30", "run.resume=require"}).code, 0);
 }
 
+TEST(RunFolder, CheckpointsThatCannotBeListedAreBadInput) {
+  Project project;
+  fs::create_directory(project / "run");
+  fs::create_symlink("checkpoints", project / "run/checkpoints");  // a link to itself, which nobody can follow
+  const Exit exit = train(project.recipe(), {"run.resume=never"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("run/checkpoints] cannot be listed: Too many levels of symbolic links"), Not(HasSubstr("filesystem error"))));
+  EXPECT_FALSE(built_data(project));
+}
+
 class LastSave : public ::testing::TestWithParam<bool> {};
 
 TEST_P(LastSave, ThatFailsIsAnError) {
