@@ -13,7 +13,9 @@
 #include <numeric>
 
 #include <cmath>
+#include <csignal>
 #include <filesystem>
+#include <functional>
 
 namespace capstan::train {
 
@@ -38,8 +40,15 @@ std::string checked_folder(const Session& session) {
   return folder;
 }
 
-/// Builds the sets that do not exist yet and say what text they come from.
-void build_missing_sets(const Session& session, Display& display) {
+/// Builds the sets that do not exist yet and say what text they come from. A signal ends it: what is built stays, of the set at
+/// hand nothing does.
+void build_missing_sets(const Session& session, Display& display, const std::function<int()>& interrupted) {
+  const auto end_if_asked = [&](const std::string& prefix, const char* left) {
+    const int signal = interrupted();
+    if (signal == 0) return;
+    display.done();
+    fail(Fault::runtime, prefix, fmt::format("stopped by {} {}; the same command starts again", signal == SIGINT ? "SIGINT" : signal == SIGTERM ? "SIGTERM" : "a signal", left));
+  };
   for (const Options& set : session.options().group("data").groups("sets")) {
     const std::string& prefix = set.path("path");
     if (is_there(prefix + ".idx")) continue;
@@ -53,12 +62,14 @@ void build_missing_sets(const Session& session, Display& display) {
     build.seed = static_cast<std::uint64_t>(session.options().group("run").integer("seed"));
     auto last = steady_clock::now();
     build.progress = [&](const data::BuildProgress& p) {
+      end_if_asked(prefix, "while this dataset was built, of which nothing is left");
       if (steady_clock::now() - last < std::chrono::milliseconds(100)) return;
       last = steady_clock::now();
       display.status(fmt::format("building {}: {} of {}, {} documents", prefix, short_bytes(static_cast<double>(p.bytes)),
                                  short_bytes(static_cast<double>(p.total_bytes)), p.documents), false);
     };
     const data::BuildResult result = data::build_dataset(build);
+    end_if_asked(prefix, "when this dataset was built, before any training");
     display.note(fmt::format("built {}: {} tokens in {} documents", prefix, short_count(static_cast<double>(result.tokens)), result.documents));
   }
 }
@@ -93,7 +104,7 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
   const Options& options = session_->options();
   steps_ = options.group("train").integer("steps");
   clip_ = options.group("train").number("clip");
-  const auto build = [&] { build_missing_sets(*session_, display_); };
+  const auto build = [&] { build_missing_sets(*session_, display_, interrupted_); };
   if (session_->mesh) session_->mesh->on_first_rank(build);  // the others read what it built
   else build();
   data_ = std::make_unique<data::DataSource>(data_options(*session_), data::TokenizerIdentity{std::string(session_->tokenizer->name()), session_->tokenizer->vocabulary()},

@@ -44,6 +44,7 @@ Outcome run_trainer(const std::string& recipe, const std::vector<std::string>& o
     const Engine& engine = *session->engine;
     Trainer* at = nullptr;
     Trainer trainer(std::move(session), [&] {
+      if (at == nullptr) return 0;  // it is still being made
       run.after_step.push_back(values_of(engine));
       run.steps.push_back(at->step());
       return 0;
