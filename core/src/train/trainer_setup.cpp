@@ -176,6 +176,9 @@ void Trainer::resume() {
     const auto state = checkpoint::RunState::parse(loaded->state_json, loaded->folder.string());
     if (state.seed != static_cast<std::uint64_t>(run.integer("seed")))
       run.refuse("seed", "the run in " + folder_.path() + " was started with seed " + std::to_string(state.seed) + ": keep it, or choose another run.dir");
+    if (state.step > steps_)
+      session_->options().group("train").refuse("steps", fmt::format("the run in {} is at step {} already, past the last of {}: ask for more steps, or choose another run.dir",
+                                                                     folder_.path(), state.step, steps_));
     step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
     data_->seek(data::DataCursor::from_json(state.data_cursor));
     if (const auto it = state.more.find("spikes"); it != state.more.end())

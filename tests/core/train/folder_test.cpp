@@ -113,6 +113,21 @@ TEST(RunFolder, ResumeNeverAndRequire) {
   EXPECT_EQ(train(project.recipe(), {"run.resume=require"}).code, 0);
 }
 
+TEST(RunFolder, FewerStepsThanTheRunHasDoneAreRefused) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {}).code, 0);
+  const std::string recipe = read_file(project / "run/recipe.yaml");
+  const auto lines = metrics(project / "run");
+  const Exit exit = train(project.recipe(), {"train.steps=4"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("train.steps"), HasSubstr("is at step 20 already"), HasSubstr("run.dir")));
+  EXPECT_THAT(exit.out, Not(HasSubstr("resuming")));
+  EXPECT_EQ(read_file(project / "run/recipe.yaml"), recipe);
+  EXPECT_EQ(metrics(project / "run"), lines);
+  const Exit same = train(project.recipe(), {});
+  EXPECT_EQ(same.code, 0) << "all steps are done: nothing to do, and no error";
+}
+
 TEST(RunFolder, AnotherSeedIsRefused) {
   Project project;
   ASSERT_EQ(train(project.recipe(), {}).code, 0);
