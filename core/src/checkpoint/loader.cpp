@@ -71,7 +71,14 @@ void compare(const Path& folder, const Manifest& manifest, const ByName& wanted,
 // verify() found the file's bytes to be right. When they still are, it is not the file that an error of the machine or of
 // the format's library speaks of.
 [[noreturn]] void fail_box(const Path& folder, const StoredBox& stored, const FileRecord& record, const Error& error) {
-  const auto digest = digest_file(folder / stored.file, {});  // throws Unreadable by itself
+  FileDigest digest;
+  try {
+    digest = digest_file(folder / stored.file, {});
+  } catch (const Unreadable&) {
+    throw;
+  } catch (const Error& e) {  // it has gone since
+    fail_damaged(folder, e.what());
+  }
   if (error.fault() != Fault::input && digest.bytes == record.bytes && digest.xxh3 == record.xxh3)
     throw Unreadable(error.fault(), std::string(error.what()) + ", though the file's bytes are those that were saved");
   fail_damaged(folder, error.what());

@@ -149,6 +149,37 @@ TEST_F(Unread, TooManyOpenFilesAreNoDamage) {
   EXPECT_GE(stopped, 2);
 }
 
+/// Fails to read, and does something to the file before.
+class Failing final : public CheckpointFormat {
+ public:
+  Failing(Fault fault, std::function<void(const Path&)> harm) : fault_(fault), harm_(std::move(harm)) {}
+  std::string_view name() const override { return "hdf5"; }
+  std::string_view extension() const override { return ".h5"; }
+  void write_shard(const std::string&, std::span<SavedTensor>, const std::function<void(std::int64_t)>&) override {}
+  void read(const std::string& path, const SavedTensor&, void*) override {
+    if (harm_) harm_(path);
+    fail(fault_, path, "the library says no");
+  }
+  void write_index(const std::string&, std::span<const SavedTensor>) override {}
+
+ private:
+  Fault fault_;
+  std::function<void(const Path&)> harm_;
+};
+
+// The bytes are right: then an error of the machine is no damage. What the format finds wrong in them is, and what has changed.
+TEST_F(Unread, AFormatThatFailsOnGoodBytesFindsNoDamage) {
+  const auto load = [&](Fault fault, const std::function<void(const Path&)>& harm) {
+    auto target = one.blank();
+    checkpoint::load(newest, target.wanted(), [&](const std::string&) { return std::make_shared<Failing>(fault, harm); });
+  };
+  EXPECT_THROW(load(Fault::runtime, {}), Unreadable);
+  EXPECT_THROW(load(Fault::input, {}), Damaged);
+  EXPECT_THROW(load(Fault::runtime, [](const Path& file) { flip_bit(file, 40); }), Damaged);
+  flip_bit(newest / "shard_00000.h5", 40);
+  EXPECT_THROW(load(Fault::runtime, [](const Path& file) { fs::remove(file); }), Damaged);
+}
+
 TEST_F(Unread, WhatIsNotThereIsStillDamage) {
   fs::rename(newest, root.path() / "away");
   overwrite(newest, "a file in the folder's place");
