@@ -104,7 +104,8 @@ void GemmChoices::read() {
   if (file_.empty()) return;
   std::ifstream in(file_, std::ios::binary);
   if (!in) {
-    if (std::filesystem::exists(file_)) cannot(file_, "cannot be read");
+    std::error_code error;
+    if (std::filesystem::exists(file_, error) || error) cannot(file_, "cannot be read");
     return;
   }
   std::stringstream all;

@@ -70,9 +70,12 @@ class CAPSTAN_API Leaf : public Node {
   void clear() { filled_ = false; uses_ = 0; if (!parameter_) grad_ = Tensor(); }
 
   /// Called each time the gradient has received the contribution of its last recorded use. A forward
-  /// records a use for each op that reads the leaf.
+  /// records a use for each op that reads the leaf; a call that is going to be run again (train.recompute) counts
+  /// as one use of each of its block's parameters until then. So: once in a microbatch, however often it is read.
   std::function<void(Leaf&)> hook;
   void used() { ++uses_; }
+  /// Recorded uses whose contributions are still to come.
+  int uses() const { return uses_; }
 
  private:
   bool parameter_;

@@ -28,9 +28,9 @@ bool is_there(const Path& path) {
 std::vector<Path> entries(const Path& folder) {
   std::error_code error;
   fs::directory_iterator iterator(folder, error);
-  if (error) fail_system(folder, "be listed", error.value());
   std::vector<Path> paths;
-  for (const auto& entry : iterator) paths.push_back(entry.path());
+  for (; !error && iterator != fs::directory_iterator(); iterator.increment(error)) paths.push_back(iterator->path());
+  if (error) fail_reading(folder, "be listed", error.value());
   std::sort(paths.begin(), paths.end());
   return paths;
 }
@@ -109,6 +109,7 @@ Attempt::Attempt(Path root, std::int64_t step, std::string attempt, FaultHook ho
     : root_(std::move(root)), step_(step), attempt_(std::move(attempt)), hook_(std::move(hook)) {
   if (step < 0) fail(Fault::programming, "checkpoint", "negative step " + std::to_string(step));
   final_ = root_ / step_name(step);
+  aside_ = final_.string() + std::string(superseded_suffix);
   temporary_ = root_ / (step_name(step) + std::string(temporary_mark) + attempt_);
 }
 
@@ -180,28 +181,30 @@ std::int64_t Attempt::commit(CheckpointFormat& format, std::span<const SavedTens
   sync_folder(temporary_);
   reached("folder flushed");
 
-  const Path aside = final_.string() + std::string(superseded_suffix);
   const bool replaces = is_there(final_);
   if (replaces) {
-    remove_tree(aside);
-    rename_to(final_, aside);
+    remove_tree(aside_);
+    rename_to(final_, aside_);
     reached("old step set aside");
   }
   try {
     rename_to(temporary_, final_);
   } catch (const Error&) {
-    if (replaces) rename_to(aside, final_);
+    if (replaces) rename_to(aside_, final_);
     throw;
   }
   reached("renamed");
   sync_folder(root_);
   reached("rename flushed");
   move_latest();
-  if (replaces) {
-    remove_tree(aside);
-    reached("old step removed");
-  }
+  replaced_ = replaces;
   return manifest.bytes() + static_cast<std::int64_t>(text.size());
+}
+
+void Attempt::remove_replaced() {
+  if (!replaced_) return;
+  remove_tree(aside_);
+  reached("old step removed");
 }
 
 void Attempt::move_latest() {

@@ -43,9 +43,11 @@ class CAPSTAN_API Attempt {
   /// Writes the tensors as shard_<index>, reads it back, and checks that the disk has what was given. Fills
   /// file, file_offset and xxh3 of each tensor. Returns the shard's name and digest.
   std::pair<std::string, FileRecord> write_shard(CheckpointFormat& format, int index, std::span<SavedTensor> tensors);
-  /// `tensors` and `shards` of all writers. Returns the bytes of the whole checkpoint.
+  /// `tensors` and `shards` of all writers. Returns the bytes of the whole checkpoint, which is the newest from here on.
   std::int64_t commit(CheckpointFormat& format, std::span<const SavedTensor> tensors,
                       const std::map<std::string, FileRecord>& shards, const std::string& state_json);
+  /// Removes the older checkpoint of the same step that commit() set aside.
+  void remove_replaced();
   /// Removes the temporary folder, as far as that is possible. Never throws.
   void abandon() noexcept;
 
@@ -57,7 +59,8 @@ class CAPSTAN_API Attempt {
   }
   void move_latest();
 
-  Path root_, temporary_, final_;
+  Path root_, temporary_, final_, aside_;
+  bool replaced_ = false;
   std::int64_t step_;
   std::string attempt_;
   FaultHook hook_;

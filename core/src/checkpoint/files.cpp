@@ -27,7 +27,7 @@ class Descriptor {
   Descriptor(const Path& path, int flags, const char* action) : path_(path) {
     do fd_ = ::open(path.c_str(), flags | O_CLOEXEC, 0644);
     while (fd_ < 0 && errno == EINTR);
-    if (fd_ < 0) fail_system(path, action, errno);
+    if (fd_ < 0) (flags & O_ACCMODE) == O_RDONLY ? fail_reading(path, action, errno) : fail_system(path, action, errno);
   }
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
@@ -61,6 +61,18 @@ void fail_system(const Path& file, const std::string& action, int error) {
     message += "; give this user the right to write there, or move the run with run.dir=PATH";
   }
   fail(error == ENOENT || error == ENOTDIR || error == EACCES ? Fault::input : Fault::runtime, file.string(), message);
+}
+
+void fail_reading(const Path& file, const std::string& action, int error) {
+  const std::string message = "cannot " + action + ": " + std::strerror(error);
+  if (error == ENOENT || error == ENOTDIR || error == EISDIR) fail(Fault::input, file.string(), message);
+  const bool forbidden = error == EACCES || error == EPERM;
+  const char* advice = forbidden                              ? "give this user the right to read it"
+                       : error == EMFILE || error == ENFILE   ? "raise the limit of open files (ulimit -n)"
+                       : error == ENOMEM                      ? "free memory"
+                       : error == ELOOP                       ? "mend the symbolic link that leads in a circle"
+                                                              : "check the disk or the network that the file lies on";
+  throw Unreadable(forbidden ? Fault::input : Fault::runtime, "[" + file.string() + "] " + message + "; " + advice);
 }
 
 std::int64_t available_bytes(const Path& path) {
@@ -100,7 +112,7 @@ std::string read_file(const Path& path) {
   for (;;) {
     const auto n = ::read(file.get(), block.data(), block.size());
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) fail_system(path, "be read", errno);
+    if (n < 0) fail_reading(path, "be read", errno);
     if (n == 0) return text;
     text.append(block.data(), static_cast<std::size_t>(n));
   }
@@ -169,7 +181,7 @@ FileDigest digest_file(const Path& path, std::span<Range> ranges) {
   for (;;) {
     const auto n = ::read(file.get(), block.data(), block.size());
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) fail_system(path, "be read at byte " + std::to_string(position), errno);
+    if (n < 0) fail_reading(path, "be read at byte " + std::to_string(position), errno);
     if (n == 0) break;
     XXH3_64bits_update(whole.get(), block.data(), static_cast<std::size_t>(n));
     const auto end = position + static_cast<std::int64_t>(n);

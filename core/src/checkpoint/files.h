@@ -14,9 +14,17 @@ namespace capstan::checkpoint {
 
 using Path = std::filesystem::path;
 
-/// Throws Error about a failed system call on `file`: "[file] cannot <action>: <reason>", and for a full
-/// disk, quota or file size limit what to do. `error` is an errno.
+/// A file could not be read for a reason that is not its content: no permission, an I/O error, too many open files, a
+/// stale network handle. What it holds may well be whole. Fault::input for a permission, else Fault::runtime.
+class CAPSTAN_API Unreadable : public Error {
+  using Error::Error;
+};
+
+/// Throws Error about a failed system call that writes, on `file`: "[file] cannot <action>: <reason>", and for a full
+/// disk, quota, file size limit or missing permission what to do. `error` is an errno.
 [[noreturn]] void fail_system(const Path& file, const std::string& action, int error);
+/// The same of a call that reads: Error(input) when there is no such file, Unreadable with what to do otherwise.
+[[noreturn]] void fail_reading(const Path& file, const std::string& action, int error);
 
 /// Bytes that an ordinary user can still write where `path` lies (the nearest existing folder counts), or -1
 /// when the file system does not say.
@@ -26,7 +34,7 @@ std::int64_t available_bytes(const Path& path);
 void make_folder(const Path& path);
 /// Creates or replaces a file with these bytes and fsyncs it. Not atomic: callers write where none reads yet.
 void write_file(const Path& path, std::string_view bytes);
-/// The whole file. Error(input) when it cannot be read.
+/// The whole file. Error(input) when there is none, else Unreadable when it cannot be read.
 std::string read_file(const Path& path);
 void sync_file(const Path& path);
 /// Makes renames, creations and removals in a folder durable.
@@ -54,7 +62,7 @@ struct FileDigest {
 };
 
 /// Hashes a whole file and, in the same pass, each of `ranges` (sorted by offset). A range that the file is
-/// too short for stays incomplete. Throws Error when the file cannot be read to its end.
+/// too short for stays incomplete. Throws as read_file() does.
 FileDigest digest_file(const Path& path, std::span<Range> ranges);
 
 }  // namespace capstan::checkpoint

@@ -68,8 +68,24 @@ void compare(const Path& folder, const Manifest& manifest, const ByName& wanted,
   throw Damaged(Fault::input, "[" + folder.string() + "] the checkpoint is damaged: " + why);
 }
 
+// verify() found the file's bytes to be right. When they still are, it is not the file that an error of the machine or of
+// the format's library speaks of.
+[[noreturn]] void fail_box(const Path& folder, const StoredBox& stored, const FileRecord& record, const Error& error) {
+  FileDigest digest;
+  try {
+    digest = digest_file(folder / stored.file, {});
+  } catch (const Unreadable&) {
+    throw;
+  } catch (const Error& e) {  // it has gone since
+    fail_damaged(folder, e.what());
+  }
+  if (error.fault() != Fault::input && digest.bytes == record.bytes && digest.xxh3 == record.xxh3)
+    throw Unreadable(error.fault(), std::string(error.what()) + ", though the file's bytes are those that were saved");
+  fail_damaged(folder, error.what());
+}
+
 void read_box(CheckpointFormat& format, const Path& folder, const std::string& name, const StoredTensor& tensor,
-              const StoredBox& stored, const std::vector<const Wanted*>& takers) {
+              const StoredBox& stored, const FileRecord& record, const std::vector<const Wanted*>& takers) {
   SavedTensor description;
   description.name = name, description.dtype = tensor.dtype, description.global_shape = tensor.global_shape;
   description.box = stored.box, description.bytes = stored.bytes, description.xxh3 = stored.xxh3;
@@ -83,7 +99,7 @@ void read_box(CheckpointFormat& format, const Path& folder, const std::string& n
   try {
     format.read((folder / stored.file).string(), description, target);
   } catch (const Error& e) {
-    fail_damaged(folder, e.what());
+    fail_box(folder, stored, record, e);
   }
   if (const auto hash = xxh3(target, stored.bytes); hash != stored.xxh3) {
     fail_damaged(folder, "tensor " + name + " " + text_of(stored.box) + " was read from " + stored.file + " with checksum " +
@@ -98,6 +114,8 @@ Manifest manifest_of(const Path& folder) {
     return read_manifest(folder);
   } catch (const UnknownVersion&) {
     throw;
+  } catch (const Unreadable&) {
+    throw;
   } catch (const Error& e) {
     fail_damaged(folder, e.what());
   }
@@ -108,6 +126,8 @@ std::string read_state(const Path& folder, const Manifest& manifest) {
   std::string text;
   try {
     text = read_file(folder / state_name);
+  } catch (const Unreadable&) {
+    throw;
   } catch (const Error& e) {
     fail_damaged(folder, e.what());
   }
@@ -127,22 +147,23 @@ std::vector<Candidate> candidates(const Path& root, const std::function<void(con
   std::error_code error;
   fs::directory_iterator iterator(root, error);
   if (error == std::errc::no_such_file_or_directory) return {};
-  if (error) fail_system(root, "be listed", error.value());
-  for (const auto& entry : iterator) {
-    auto name = entry.path().filename().string();
+  for (; !error && iterator != fs::directory_iterator(); iterator.increment(error)) {
+    const auto& path = iterator->path();
+    auto name = path.filename().string();
     const bool aside = name.ends_with(superseded_suffix);
     if (aside) name.resize(name.size() - superseded_suffix.size());
     const auto step = step_of(name);
     if (!step) continue;
     if (aside)
-      found.try_emplace(*step, entry.path());
+      found.try_emplace(*step, path);
     else
-      found[*step] = entry.path();
+      found[*step] = path;
   }
+  if (error) fail_reading(root, "be listed", error.value());
   std::optional<std::int64_t> latest;
   std::string text;
   const auto path = root / latest_name;
-  if (fs::exists(path, error)) {
+  if (fs::status(path, error).type() != fs::file_type::not_found) {
     text = read_file(path);
     if (!text.empty() && text.back() == '\n') text.pop_back();
     latest = step_of(text);
@@ -169,6 +190,7 @@ Loaded load(const Path& folder, std::span<const Wanted> wanted, const FormatMake
   std::string fatal;
   int count = 0;
   for (const auto& problem : verify(folder, manifest)) {
+    if (problem.fatal && problem.unreadable) throw Unreadable(*problem.unreadable, problem.text);
     if (!problem.fatal)
       loaded.warnings.push_back("[" + folder.string() + "] " + problem.text);
     else if (++count <= 5)
@@ -185,7 +207,7 @@ Loaded load(const Path& folder, std::span<const Wanted> wanted, const FormatMake
       std::vector<const Wanted*> takers;
       for (const auto* w : all)
         if (intersect(stored.box, w->box)) takers.push_back(w);
-      if (!takers.empty()) read_box(*format, folder, name, tensor, stored, takers);
+      if (!takers.empty()) read_box(*format, folder, name, tensor, stored, manifest.files.at(stored.file), takers);
     }
   }
   return loaded;
@@ -206,6 +228,10 @@ std::optional<Loaded> load_newest(const Path& root, std::span<const Wanted> want
                " is good and was loaded instead; all after it is lost");
       }
       return loaded;
+    } catch (const Unreadable& e) {
+      throw Unreadable(e.fault(), std::string(e.what()) + ". The checkpoint of step " + std::to_string(candidate.step) +
+                                      " may be good, so no other is taken and nothing is replaced: mend this and start again, or move " +
+                                      candidate.folder.string() + " away to go on without it");
     } catch (const Damaged& e) {
       if (on_damage == OnDamage::stop) {
         throw Damaged(Fault::input, std::string(e.what()) + "; the recipe says to stop at a damaged checkpoint");

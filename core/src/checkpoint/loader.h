@@ -52,12 +52,12 @@ struct Candidate {
 /// for its step while that is missing. `warn` hears of a LATEST that names nothing.
 CAPSTAN_API std::vector<Candidate> candidates(const Path& root, const std::function<void(const std::string&)>& warn = {});
 
-/// The run state of a checkpoint, checked against the manifest. Throws Damaged.
+/// The run state of a checkpoint, checked against the manifest. Throws Damaged and Unreadable.
 CAPSTAN_API std::string read_state(const Path& folder);
 
 /// Fills every target. Checks names, shapes and element types in both directions first (Error(input) listing
 /// what is missing, unexpected and different), then every file's checksum (Damaged, naming file and tensor),
-/// and only then writes to the targets. Stored boxes are cut to the wanted ones, whatever both shardings are.
+/// and only then writes to the targets. What cannot be read at all is Unreadable. Stored boxes are cut to the wanted ones, whatever both shardings are.
 CAPSTAN_API Loaded load(const Path& folder, std::span<const Wanted> wanted, const FormatMaker& make_format,
                         const LoadOptions& options = {});
 
@@ -65,8 +65,8 @@ enum class OnDamage { fall_back, stop };
 
 /// Loads the first good one of candidates(root). `report` hears, in whole sentences, of every damaged
 /// checkpoint that is passed over and of the one taken instead. Nothing when there is no checkpoint at all;
-/// Damaged when all are damaged, or with OnDamage::stop when the first is. The targets are undefined after an
-/// exception.
+/// Damaged when all are damaged, or with OnDamage::stop when the first is. One that cannot be read for a reason that
+/// is not its content may be good: it is never passed over, but Unreadable. The targets are undefined after an exception.
 CAPSTAN_API std::optional<Loaded> load_newest(const Path& root, std::span<const Wanted> wanted,
                                               const FormatMaker& make_format, OnDamage on_damage,
                                               const std::function<void(const std::string&)>& report,

@@ -5,6 +5,7 @@
 #include "checkpoint/files.h"
 
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -61,7 +62,7 @@ CAPSTAN_API std::string to_json(const Manifest& manifest);
 /// Strict inverse: any unknown, missing, ill-typed or inconsistent field is Error(input) naming `where`;
 /// another version is UnknownVersion.
 CAPSTAN_API Manifest parse_manifest(const std::string& text, const std::string& where);
-/// Reads and parses folder/MANIFEST.json.
+/// Reads and parses folder/MANIFEST.json; also throws Unreadable.
 CAPSTAN_API Manifest read_manifest(const Path& folder);
 
 /// What on the disk differs from the manifest.
@@ -69,6 +70,8 @@ struct Problem {
   std::string file, tensor;  ///< tensor: "" when not known or not about one
   std::string text;          ///< the whole sentence, with file and tensor
   bool fatal = true;         ///< false: loading does not need it (an index, a stray file)
+  /// Set when the file could not be read for a reason that is not its content, which may be whole: whose fault that is.
+  std::optional<Fault> unreadable = std::nullopt;
 };
 
 /// Checks every file's presence, size and checksum, and names the tensors whose payload is damaged.

@@ -199,7 +199,7 @@ struct Saver::Impl {
     }
     try {
       writers.together([&] {
-        if (writers.first()) retain_newest(root, snapshot.step, options.keep, name, options.fault_hook);
+        if (writers.first()) attempt.remove_replaced(), retain_newest(root, snapshot.step, options.keep, name, options.fault_hook);
       });
     } catch (const Error& e) {
       throw RetentionError(e.fault(), "[checkpoint of step " + std::to_string(snapshot.step) +
@@ -217,7 +217,7 @@ struct Saver::Impl {
                        std::to_string(needed) + " bytes";
     if (const auto available = available_bytes(root); available >= 0)
       text += ", " + std::to_string(available) + " are available";
-    return Error(fault, text + " in " + root.string() + "); earlier checkpoints are untouched, and training goes on");
+    return Error(fault, text + " in " + root.string() + "); earlier checkpoints are untouched");
   }
 };
 

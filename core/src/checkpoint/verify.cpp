@@ -28,6 +28,17 @@ void verify_file(const Path& folder, const std::string& name, const FileRecord& 
   const auto path = folder / name;
   std::error_code error;
   const auto status = std::filesystem::status(path, error);
+  const auto unreadable = [&](const Unreadable& e) {
+    problems.push_back({name, all.empty() ? "" : all.front(), e.what(), fatal, e.fault()});
+  };
+  if (error && status.type() != std::filesystem::file_type::not_found) {
+    try {
+      fail_reading(path, "be looked at", error.value());
+    } catch (const Unreadable& e) {
+      unreadable(e);
+    }
+    return;
+  }
   if (status.type() != std::filesystem::file_type::regular) {
     const auto what =
         status.type() == std::filesystem::file_type::not_found ? name + " is missing" : name + " is not a file";
@@ -37,6 +48,9 @@ void verify_file(const Path& folder, const std::string& name, const FileRecord& 
   FileDigest digest;
   try {
     digest = digest_file(path, ranges);
+  } catch (const Unreadable& e) {
+    unreadable(e);
+    return;
   } catch (const Error& e) {
     problems.push_back({name, all.empty() ? "" : all.front(), e.what(), fatal});
     return;
@@ -84,8 +98,8 @@ std::vector<Problem> verify(const Path& folder, const Manifest& manifest) {
     verify_file(folder, name, record, here, fatal, problems);
   }
   std::error_code error;
-  for (const auto& entry : std::filesystem::directory_iterator(folder, error)) {
-    const auto name = entry.path().filename().string();
+  for (std::filesystem::directory_iterator entry(folder, error), end; !error && entry != end; entry.increment(error)) {
+    const auto name = entry->path().filename().string();
     if (name == manifest_name || manifest.files.contains(name)) continue;
     problems.push_back({name, "", name + " does not belong to this checkpoint (its manifest does not list it)", false});
   }
@@ -95,6 +109,8 @@ std::vector<Problem> verify(const Path& folder, const Manifest& manifest) {
 std::vector<Problem> verify(const Path& folder) {
   try {
     return verify(folder, read_manifest(folder));
+  } catch (const Unreadable& e) {
+    return {{manifest_name, "", e.what(), true, e.fault()}};
   } catch (const Error& e) {
     return {{manifest_name, "", e.what(), true}};
   }

@@ -9,6 +9,7 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <exception>
@@ -118,10 +119,14 @@ class Pipeline {
     for (auto& worker : workers_) worker.join();
   }
 
-  /// The next piece's result in order, nullopt at the end; throws what its piece threw.
-  std::optional<Encoded> next() {
+  /// The next piece's result in order, nullopt at the end; throws what its piece threw. Calls `waiting` while it is not there.
+  std::optional<Encoded> next(const std::function<void()>& waiting) {
     std::unique_lock lock(mutex_);
-    ready_.wait(lock, [&] { return done_.contains(written_) || (exhausted_ && written_ == handed_out_); });
+    while (!ready_.wait_for(lock, std::chrono::milliseconds(100), [&] { return done_.contains(written_) || (exhausted_ && written_ == handed_out_); })) {
+      lock.unlock();
+      waiting();
+      lock.lock();
+    }
     const auto found = done_.find(written_);
     if (found == done_.end()) return std::nullopt;
     Encoded result = std::move(found->second.first);
@@ -224,7 +229,7 @@ BuildResult build_dataset(const BuildOptions& options) {
   {
     const int cores = static_cast<int>(std::max(1u, std::thread::hardware_concurrency()));
     Pipeline pipeline(options, source, options.threads > 0 ? options.threads : cores);
-    while (const auto piece = pipeline.next()) {
+    while (const auto piece = pipeline.next(report)) {
       std::size_t begin = 0;
       const std::span<const std::int32_t> tokens(piece->tokens);
       for (const std::size_t end : piece->ends) {

@@ -35,7 +35,8 @@ struct BuildOptions {
   bool force = false;                                       ///< replace a dataset that is there
   std::int64_t longest_document = std::int64_t{256} << 20;  ///< bytes, unless the tokenizer splits anywhere
   std::int64_t window = std::int64_t{32} << 20;             ///< bytes of text in flight
-  std::function<void(const BuildProgress&)> progress;       ///< called by the calling thread, often
+  /// Called by the calling thread, several times a second; what it throws ends the build, and nothing is left of it.
+  std::function<void(const BuildProgress&)> progress;
 };
 
 struct BuildResult {

@@ -20,8 +20,8 @@ std::vector<pid_t> children_of(pid_t pid) {
   namespace fs = std::filesystem;
   std::vector<pid_t> all;
   std::error_code error;
-  for (const auto& task : fs::directory_iterator("/proc/" + std::to_string(pid) + "/task", error)) {
-    std::ifstream in(task.path() / "children");
+  for (fs::directory_iterator task("/proc/" + std::to_string(pid) + "/task", error), end; !error && task != end; task.increment(error)) {
+    std::ifstream in(task->path() / "children");
     for (pid_t child; in >> child;) all.push_back(child);
   }
   return all;

@@ -1,14 +1,30 @@
 // Some calls forward, and backward call by call.
 #include "model/call_run.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace capstan {
 
 bool is_head(const Call& call) { return dynamic_cast<Head*>(call.block) != nullptr; }
 
+namespace {
+
+/// The leaves of a block's parameters, shared ones included.
+std::vector<std::shared_ptr<Node>> leaves_of(const Block& block) {
+  std::vector<std::shared_ptr<Node>> leaves;
+  for (const Parameter* p : block.parameters())
+    if (p->trainable() && p->leaf() != nullptr) leaves.push_back(p->local().node());
+  return leaves;
+}
+
+Leaf& as_leaf(const std::shared_ptr<Node>& node) { return static_cast<Leaf&>(*node); }
+
+}  // namespace
+
 CallRun::CallRun(std::span<const Call> calls, ForwardContext& context, const WalkHooks& hooks, bool recompute_all)
-    : calls_(calls), context_(context), hooks_(hooks), recompute_all_(recompute_all) {}
+    : calls_(calls), context_(context), hooks_(hooks), recompute_all_(recompute_all),
+      promises_(std::any_of(calls.begin(), calls.end(), [this](const Call& c) { return recomputes(c); })) {}
 
 bool CallRun::recomputes(const Call& call) const { return call.recompute || (recompute_all_ && !is_head(call)); }
 
@@ -22,6 +38,10 @@ CallRun::Trace CallRun::run(const Call& call, bool keep_graph) {
     context_.set(name, keep_graph ? leaf : leaf.detach());
   }
   const std::size_t before = context_.losses().size();
+  // A leaf's hook waits for the last use of all: what a call will do when it is run again counts from its forward on.
+  std::vector<std::pair<std::shared_ptr<Node>, int>> uses;
+  if (promises_)
+    for (std::shared_ptr<Node>& leaf : leaves_of(*call.block)) uses.emplace_back(leaf, as_leaf(leaf).uses());
   const bool grad = context_.grad;
   context_.grad = keep_graph;
   {
@@ -29,12 +49,31 @@ CallRun::Trace CallRun::run(const Call& call, bool keep_graph) {
     call.block->forward(context_);
   }
   context_.grad = grad;
+  for (auto& [leaf, at_first] : uses) {
+    if (!keep_graph) as_leaf(leaf).used(), trace.promised.push_back(leaf);
+    else if (as_leaf(leaf).uses() > at_first) used_leaves_.insert(leaf.get());
+  }
   for (const std::string& name : call.writes)
     if (context_.has(name)) trace.writes.emplace_back(name, context_.get(name));
   for (std::size_t i = before; i < context_.losses().size(); ++i)
     if (context_.losses()[i].sum.requires_grad()) trace.losses.emplace_back(context_.losses()[i].sum, context_.losses()[i].weight);
   for (auto& [name, value] : trace.writes) context_.set(name, value.detach());
   return trace;
+}
+
+/// The call was run again: its real uses are recorded. `before`: what was outstanding ahead of that.
+void CallRun::keep_promises(const Trace& trace, const std::vector<int>& before) {
+  for (std::size_t i = 0; i < trace.promised.size(); ++i) {
+    Leaf& leaf = as_leaf(trace.promised[i]);
+    if (before[i] == 0) continue;  // an engine has taken the gradient and cleared the leaf since
+    if (leaf.uses() > 1 || used_leaves_.contains(&leaf)) {
+      leaf.done();
+      continue;
+    }
+    auto hook = std::exchange(leaf.hook, {});  // nothing has used it at all
+    leaf.done();
+    leaf.hook = std::move(hook);
+  }
 }
 
 void CallRun::forward() {
@@ -58,7 +97,10 @@ void CallRun::backward(ValueGradients& grads, Part part) {
     if (recomputes(call)) {
       for (auto& [name, leaf] : trace.reads) context_.set(name, leaf.detach());
       ForwardContext::LossMark mark(context_);  // its losses are in the ledger already
+      std::vector<int> before;
+      for (const std::shared_ptr<Node>& leaf : trace.promised) before.push_back(as_leaf(leaf).uses());
       Trace again = run(call, true);
+      keep_promises(trace, before);
       trace.reads = std::move(again.reads), trace.writes = std::move(again.writes), trace.losses = std::move(again.losses);
     }
     std::vector<Tensor> roots, root_grads;

@@ -4,6 +4,8 @@
 #include <capstan/walk.h>
 
 #include <map>
+#include <memory>
+#include <set>
 #include <span>
 #include <string>
 #include <utility>
@@ -35,9 +37,11 @@ class CAPSTAN_API CallRun {
     std::vector<std::pair<std::string, Tensor>> reads;   // leaves
     std::vector<std::pair<std::string, Tensor>> writes;  // with the call's graph; empty when it is recomputed
     std::vector<std::pair<Tensor, double>> losses;
+    std::vector<std::shared_ptr<Node>> promised;         // leaves of which the call that is run again counts as a use
   };
   Trace run(const Call& call, bool keep_graph);
   bool recomputes(const Call& call) const;
+  void keep_promises(const Trace& trace, const std::vector<int>& before);
 
   std::span<const Call> calls_;
   ForwardContext& context_;
@@ -45,6 +49,8 @@ class CAPSTAN_API CallRun {
   bool recompute_all_;
   std::vector<Trace> traces_;
   std::vector<std::pair<const Call*, Deferred>> deferred_;
+  bool promises_ = false;              // some call is run again
+  std::set<const Node*> used_leaves_;  // in a graph of this run
 };
 
 /// True when `call` runs a head.

@@ -42,8 +42,8 @@ fs::path data_folder(const Program& program) {
 std::vector<std::string> step_recipes(const fs::path& folder) {
   std::vector<std::string> all;
   std::error_code error;
-  for (const auto& entry : fs::directory_iterator(folder, error))
-    if (entry.path().extension() == ".yaml") all.push_back(entry.path().string());
+  for (fs::directory_iterator entry(folder, error), end; !error && entry != end; entry.increment(error))
+    if (entry->path().extension() == ".yaml") all.push_back(entry->path().string());
   if (all.empty()) fail(Fault::input, folder.string(), "there are no recipes to measure: reinstall, or name some with --recipe");
   std::sort(all.begin(), all.end());
   return all;

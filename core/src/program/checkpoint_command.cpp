@@ -1,4 +1,5 @@
 // `capstan checkpoint info|verify`: what a run's checkpoints hold, and whether they are whole.
+#include "base/look.h"
 #include "checkpoint/loader.h"
 #include "checkpoint/run_state.h"
 #include "program/commands.h"
@@ -33,13 +34,14 @@ std::string size_text(std::int64_t bytes) {
 
 /// The checkpoints that PATH stands for, newest first: a run's folder, its checkpoints/, or one step in it.
 std::vector<Candidate> chosen(const std::string& text) {
+  if (text.empty()) fail(Fault::input, "command line", "expected a run's folder, got an empty path");
   const auto path = fs::absolute(text).lexically_normal();
-  if (!fs::exists(path)) fail(Fault::input, path.string(), "no such run or checkpoint");
+  if (!is_there(path)) fail(Fault::input, path.string(), "no such run or checkpoint");
   // A step's folder may have been renamed by its user; its manifest makes it a checkpoint.
-  if (fs::exists(path / checkpoint::manifest_name)) return {{checkpoint::read_manifest(path).step, path}};
+  if (is_there(path / checkpoint::manifest_name)) return {{checkpoint::read_manifest(path).step, path}};
   const auto name = (path.filename().empty() ? path.parent_path() : path).filename().string();
   if (const auto step = checkpoint::step_of(name)) return {{*step, path}};
-  const auto root = fs::is_directory(path / "checkpoints") ? path / "checkpoints" : path;
+  const auto root = is_folder(path / "checkpoints") ? path / "checkpoints" : path;
   const auto all =
       checkpoint::candidates(root, [](const std::string& warning) { fmt::print(stderr, "warning: {}\n", warning); });
   if (all.empty())
@@ -89,6 +91,8 @@ void info(const Words& words) {
     first = false;
     try {
       print_one(candidate, words.tensors);
+    } catch (const checkpoint::Unreadable& e) {
+      fmt::print("step {}  {}\n  cannot be read:  {}\n", candidate.step, candidate.folder.string(), e.what());
     } catch (const Error& e) {
       fmt::print("step {}  {}\n  damaged:  {}\n", candidate.step, candidate.folder.string(), e.what());
     }
@@ -96,18 +100,22 @@ void info(const Words& words) {
 }
 
 void verify(Program& program, const Words& words) {
-  int damaged = 0, count = 0;
+  int damaged = 0, unreadable = 0, count = 0;
+  bool forbidden = false;
   for (const auto& candidate : chosen(words.path)) {
     ++count;
     const auto problems = checkpoint::verify(candidate.folder);
-    const bool fatal = std::any_of(problems.begin(), problems.end(), [](const auto& p) { return p.fatal; });
-    if (fatal) ++damaged;
-    fmt::print("step {}: {}\n", candidate.step, problems.empty() ? "good" : fatal ? "DAMAGED" : "good, but");
+    const auto any = [&](const auto& is) { return std::any_of(problems.begin(), problems.end(), is); };
+    const bool bad = any([](const auto& p) { return p.fatal && !p.unreadable; });
+    const bool unread = !bad && any([](const auto& p) { return p.fatal && p.unreadable; });
+    damaged += bad, unreadable += unread;
+    forbidden |= any([](const auto& p) { return p.fatal && p.unreadable == Fault::input; });
+    fmt::print("step {}: {}\n", candidate.step, problems.empty() ? "good" : bad ? "DAMAGED" : unread ? "CANNOT BE READ" : "good, but");
     for (const auto& problem : problems) fmt::print("  {}\n", problem.text);
   }
-  if (damaged == 0) return;
-  fmt::print("{} of {} checkpoints damaged\n", damaged, count);
-  program.exit_code = 2;
+  if (damaged > 0) fmt::print("{} of {} checkpoints damaged\n", damaged, count);
+  if (unreadable > 0) fmt::print("{} of {} checkpoints cannot be read; what they hold may be good\n", unreadable, count);
+  if (damaged + unreadable > 0) program.exit_code = damaged > 0 || forbidden ? 2 : 1;
 }
 
 }  // namespace
@@ -123,7 +131,7 @@ void add_checkpoint(CLI::App& app, Program& program) {
   info_command->callback([words] { info(*words); });
 
   CLI::App* verify_command =
-      command->add_subcommand("verify", "Compare every byte with its checksum; exit code 2 when damaged");
+      command->add_subcommand("verify", "Compare every byte with its checksum; exit code 2 when one differs or may not be read, 1 when the disk fails");
   verify_command->add_option("path", words->path, "a run's folder, or one step_... folder in it")->required();
   verify_command->callback([words, &program] { verify(program, *words); });
 }

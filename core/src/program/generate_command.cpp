@@ -1,4 +1,5 @@
 // `capstan generate RUN --prompt TEXT`: continues texts with the weights of a run's checkpoint.
+#include "base/look.h"
 #include "program/commands.h"
 #include "train/session.h"
 
@@ -38,7 +39,7 @@ std::string read_prompt(const GenerateOptions& o) {
     text.assign(std::istreambuf_iterator<char>(std::cin), {});
   } else {
     std::ifstream file(o.prompt_file, std::ios::binary);
-    if (!file || std::filesystem::is_directory(o.prompt_file)) {
+    if (!file || is_folder(o.prompt_file)) {
       fail(Fault::input, o.prompt_file, "the prompt cannot be read: expected a readable file, or - for standard input");
     }
     text.assign(std::istreambuf_iterator<char>(file), {});
@@ -62,7 +63,7 @@ std::string ending(const Completion& c) {
 /// One completion is shown as it grows. Of several, each is shown whole, in order.
 void generate(const GenerateOptions& o, const std::string& executable) {
   const std::filesystem::path folder = o.run;
-  if (!std::filesystem::exists(folder / "recipe.yaml")) {
+  if (!is_there(folder / "recipe.yaml")) {
     fail(Fault::input, o.run,
          "this is no run folder: expected one that `capstan train` wrote, with recipe.yaml and checkpoints/");
   }

@@ -1,6 +1,7 @@
 // `capstan plugin list|info|new`: what plugins there are, what they can be told, and the start of a new one.
 #include "program/commands.h"
 
+#include "base/look.h"
 #include "plugin/host.h"
 #include "recipe/recipe.h"
 
@@ -183,18 +184,23 @@ void create(const Program& program, const Words& words) {
          fmt::format("there is no template for kind '{}'; there are: {}", words.kind, fmt::join(kinds, ", ")));
   }
   const fs::path to = words.folder.empty() ? fs::path(name) : fs::path(words.folder);
-  if (fs::exists(to, ignored) && !(fs::is_directory(to, ignored) && fs::is_empty(to, ignored))) {
+  std::error_code error;
+  if (is_there(to) && !(is_folder(to) && fs::is_empty(to, error))) {
+    if (error) fail(Fault::input, "plugin new", fmt::format("{} cannot be listed: {}", to.string(), reason_and_advice(error)));
     fail(Fault::input, "plugin new", fmt::format("{} exists and is not an empty folder; nothing was written", to.string()));
   }
-  fs::create_directories(to);
+  fs::create_directories(to, error);
+  if (error) fail(Fault::input, "plugin new", fmt::format("cannot make the folder {}: {}; --dir says where", to.string(), reason_and_advice(error)));
   std::vector<std::string> written;
-  for (const auto& file : fs::directory_iterator(from)) {
-    const fs::path target = to / fill_in(file.path().filename().string(), name);
+  fs::directory_iterator file(from, error);
+  for (; !error && file != fs::directory_iterator(); file.increment(error)) {
+    const fs::path target = to / fill_in(file->path().filename().string(), name);
     std::ofstream out(target, std::ios::binary);
-    out << fill_in(read_file(file.path()), name);
+    out << fill_in(read_file(file->path()), name);
     if (!out.flush()) fail(Fault::runtime, "plugin new", fmt::format("cannot write {}", target.string()));
     written.push_back(target.string());
   }
+  if (error) fail(Fault::runtime, "plugin new", fmt::format("cannot list {}: {}", from.string(), error.message()));
   std::sort(written.begin(), written.end());
   const fs::path sdk = templates.parent_path().parent_path().parent_path().parent_path() / "lib/cmake/Capstan";
   fmt::print("wrote {}\n\nBuild it:\n  cmake -S {} -B {}/build -DCapstan_DIR={}\n  cmake --build {}/build\n",

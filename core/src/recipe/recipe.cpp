@@ -42,7 +42,7 @@ std::string take_extends(Document& document) {
   }
   const std::string base = (fs::path(document.path).parent_path() / value.text).lexically_normal().string();
   std::error_code error;
-  if (!fs::exists(base, error))
+  if (fs::status(base, error).type() == fs::file_type::not_found)  // what may not be looked at is refused when it is read
     fail(Fault::input, where, "there is no file " + shown(base) + " (the path is relative to this recipe)");
   return base;
 }

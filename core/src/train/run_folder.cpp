@@ -1,5 +1,7 @@
 #include "train/run_folder.h"
 
+#include "base/look.h"
+
 #include <capstan/error.h>
 
 #include <fcntl.h>
@@ -27,7 +29,9 @@ void replace_file(const fs::path& file, const std::string& text) {
     out.flush();
     if (!out) fail(Fault::runtime, fresh.string(), std::string("cannot write: ") + std::strerror(errno) + "; free space or choose another run.dir");
   }
-  fs::rename(fresh, file);
+  std::error_code error;
+  fs::rename(fresh, file, error);
+  if (error) fail(Fault::runtime, file.string(), "cannot be replaced: " + reason_and_advice(error) + " with run.dir");
 }
 }  // namespace
 
@@ -54,8 +58,11 @@ RunFolder::~RunFolder() {
 
 bool RunFolder::has_checkpoints(const std::string& path) {
   std::error_code error;
-  for (const auto& entry : fs::directory_iterator(path + "/checkpoints", error))
-    if (entry.path().filename().string().starts_with("step_")) return true;
+  fs::directory_iterator entry(path + "/checkpoints", error);
+  for (; !error && entry != fs::directory_iterator(); entry.increment(error))
+    if (entry->path().filename().string().starts_with("step_")) return true;
+  if (error && error != std::errc::no_such_file_or_directory && error != std::errc::not_a_directory)
+    fail(is_of_input(error) ? Fault::input : Fault::runtime, path + "/checkpoints", "cannot be listed: " + reason_and_advice(error) + " with run.dir");
   return false;
 }
 
@@ -106,7 +113,9 @@ void RunFolder::log(const std::string& line) {
 
 void RunFolder::sample(std::int64_t step, const std::string& text) {
   if (rank_ != 0) return;
-  fs::create_directories(fs::path(path_) / "samples");
+  std::error_code error;
+  fs::create_directories(fs::path(path_) / "samples", error);
+  if (error) fail(Fault::runtime, path_ + "/samples", "cannot be made: " + error.message());
   replace_file(fs::path(path_) / "samples" / fmt::format("step_{:06}.txt", step), text);
 }
 

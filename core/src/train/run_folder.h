@@ -23,7 +23,7 @@ class CAPSTAN_API RunFolder {
   const std::string& path() const { return path_; }
   std::string checkpoints() const { return path_ + "/checkpoints"; }
   bool has_checkpoints() const { return has_checkpoints(path_); }
-  /// The same of a folder that need not be there, which nothing is done to.
+  /// The same of a folder that need not be there, which nothing is done to. Error when it may not be looked into.
   static bool has_checkpoints(const std::string& path);
   void write_recipe(const std::string& yaml);
   /// Puts recipe.yaml aside as recipe.until_<step>.yaml; returns that path.

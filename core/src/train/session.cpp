@@ -1,6 +1,7 @@
 #include "train/session.h"
 
 #include "base/cuda_device.h"
+#include "base/look.h"
 #include "checkpoint/loader.h"
 #include "comm/gpu_world.h"
 #include "pipeline/stages.h"
@@ -151,7 +152,7 @@ void check_data_options(const Session& session) {
     data.refuse("sequence_length", "the model's context is " + std::to_string(session.model->longest()) + " tokens");
   for (const Options& set : data.groups("sets")) {
     const std::string& prefix = set.path("path");
-    if (!std::filesystem::exists(prefix + ".idx") && set.texts("text").empty())
+    if (!is_there(prefix + ".idx") && set.texts("text").empty())
       set.refuse("path", "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`");
   }
 }
@@ -167,7 +168,7 @@ std::int64_t load_weights(Session& session, const std::string& run_folder, std::
   std::int64_t found = 0;
   if (step >= 0) {
     const std::filesystem::path folder = root / checkpoint::step_name(step);
-    if (!std::filesystem::exists(folder)) fail(Fault::input, folder.string(), "there is no checkpoint of step " + std::to_string(step) + ": `capstan checkpoint info " + run_folder + "` lists those that there are");
+    if (!is_there(folder)) fail(Fault::input, folder.string(), "there is no checkpoint of step " + std::to_string(step) + ": `capstan checkpoint info " + run_folder + "` lists those that there are");
     found = checkpoint::load(folder, wanted, maker, load).step;
   } else {
     const auto loaded = checkpoint::load_newest(root, wanted, maker, checkpoint::OnDamage::fall_back, report, load);

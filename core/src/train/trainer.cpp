@@ -134,8 +134,9 @@ bool Trainer::accept(const StepResult& result, std::int64_t step) {
     saver_->wait();
     poll_saver();
     fail(Fault::runtime, "train", what + "; nothing was updated" + (saved_step_ >= 0 ? ", the checkpoint of step " + std::to_string(saved_step_) + " is good" : "") +
-                                      (refused_in_a_row_ >= 10 ? "; it was the tenth bad step in a row" : "") +
-                                      ". Lower optimizer.lr or raise schedule.warmup, or go on past such steps with train.on_nonfinite=skip or rollback");
+                                      (policy == "stop" ? ". Lower optimizer.lr or raise schedule.warmup, or go on past such steps with train.on_nonfinite=skip or rollback"
+                                                        : "; it was the tenth bad step in a row, too many for train.on_nonfinite=" + policy +
+                                                              ". Lower optimizer.lr, raise schedule.warmup, or look for what is wrong with the data"));
   }
   if (policy == "rollback") {
     roll_back(what);

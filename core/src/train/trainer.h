@@ -36,7 +36,7 @@ struct StepResult {
 class CAPSTAN_API Trainer {
  public:
   /// Opens data and the run's folder, and resumes as run.resume says. `interrupted` is asked after each
-  /// step: a signal's number, or 0. Over several ranks each has a trainer, and all members are for all ranks.
+  /// step, and by another thread while data sets are built: a signal's number, or 0. Over several ranks each has a trainer, and all members are for all ranks.
   Trainer(std::unique_ptr<Session> session, std::function<int()> interrupted);
   ~Trainer();
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <csignal>
+#include <exception>
 #include <utility>
 
 namespace capstan::train {
@@ -142,7 +143,7 @@ void Trainer::sample() {
   session_->engine->on_whole_model([this] {
     try {
       write_sample();
-    } catch (const Error& e) {  // a look at the model must not cost the run
+    } catch (const std::exception& e) {  // a look at the model must not cost the run, whatever a plugin throws
       const std::string line = std::string("no sample could be written, training goes on: ") + e.what();
       display_.warn(line);
       folder_.log(line);

@@ -1,4 +1,5 @@
 // Opening a run: data, folder, resume, rollback, and the header on the terminal.
+#include "base/look.h"
 #include "checkpoint/loader.h"
 #include "checkpoint/run_state.h"
 #include "data/build.h"
@@ -12,11 +13,12 @@
 #include <numeric>
 
 #include <cmath>
+#include <csignal>
 #include <filesystem>
+#include <functional>
 
 namespace capstan::train {
 
-namespace fs = std::filesystem;
 using std::chrono::steady_clock;
 using namespace terminal;
 
@@ -36,11 +38,18 @@ std::string checked_folder(const Session& session) {
   return folder;
 }
 
-/// Builds the sets that do not exist yet and say what text they come from.
-void build_missing_sets(const Session& session, Display& display) {
+/// Builds the sets that do not exist yet and say what text they come from. A signal ends it: what is built stays, of the set at
+/// hand nothing does.
+void build_missing_sets(const Session& session, Display& display, const std::function<int()>& interrupted) {
+  const auto end_if_asked = [&](const std::string& prefix, const char* left) {
+    const int signal = interrupted();
+    if (signal == 0) return;
+    display.done();
+    fail(Fault::runtime, prefix, fmt::format("stopped by {} {}; the same command starts again", signal == SIGINT ? "SIGINT" : signal == SIGTERM ? "SIGTERM" : "a signal", left));
+  };
   for (const Options& set : session.options().group("data").groups("sets")) {
     const std::string& prefix = set.path("path");
-    if (fs::exists(prefix + ".idx")) continue;
+    if (is_there(prefix + ".idx")) continue;
     data::BuildOptions build;
     build.inputs = set.texts("text");
     build.prefix = prefix;
@@ -49,12 +58,14 @@ void build_missing_sets(const Session& session, Display& display) {
     build.seed = static_cast<std::uint64_t>(session.options().group("run").integer("seed"));
     auto last = steady_clock::now();
     build.progress = [&](const data::BuildProgress& p) {
+      end_if_asked(prefix, "while this dataset was built, of which nothing is left");
       if (steady_clock::now() - last < std::chrono::milliseconds(100)) return;
       last = steady_clock::now();
       display.status(fmt::format("building {}: {} of {}, {} documents", prefix, short_bytes(static_cast<double>(p.bytes)),
                                  short_bytes(static_cast<double>(p.total_bytes)), p.documents), false);
     };
     const data::BuildResult result = data::build_dataset(build);
+    end_if_asked(prefix, "when this dataset was built, before any training");
     display.note(fmt::format("built {}: {} tokens in {} documents", prefix, short_count(static_cast<double>(result.tokens)), result.documents));
   }
 }
@@ -89,7 +100,7 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
   const Options& options = session_->options();
   steps_ = options.group("train").integer("steps");
   clip_ = options.group("train").number("clip");
-  const auto build = [&] { build_missing_sets(*session_, display_); };
+  const auto build = [&] { build_missing_sets(*session_, display_, interrupted_); };
   if (session_->mesh) session_->mesh->on_first_rank(build);  // the others read what it built
   else build();
   data_ = std::make_unique<data::DataSource>(data_options(*session_), data::TokenizerIdentity{std::string(session_->tokenizer->name()), session_->tokenizer->vocabulary()},
@@ -166,6 +177,9 @@ void Trainer::resume() {
     const auto state = checkpoint::RunState::parse(loaded->state_json, loaded->folder.string());
     if (state.seed != static_cast<std::uint64_t>(run.integer("seed")))
       run.refuse("seed", "the run in " + folder_.path() + " was started with seed " + std::to_string(state.seed) + ": keep it, or choose another run.dir");
+    if (state.step > steps_)
+      session_->options().group("train").refuse("steps", fmt::format("the run in {} is at step {} already, past the last of {}: ask for more steps, or choose another run.dir",
+                                                                     folder_.path(), state.step, steps_));
     step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
     data_->seek(data::DataCursor::from_json(state.data_cursor));
     if (const auto it = state.more.find("spikes"); it != state.more.end())

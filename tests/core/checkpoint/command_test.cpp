@@ -67,6 +67,22 @@ TEST_F(Command, VerifyIsSilentlyGoodAndLoudlyNot) {
   EXPECT_EQ(run("verify " + quoted("checkpoints/step_000100")).code, 0);
 }
 
+TEST_F(Command, VerifyTellsWhatCannotBeReadFromWhatIsDamaged) {
+  const auto shard = run_folder.path() / "checkpoints/step_000200/shard_00000.h5";
+  std::filesystem::remove(shard);
+  std::filesystem::create_symlink(shard.filename(), shard);  // a link to itself, which nobody can open
+  const auto bad = run("verify " + quoted());
+  EXPECT_EQ(bad.code, 1);
+  EXPECT_THAT(bad.text, AllOf(HasSubstr("step 200: CANNOT BE READ"), HasSubstr("shard_00000.h5"), HasSubstr("step 100: good"),
+                              HasSubstr("1 of 2 checkpoints cannot be read"), Not(HasSubstr("amaged")), Not(HasSubstr("DAMAGED"))));
+  const auto manifest = shard.parent_path() / "MANIFEST.json";
+  std::filesystem::remove(manifest);
+  std::filesystem::create_symlink(manifest.filename(), manifest);
+  const auto all = run("info " + quoted());
+  EXPECT_EQ(all.code, 0) << all.text;
+  EXPECT_THAT(all.text, AllOf(HasSubstr("cannot be read:"), HasSubstr("step 100"), Not(HasSubstr("damaged"))));
+}
+
 TEST_F(Command, WhatIsNoCheckpointIsBadInput) {
   const auto absent = run("info " + quoted("absent"));
   EXPECT_EQ(absent.code, 2);

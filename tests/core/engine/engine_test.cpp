@@ -137,6 +137,26 @@ TEST_F(Sessions, EveryHookFiresOnceInAMicrobatch) {
   }
 }
 
+// The head's use comes back first, the table's only when its call is run again.
+TEST_F(Sessions, TheHookOfATiedTableWaitsForTheCallThatIsRunAgain) {
+  for (const char* mode : {"none", "block"}) {
+    SCOPED_TRACE(mode);
+    auto s = open({std::string("train.recompute=") + mode, "precision.compute=f64", "model.tied=true", "model.norm=layer", "model.positions=learned", "model.bias=true"});
+    std::map<std::string, int> fired;
+    std::map<std::string, std::vector<double>> seen;
+    for (Parameter* p : s->model->parameters())
+      p->leaf()->hook = [&fired, &seen, p](Leaf& leaf) { ++fired[p->name()], seen[p->name()] = values(leaf.grad()); };
+    for (int microbatch = 1; microbatch <= 2; ++microbatch) {
+      s->engine->forward_backward(batch_of(*s, 0, 2, 2), 1);
+      for (Parameter* p : s->model->parameters()) {
+        EXPECT_EQ(fired[p->name()], microbatch) << p->name();
+        EXPECT_EQ(seen[p->name()], values(p->leaf()->grad())) << p->name() << ": the hook fired before the gradient was whole";
+        EXPECT_EQ(p->leaf()->uses(), 0) << p->name();
+      }
+    }
+  }
+}
+
 /// Two vectors, of which a step uses the second only when it is asked to.
 class Choosy : public Head {
  public:
@@ -162,6 +182,7 @@ class Choosy : public Head {
 
 class ChoosyModel : public Model {
  public:
+  explicit ChoosyModel(bool recompute = false) { calls_[0].recompute = recompute; }
   const std::vector<Call>& calls() const override { return calls_; }
   Head& head(std::string_view) override { return head_; }
   std::int64_t vocabulary() const override { return 1; }
@@ -173,6 +194,25 @@ class ChoosyModel : public Model {
   Choosy head_;
   std::vector<Call> calls_{{&head_, {}, {}}};
 };
+
+TEST_F(Sessions, TheHookOfAnUnusedParameterIsSilent) {
+  auto s = open({});
+  for (const bool recompute : {false, true}) {
+    auto model = std::make_shared<ChoosyModel>(recompute);
+    auto& head = static_cast<Choosy&>(model->head(""));
+    Engine engine(model, s->device, {});
+    engine.initialize();
+    const std::vector<std::int32_t> tokens{0}, lengths{1};
+    const Batch batch = make_batch(*s->device, tokens, lengths);
+    int always = 0, sometimes = 0;
+    head.always->leaf()->hook = [&](Leaf&) { ++always; };
+    head.sometimes->leaf()->hook = [&](Leaf&) { ++sometimes; };
+    for (std::uint64_t step = 2; step <= 4; ++step) engine.forward_backward(batch, step);
+    EXPECT_EQ(always, 3) << recompute;
+    EXPECT_EQ(sometimes, 1) << recompute;
+    EXPECT_EQ(head.sometimes->leaf()->uses(), 0) << recompute;
+  }
+}
 
 TEST_F(Sessions, UnusedParametersHaveAZeroGradient) {
   auto s = open({"optimizer={plugin: sgd, lr: 0.5, momentum: 0}"});

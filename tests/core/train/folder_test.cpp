@@ -113,6 +113,21 @@ TEST(RunFolder, ResumeNeverAndRequire) {
   EXPECT_EQ(train(project.recipe(), {"run.resume=require"}).code, 0);
 }
 
+TEST(RunFolder, FewerStepsThanTheRunHasDoneAreRefused) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {}).code, 0);
+  const std::string recipe = read_file(project / "run/recipe.yaml");
+  const auto lines = metrics(project / "run");
+  const Exit exit = train(project.recipe(), {"train.steps=4"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("train.steps"), HasSubstr("is at step 20 already"), HasSubstr("run.dir")));
+  EXPECT_THAT(exit.out, Not(HasSubstr("resuming")));
+  EXPECT_EQ(read_file(project / "run/recipe.yaml"), recipe);
+  EXPECT_EQ(metrics(project / "run"), lines);
+  const Exit same = train(project.recipe(), {});
+  EXPECT_EQ(same.code, 0) << "all steps are done: nothing to do, and no error";
+}
+
 TEST(RunFolder, AnotherSeedIsRefused) {
   Project project;
   ASSERT_EQ(train(project.recipe(), {}).code, 0);
@@ -217,6 +232,33 @@ TEST(FailedSave, IsReportedAndTrainingGoesOn) {
   EXPECT_EQ(metrics(project / "run"), metrics(project / "good"));
 }
 
+TEST(RunFolder, ACheckpointThatCannotBeReadStopsTheRunAndStays) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {}).code, 0);
+  const auto good = weights(project / "run", 20);
+  const fs::path shard = project / "run/checkpoints/step_000020/shard_00000.h5", away = project / "away.h5";
+  fs::rename(shard, away);
+  fs::create_symlink(shard.filename(), shard);  // a link to itself, which nobody can open
+  const Exit exit = train(project.recipe(), {"train.steps=30"});
+  EXPECT_EQ(exit.code, 1);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("shard_00000.h5"), HasSubstr("step 20 may be good"), HasSubstr("nothing is replaced"), Not(HasSubstr("damaged"))));
+  EXPECT_EQ(latest(project / "run"), 20);
+  fs::remove(shard);
+  fs::rename(away, shard);
+  EXPECT_EQ(weights(project / "run", 20), good);
+  EXPECT_EQ(train(project.recipe(), {"train.steps=30", "run.resume=require"}).code, 0);
+}
+
+TEST(RunFolder, CheckpointsThatCannotBeListedAreBadInput) {
+  Project project;
+  fs::create_directory(project / "run");
+  fs::create_symlink("checkpoints", project / "run/checkpoints");  // a link to itself, which nobody can follow
+  const Exit exit = train(project.recipe(), {"run.resume=never"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("run/checkpoints] cannot be listed: Too many levels of symbolic links"), Not(HasSubstr("filesystem error"))));
+  EXPECT_FALSE(built_data(project));
+}
+
 class LastSave : public ::testing::TestWithParam<bool> {};
 
 TEST_P(LastSave, ThatFailsIsAnError) {
@@ -228,7 +270,7 @@ TEST_P(LastSave, ThatFailsIsAnError) {
   limit_files(child.pid(), 64 << 10);
   const Exit exit = child.wait();
   EXPECT_EQ(exit.code, 1);
-  EXPECT_THAT(exit.err, HasSubstr("the last checkpoint could not be saved"));
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("the last checkpoint could not be saved"), HasSubstr("earlier checkpoints are untouched"), Not(HasSubstr("goes on"))));
   EXPECT_THAT(exit.out, Not(HasSubstr("done:")));
 }
 

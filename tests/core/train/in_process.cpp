@@ -34,16 +34,19 @@ Values values_of(const Engine& engine) {
   return all;
 }
 
-Outcome run_trainer(const std::string& recipe, const std::vector<std::string>& overrides, const Poison::Change& change) {
+Outcome run_trainer(const std::string& recipe, const std::vector<std::string>& overrides, const Poison::Change& change,
+                    const std::function<void(Session&)>& prepare) {
   Outcome run;
   ::testing::internal::CaptureStdout();
   ::testing::internal::CaptureStderr();
   try {
     auto session = open_session(recipe, overrides, CAPSTAN_PROGRAM, train::Placement::gradients);
     if (change) session->engine = std::make_unique<Engine>(std::make_shared<Poisoned>(session->model, change), session->device, session->engine_options(true));
+    if (prepare) prepare(*session);
     const Engine& engine = *session->engine;
     Trainer* at = nullptr;
     Trainer trainer(std::move(session), [&] {
+      if (at == nullptr) return 0;  // it is still being made
       run.after_step.push_back(values_of(engine));
       run.steps.push_back(at->step());
       return 0;

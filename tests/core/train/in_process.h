@@ -61,6 +61,8 @@ struct Outcome {
   std::vector<Values> after_step;       ///< after each turn of the loop
   std::vector<std::int64_t> steps;      ///< Trainer::step() after each turn
 };
-Outcome run_trainer(const std::string& recipe, const std::vector<std::string>& overrides, const Poison::Change& change = {});
+/// `prepare` may put other parts into the session.
+Outcome run_trainer(const std::string& recipe, const std::vector<std::string>& overrides, const Poison::Change& change = {},
+                    const std::function<void(Session&)>& prepare = {});
 
 }  // namespace capstan::train::testing

@@ -75,6 +75,31 @@ TEST_P(Signals, SaveAndStopAndTheSameCommandGoesOn) {
   EXPECT_EQ(weights(project / "stopped", 20), weights(project / "straight", 20));
 }
 
+// A text of zeros that would take seconds to build.
+TEST_P(Signals, EndTheBuildOfADatasetAtOnce) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {project.dir("first"), "train.steps=1"}).code, 0);  // the set that is there before
+  const std::string whole = read_file(project / "data/text.bin");
+  write_file(project / "zeros/large.txt", "");
+  fs::resize_file(project / "zeros/large.txt", std::uintmax_t{1} << 30);
+  const std::string sets = "data.sets=[{path: " + (project / "data/text").string() + "}, {path: " + (project / "data/zeros").string() + ", text: [" + (project / "zeros").string() + "]}]";
+  Child child({"train", project.recipe(), sets});
+  ASSERT_TRUE(wait_for([&] { return fs::exists(project / "data/zeros.bin.partial"); })) << child.wait().err;
+  child.signal(GetParam());
+  const Exit exit = child.wait();
+  EXPECT_EQ(exit.code, 1) << exit.err;
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("data/zeros"), HasSubstr(GetParam() == SIGINT ? "stopped by SIGINT" : "stopped by SIGTERM"), HasSubstr("the same command")));
+  EXPECT_THAT(exit.out, Not(HasSubstr("step 1/")));
+  EXPECT_EQ(latest(project / "run"), -1);
+  for (const char* name : {"zeros.bin", "zeros.idx", "zeros.json", "zeros.bin.partial", "zeros.idx.partial"}) EXPECT_FALSE(fs::exists(project / "data" / name)) << name;
+  EXPECT_EQ(read_file(project / "data/text.bin"), whole);
+  fs::remove(project / "zeros/large.txt");
+  fs::copy(project / "text", project / "zeros");
+  const Exit again = train(project.recipe(), {sets, "train.steps=1"});
+  EXPECT_EQ(again.code, 0) << again.err;
+  EXPECT_TRUE(fs::exists(project / "data/zeros.idx"));
+}
+
 INSTANTIATE_TEST_SUITE_P(Both, Signals, ::testing::Values(SIGTERM, SIGINT),
                          [](const auto& info) { return std::string(info.param == SIGINT ? "SIGINT" : "SIGTERM"); });
 
