@@ -60,13 +60,42 @@ capstan train my_model/recipe.yaml run.dir="$work/none" model.plugin=my_modle 2>
 [[ $code == 2 ]] || die "expected exit code 2, got $code"
 grep -F "there is no model plugin 'my_modle'" message || { cat message; die "the message"; }
 
-for kind in model layer optimizer tokenizer; do
+kinds=()
+# Every kind that the program offers has a start.
+for kind in $(capstan plugin new --help | sed -n 's/.*{\(.*\)}.*/\1/p' | tr ',' ' '); do
   step "what \`capstan plugin new --kind $kind\` writes"
   capstan plugin new "new_$kind" --kind "$kind"
   build_plugin "new_$kind" "$prefix/lib/cmake/Capstan"
   capstan plugin info "new_$kind/build/${kind}_new_$kind.so"
   capstan train "new_$kind/recipe.yaml" run.dir="$work/run_$kind" train.steps=3
+  kinds+=("$kind")
 done
+[[ $(printf '%s\n' "${kinds[@]}" | sort | xargs) == "checkpoint inference layer model optimizer tokenizer" ]] || die "kinds: ${kinds[*]}"
+
+step "the checkpoint format of the template: verified, resumed, refused when cut short; it reads back what HDF5 reads back"
+folder=run_checkpoint/checkpoints/step_000003
+head -n 5 "$folder"/shard*.new_checkpoint | cut -c 1-100
+[[ -s $folder/index.new_checkpoint ]] || die "no index"
+capstan checkpoint verify run_checkpoint
+capstan train new_checkpoint/recipe.yaml run.dir="$work/run_hdf5" train.steps=3 checkpoint.format=hdf5 > /dev/null
+for run in run_checkpoint run_hdf5; do capstan generate "$run" --prompt "int " --max-tokens 20 > "$run.text"; done
+cmp run_checkpoint.text run_hdf5.text || die "weights differ after reading"
+capstan train new_checkpoint/recipe.yaml run.dir="$work/run_checkpoint" train.steps=5 > resumed 2>&1 || { cat resumed; die "resuming"; }
+grep '"step":5' run_checkpoint/metrics.jsonl > /dev/null || die "it did not go on to step 5"
+rm -r run_checkpoint/checkpoints/step_000005
+truncate -s -1 "$folder"/shard*.new_checkpoint
+if capstan generate run_checkpoint --prompt "int " > damaged 2>&1; then die "a shard that was cut short was read"; fi
+grep -F "the file ends within its" damaged || { cat damaged; die "the message"; }
+
+step "the inference engine of the template: the likeliest tokens are those of the basic engine, which keeps its past"
+for engine in "$work/new_inference/build/inference_new_inference.so" basic; do
+  capstan generate run_inference inference="$engine" --prompt "class " --temperature 0 --max-tokens 40 > "text_$(basename "$engine")"
+  capstan generate run_inference inference="$engine" --prompt "class " --seed 3 --max-tokens 40 > "warm_$(basename "$engine")"
+done
+cmp text_inference_new_inference.so text_basic || die "texts differ"
+if cmp -s text_basic warm_inference_new_inference.so; then die "sampling at temperature 0.8 chose the likeliest tokens throughout"; fi
+capstan train new_inference/recipe.yaml run.dir="$work/run_samples" train.steps=2 train.sample_every=1 train.sample_tokens=8 > /dev/null
+[[ -e run_samples/samples/step_000002.txt ]] || die "no sample"
 
 step "the build folder serves as a package too"
 cp -r new_tokenizer from_build

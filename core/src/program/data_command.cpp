@@ -4,6 +4,7 @@
 #include "data/build.h"
 #include "data/indexed_dataset.h"
 #include "plugin/host.h"
+#include "program/seed.h"
 
 #include <capstan/tokenizer.h>
 #include <fmt/format.h>
@@ -214,7 +215,7 @@ void add_data(CLI::App& app, Program& program) {
       ->capture_default_str();
   build_command->add_option("--max-bytes", built->build.max_bytes, "take about this much text, chosen at random (10MB, 2GB)")
       ->transform(CLI::AsSizeValue(true));
-  build_command->add_option("--seed", built->build.seed, "of that choice")->capture_default_str();
+  build_command->add_option("--seed", built->build.seed, "of that choice")->check(check_seed)->capture_default_str();
   build_command->add_option("--threads", built->build.threads, "0: one for each core")
       ->check(CLI::Range(0, 4096))
       ->capture_default_str();

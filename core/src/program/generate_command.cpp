@@ -1,6 +1,7 @@
 // `capstan generate RUN --prompt TEXT`: continues texts with the weights of a run's checkpoint.
 #include "base/look.h"
 #include "program/commands.h"
+#include "program/seed.h"
 #include "train/session.h"
 
 #include <capstan/inference.h>
@@ -133,7 +134,7 @@ void add_generate(CLI::App& app, Program& program) {
   command->add_option("--min-p", o->sampling.min_p, "drop tokens less likely than this share of the likeliest")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
-  command->add_option("--seed", o->sampling.seed, "the same seed gives the same text")->capture_default_str();
+  command->add_option("--seed", o->sampling.seed, "the same seed gives the same text")->check(check_seed)->capture_default_str();
   command->add_option("--max-tokens", o->sampling.max_tokens, "longest completion")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();

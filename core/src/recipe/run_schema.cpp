@@ -140,7 +140,7 @@ Schema checkpoint_group() {
 Schema run_schema() {
   Schema s;
   s.group("run", run_group(), "this run: where it goes, its seed, what it runs on");
-  s.list(Type::paths, "plugin_path", "[]", "folders searched for plugins ahead of the installed ones");
+  s.list(Type::paths, "plugin_path", "[]", "folders searched for plugins besides the installed ones; a name that two of them bring is an error that names both");
   s.group("precision", precision_group(), "number formats");
   s.plugin("model", "model", "", "what is trained");
   s.plugin("tokenizer", "tokenizer", "byte", "how text becomes tokens");

@@ -69,6 +69,7 @@ TEST(DataCommand, MistakesAreExitCode2) {
   EXPECT_THAT(refused("data build --tokenizer-option color=red" + out + input), HasSubstr("color"));
   EXPECT_THAT(refused("data build --tokenizer-option color" + out + input), HasSubstr("NAME=VALUE"));
   EXPECT_THAT(refused("data build --threads -1" + out + input), HasSubstr("--threads"));
+  EXPECT_THAT(refused("data build --seed -1" + out + input), HasSubstr("--seed: expected an integer from 0"));
   EXPECT_THAT(refused("data build --max-bytes many" + out + input), HasSubstr("--max-bytes"));
   EXPECT_THAT(refused("data info " + (folder / "nothing")), HasSubstr("nothing.idx"));
   EXPECT_FALSE(std::filesystem::exists(folder / "set.idx"));

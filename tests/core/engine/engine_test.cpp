@@ -5,6 +5,7 @@
 #include <capstan/ops.h>
 
 #include <gmock/gmock.h>
+#include <support/tolerance.h>
 
 #include <algorithm>
 #include <cmath>
@@ -41,7 +42,7 @@ double run_step(Engine& engine, const std::vector<Batch>& batches, std::int64_t 
 class Accumulation : public Sessions, public ::testing::WithParamInterface<std::string> {};
 
 TEST_P(Accumulation, MicrobatchesGiveTheSameLossAndWeights) {
-  const double tolerance = GetParam() == "f64" ? 1e-12 : 1e-5;
+  const double tolerance = bounds::reordered(dtype_from(GetParam()));
   std::vector<double> losses, all;
   for (const std::int64_t micro : {4, 2, 1}) {
     auto s = open({"precision.compute=" + GetParam(), "model.dropout=0.1", "optimizer={plugin: sgd, lr: 0.1}"});

@@ -3,6 +3,7 @@
 #include "core/invariance/support.h"
 
 #include <gtest/gtest.h>
+#include <support/tolerance.h>
 
 #include <algorithm>
 #include <cmath>
@@ -73,12 +74,13 @@ TEST_P(Invariance, LossAndEveryGradientAreThoseOfOneRank) {
   words.push_back("precision.compute=" + type);
   const Trained run = train_on(layout, words, 2);
   ASSERT_EQ(run.losses.size(), 2u);
-  const double tolerance = type == "f64" ? 1e-10 : 1e-5;
+  const DType dtype = dtype_from(type);
+  const double tolerance = bounds::mesh(dtype);
 
   ASSERT_EQ(run.initial.size(), one.initial.size());
   for (const auto& [name, values] : one.initial) EXPECT_TRUE(run.initial.at(name) == values) << name << ": initial bits differ";
 
-  for (std::size_t i = 0; i < 2; ++i) EXPECT_NEAR(run.losses[i], one.losses[i], type == "f64" ? 1e-10 : 1e-4) << "step " << i + 1;
+  for (std::size_t i = 0; i < 2; ++i) EXPECT_NEAR(run.losses[i], one.losses[i], bounds::curve(dtype)) << "step " << i + 1;
   EXPECT_NEAR(run.norms[0] / one.norms[0], 1, tolerance);
 
   double whole = 0;
@@ -108,12 +110,12 @@ TEST_P(Schedules, EveryPipelineScheduleGivesTheGradientsOfOneRank) {
   if (schedule == "interleaved") words.push_back("mesh.pipeline.stages_per_rank=2");
   const Trained run = train_on(layout, words, 2);
   ASSERT_EQ(run.losses.size(), 2u);
-  for (std::size_t i = 0; i < 2; ++i) EXPECT_NEAR(run.losses[i], one.losses[i], 1e-10);
+  for (std::size_t i = 0; i < 2; ++i) EXPECT_NEAR(run.losses[i], one.losses[i], bounds::curve(DType::f64));
   ASSERT_EQ(run.gradients.size(), one.gradients.size());
   for (const auto& [name, g0] : one.gradients) {
     std::vector<double> difference = run.gradients.at(name);
     for (std::size_t i = 0; i < g0.size(); ++i) difference[i] -= g0[i];
-    EXPECT_LE(norm(difference), 1e-10 * std::max(norm(g0), 1e-3 * one.norms[0])) << name;
+    EXPECT_LE(norm(difference), bounds::mesh(DType::f64) * std::max(norm(g0), 1e-3 * one.norms[0])) << name;
   }
 }
 
@@ -133,7 +135,7 @@ TEST_P(Curve, ThirtyStepsFollowThoseOfOneRank) {
   const Trained run = train_on(GetParam(), words, 30, false);
   ASSERT_EQ(run.losses.size(), 30u);
   EXPECT_LT(one.losses.back(), one.losses.front() - 0.3);
-  for (std::size_t i = 0; i < 30; ++i) EXPECT_NEAR(run.losses[i], one.losses[i], 1e-4) << "step " << i + 1;
+  for (std::size_t i = 0; i < 30; ++i) EXPECT_NEAR(run.losses[i], one.losses[i], bounds::curve(DType::f32)) << "step " << i + 1;
 }
 
 std::vector<Layout> curves() {

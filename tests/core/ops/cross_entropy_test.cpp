@@ -84,7 +84,7 @@ TEST(CrossEntropyObjective, HasTheGradientOfTheScores) {
     for (bool in_forward : {true, false}) {
       SCOPED_TRACE(std::string(name_of(dtype)) + (in_forward ? " in the forward" : " later"));
       const Gradients g = run(*device, dtype, 65, 33, 257, in_forward);
-      EXPECT_NEAR(g.objective, exact.objective, std::abs(exact.objective) * (dtype == DType::f64 ? 1e-12 : 1e-5));
+      EXPECT_NEAR(g.objective, exact.objective, std::abs(exact.objective) * bounds::objective(dtype));
       EXPECT_TRUE(near(g.dx, exact.dx, dtype));
       EXPECT_TRUE(near(g.dw, exact.dw, dtype));
     }

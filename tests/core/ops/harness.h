@@ -15,6 +15,8 @@
 
 namespace capstan::testing {
 
+using bounds::Tolerance, bounds::tolerance_of, bounds::finite_difference_tolerance;
+
 /// A differentiable input: uniform in [low, high), addressed by seed.
 struct Input {
   Dims shape;

@@ -6,6 +6,7 @@
 #include <capstan/nn.h>
 
 #include <gmock/gmock.h>
+#include <support/tolerance.h>
 
 #include <algorithm>
 #include <cstring>
@@ -176,7 +177,7 @@ class ContextAttention : public testing::TestWithParam<DType> {};
 
 TEST_P(ContextAttention, RowsHaveTheBitsOfOneRankAndGradientsTheirSum) {
   const DType dtype = GetParam();
-  const double tolerance = dtype == DType::f64 ? 1e-13 : dtype == DType::f32 ? 1e-6 : 1e-2;
+  const double tolerance = bounds::attention_parts(dtype);
   for (const auto& lengths : some_lengths)
     for (const ops::AttentionShape& shape : {ops::AttentionShape{2, 2, 8, 0}, ops::AttentionShape{4, 1, 20, 0.3}, ops::AttentionShape{2, 1, 8, 0, 5},
                                              ops::AttentionShape{2, 2, 8, 0, 70}}) {

@@ -7,6 +7,7 @@
 #include <capstan/nn.h>
 
 #include <gmock/gmock.h>
+#include <support/tolerance.h>
 
 #include <algorithm>
 
@@ -98,7 +99,7 @@ void compare(const Act& act, const std::string& what) {
     for (const int size : {2, 3, 4}) {
       Gradients together;
       run_ranks(size, [&](std::shared_ptr<World> world) { play(Rank(world, size, 1), dtype, act, together); });
-      together.expect_near(alone, dtype == DType::f64 ? 1e-12 : 1e-5, what + " on " + std::to_string(size));
+      together.expect_near(alone, bounds::reordered(dtype), what + " on " + std::to_string(size));
     }
   }
 }

@@ -6,6 +6,7 @@
 #include "plugins/models/fixture.h"
 
 #include <capstan/walk.h>
+#include <support/tolerance.h>
 
 namespace capstan::parallel_test {
 namespace {
@@ -84,7 +85,8 @@ class Models : public testing::TestWithParam<std::tuple<std::size_t, std::pair<i
     result.gradients.add(parameters);
   }
 
-  void check(const Form& form, int tensor, int context, DType dtype, bool recompute, double tolerance) {
+  void check(const Form& form, int tensor, int context, DType dtype, bool recompute) {
+    const double tolerance = bounds::mesh(dtype);
     Result alone, together;
     std::mutex mutex;
     run(*make(form.options), Rank(), dtype, false, alone, mutex);
@@ -103,9 +105,9 @@ class Models : public testing::TestWithParam<std::tuple<std::size_t, std::pair<i
 
 TEST_P(Models, GiveTheLossAndGradientsOfOneRank) {
   const auto& [form, mesh] = GetParam();
-  check(forms()[form], mesh.first, mesh.second, DType::f64, false, 1e-10);
-  check(forms()[form], mesh.first, mesh.second, DType::f32, false, 1e-5);
-  check(forms()[form], mesh.first, mesh.second, DType::f64, true, 1e-10);
+  check(forms()[form], mesh.first, mesh.second, DType::f64, false);
+  check(forms()[form], mesh.first, mesh.second, DType::f32, false);
+  check(forms()[form], mesh.first, mesh.second, DType::f64, true);
 }
 
 const std::vector<std::pair<int, int>> meshes{{2, 1}, {3, 1}, {4, 1}, {1, 2}, {1, 3}, {1, 4}, {2, 2}};

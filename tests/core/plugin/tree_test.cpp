@@ -5,6 +5,8 @@
 
 #include <array>
 #include <cstdio>
+#include <fstream>
+#include <iterator>
 #include <memory>
 #include <set>
 #include <sstream>
@@ -74,6 +76,12 @@ TEST(Tree, CoreKnowsNoPlugin) {
     EXPECT_EQ(i.target.find("plugins/"), std::string::npos) << i.file << " includes " << i.target;
     EXPECT_EQ(i.target.find("tests/"), std::string::npos) << i.file << " includes " << i.target;
   }
+}
+
+TEST(Tree, TheMapOfTheHouseHasEveryFolderOfCore) {
+  std::ifstream in(root / "docs/maintainers/house.md");
+  const std::string map((std::istreambuf_iterator<char>(in)), {});
+  for (const auto& area : core_areas()) EXPECT_NE(map.find("`" + area + "`"), std::string::npos) << area << " is not in docs/maintainers/house.md";
 }
 
 TEST(Tree, PublicHeadersIncludeOnlyPublicOnes) {

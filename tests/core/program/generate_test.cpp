@@ -107,6 +107,10 @@ TEST_F(Generate, StopTextsEndIt) {
   EXPECT_THAT(cut.err, HasSubstr("ended by a stop text"));
 }
 
+TEST_F(Generate, TakesEverySeedOf64Bits) {
+  EXPECT_EQ(generate("--prompt x --max-tokens 2 --seed 18446744073709551615").code, 0);
+}
+
 TEST_F(Generate, PromptsComeFromFilesAndFromStandardInput) {
   std::ofstream(folder / "prompt.txt") << "the dog";
   const std::string expected = generate("--prompt 'the dog' --max-tokens 10").out;
@@ -131,6 +135,9 @@ TEST_F(Generate, BadInputIsSaidAndEndsWithTwo) {
   refused(generate("--prompt-file " + (folder / "none").string()), "cannot be read");
   refused(generate("--prompt-file " + folder.string()), "cannot be read");
   refused(generate("--top-p 2"), "--top-p");
+  refused(generate("--prompt x --seed -1"), "--seed: expected an integer from 0 to 18446744073709551615, got -1");
+  refused(generate("--prompt x --seed=-1"), "got -1");
+  refused(generate("--prompt x --seed 18446744073709551616"), "got 18446744073709551616");
   refused(generate("--prompt x --prompt-file y"), "--prompt");
   refused(generate("--stop ''"), "stop");
   refused(generate("--prompt " + std::string(65, 'x')), "at most 64");

@@ -62,6 +62,7 @@ TEST(RunFolder, MetricsHaveTheDocumentedFields) {
     EXPECT_EQ(line.at("event"), "validation");
     EXPECT_GT(line.at("bigram_loss").get<double>(), 0);
   }
+  expect_documented_metrics(project / "run");
 }
 
 TEST(RunFolder, LogEveryThinsTheMetrics) {

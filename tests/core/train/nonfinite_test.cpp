@@ -154,6 +154,8 @@ TEST(LossSpike, IsReportedWhenAskedFor) {
     ASSERT_EQ(spikes.size(), 1u);
     EXPECT_EQ(spikes[0].at("step"), 25);
     EXPECT_EQ(spikes[0].at("event"), "loss_spike");
+    EXPECT_EQ(spikes[0].size(), 5u) << spikes[0];
+    expect_documented_metrics(project / "run");
     EXPECT_GT(spikes[0].at("deviations").get<double>(), 6);
     EXPECT_THAT(run.err, AllOf(HasSubstr("step 25"), HasSubstr("standard deviations"), HasSubstr("sample 100")));
     EXPECT_THAT(read_file(project / "run/log.txt"), HasSubstr("step 25: loss"));

@@ -163,6 +163,19 @@ std::vector<nlohmann::json> metrics_with(const fs::path& run, const std::string&
   return all;
 }
 
+void expect_documented_metrics(const fs::path& run) {
+  const std::string text = read_file(fs::path(CAPSTAN_SOURCE_DIR) / "docs/runs.md");
+  const std::string docs = text.substr(text.find("## metrics.jsonl"), text.find("## Going on") - text.find("## metrics.jsonl"));
+  const std::function<void(const nlohmann::json&)> check = [&](const nlohmann::json& j) {
+    for (const auto& [key, value] : j.items()) {
+      if (j.is_object()) EXPECT_NE(docs.find("`" + key + "`"), std::string::npos) << key << " of " << j << " is not in docs/runs.md";
+      if (key == "event") EXPECT_NE(docs.find("| `" + value.get<std::string>() + "` |"), std::string::npos) << j;
+      if (value.is_structured()) check(value);
+    }
+  };
+  for (const auto& line : metrics_with(run, "step")) check(line);
+}
+
 std::map<std::string, std::vector<std::uint64_t>> weights(const fs::path& run, std::int64_t step) {
   std::map<std::string, std::vector<std::uint64_t>> all;
   if (!has_checkpoint(run, step)) {

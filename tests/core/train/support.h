@@ -83,6 +83,8 @@ Exit train(const std::string& recipe, std::vector<std::string> words);
 std::vector<std::string> metrics(const fs::path& run);
 /// Lines of metrics.jsonl that have `field`.
 std::vector<nlohmann::json> metrics_with(const fs::path& run, const std::string& field);
+/// Every key and the name of every event in metrics.jsonl stands in docs/runs.md.
+void expect_documented_metrics(const fs::path& run);
 
 /// Tensor name -> xxh3 of its bytes, of a run's checkpoint; empty with a failure when there is none.
 std::map<std::string, std::vector<std::uint64_t>> weights(const fs::path& run, std::int64_t step);

@@ -6,6 +6,7 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <support/tolerance.h>
 
 #include <cmath>
 #include <fstream>
@@ -67,13 +68,14 @@ TEST_P(OnGpus, LossAndEveryGradientAreThoseOfOneRank) {
   words.push_back("mesh.gpu_communication=" + c.way);
   const Trained run = train_on(c.layout, words, 2);
   ASSERT_EQ(run.losses.size(), 2u);
-  const double tolerance = c.type == "f64" ? 1e-10 : 1e-5;
+  const DType dtype = dtype_from(c.type);
+  const double tolerance = bounds::mesh(dtype);
   ASSERT_EQ(run.initial.size(), one.initial.size());
   for (const auto& [name, values] : one.initial)
     EXPECT_TRUE(run.initial.at(name) == values) << name << ": initial bits differ";
-  EXPECT_NEAR(run.losses[0], one.losses[0], c.type == "f64" ? 1e-10 : 1e-4);
+  EXPECT_NEAR(run.losses[0], one.losses[0], bounds::curve(dtype));
   if (c.more.empty()) {
-    EXPECT_NEAR(run.losses[1], one.losses[1], c.type == "f64" ? 1e-10 : 1e-4);
+    EXPECT_NEAR(run.losses[1], one.losses[1], bounds::curve(dtype));
   }
   EXPECT_NEAR(run.norms[0] / one.norms[0], 1, tolerance);
   double whole = 0;

@@ -336,7 +336,7 @@ std::vector<double> values_of(const std::vector<std::uint8_t>& data, const std::
 }
 
 TEST(GemmFp8, IsTheProductOfTheDequantizedValues) {
-  using capstan::testing::tolerance_of;
+  using capstan::bounds::tolerance_of;
   for (const Scaling scaling : {Scaling::tensor, Scaling::block})
     for (const Num b_num : {Num::f8e4m3, Num::f8e5m2})
       for (const Num c_num : {Num::f32, Num::bf16})

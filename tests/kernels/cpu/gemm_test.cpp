@@ -1,6 +1,7 @@
 // Invariant products: a row's bits do not depend on how many rows there are, on packing, or on the threads.
 #include <gtest/gtest.h>
 #include <kernels/cpu/gemm.h>
+#include <support/tolerance.h>
 
 #include <cmath>
 #include <cstdint>
@@ -47,7 +48,7 @@ TEST_P(InvariantGemm, RowsDoNotDependOnTheirCountOrTheThreads) {
     for (std::int64_t j = 0; j < n; j += 37) {
       double sum = static_cast<double>(bias[static_cast<std::size_t>(j)]) + (accumulate ? static_cast<double>(before[static_cast<std::size_t>(7 * n + j)]) : 0.0);
       for (std::int64_t p = 0; p < k; ++p) sum += static_cast<double>(a[static_cast<std::size_t>(7 * k + p)]) * static_cast<double>(b[static_cast<std::size_t>(j * k + p)]);
-      EXPECT_NEAR(static_cast<double>(whole[static_cast<std::size_t>(7 * n + j)]), sum, 1e-5 * std::sqrt(static_cast<double>(k)));
+      EXPECT_NEAR(static_cast<double>(whole[static_cast<std::size_t>(7 * n + j)]), sum, bounds::product(k));
     }
   }
 }

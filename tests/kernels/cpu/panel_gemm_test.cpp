@@ -1,6 +1,7 @@
 // Products from packed panels: right in every corner of the shapes, the same bits for every number of threads and rows.
 #include <gtest/gtest.h>
 #include <kernels/cpu/panel_gemm.h>
+#include <support/tolerance.h>
 
 #include <cmath>
 #include <cstdint>
@@ -49,7 +50,7 @@ TEST_P(PanelGemm, IsTheProductForEveryNumberOfThreads) {
         for (std::int64_t p = 0; p < k; ++p)
           sum += static_cast<double>(a[static_cast<std::size_t>(trans_a ? p * g.lda + i : i * g.lda + p)]) *
                  static_cast<double>(b[static_cast<std::size_t>(trans_b ? j * g.ldb + p : p * g.ldb + j)]);
-        ASSERT_NEAR(static_cast<double>(first[at]), sum, 1e-5 * std::sqrt(static_cast<double>(k))) << "row " << i << ", column " << j;
+        ASSERT_NEAR(static_cast<double>(first[at]), sum, bounds::product(k)) << "row " << i << ", column " << j;
       }
   }
 }

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
+#include <support/tolerance.h>
 
 #include <fstream>
 
@@ -37,18 +38,15 @@ double run(const nlohmann::json& all, const nlohmann::json& one, DType dtype, co
   return worst;
 }
 
-// Some roundings over eight steps of values near 1.
-double tolerance(DType dtype) { return dtype == DType::f64 ? 1e-14 : 1e-6; }
-
 TEST(AgainstPyTorch, EveryCaseInF64) {
   const auto all = reference();
   ASSERT_EQ(all.at("cases").size(), 7u);
-  for (const auto& one : all.at("cases")) EXPECT_LT(run(all, one, DType::f64), tolerance(DType::f64)) << one.at("name");
+  for (const auto& one : all.at("cases")) EXPECT_LT(run(all, one, DType::f64), bounds::eight_updates(DType::f64)) << one.at("name");
 }
 
 TEST(AgainstPyTorch, EveryCaseInF32) {
   const auto all = reference();
-  for (const auto& one : all.at("cases")) EXPECT_LT(run(all, one, DType::f32), tolerance(DType::f32)) << one.at("name");
+  for (const auto& one : all.at("cases")) EXPECT_LT(run(all, one, DType::f32), bounds::eight_updates(DType::f32)) << one.at("name");
 }
 
 TEST(AgainstPyTorch, ASlightlyDifferentRuleShows) {
@@ -56,7 +54,7 @@ TEST(AgainstPyTorch, ASlightlyDifferentRuleShows) {
   for (const auto& one : all.at("cases")) {
     auto changed = one;
     changed["options"]["lr"] = one.at("options").at("lr").get<double>() * 1.001;
-    EXPECT_GT(run(all, changed, DType::f32), tolerance(DType::f32)) << one.at("name");
+    EXPECT_GT(run(all, changed, DType::f32), bounds::eight_updates(DType::f32)) << one.at("name");
   }
 }
 
