@@ -85,7 +85,7 @@ grep '"step":5' run_checkpoint/metrics.jsonl > /dev/null || die "it did not go o
 rm -r run_checkpoint/checkpoints/step_000005
 truncate -s -1 "$folder"/shard*.new_checkpoint
 if capstan generate run_checkpoint --prompt "int " > damaged 2>&1; then die "a shard that was cut short was read"; fi
-grep -F "the file ends within its" damaged || { cat damaged; die "the message"; }
+grep -F "is cut short" damaged | grep "lost: " || { cat damaged; die "the message"; }  # core knows: the format said where each tensor lies
 
 step "the inference engine of the template: the likeliest tokens are those of the basic engine, which keeps its past"
 for engine in "$work/new_inference/build/inference_new_inference.so" basic; do
