@@ -168,8 +168,8 @@ void expect_documented_metrics(const fs::path& run) {
   const std::string docs = text.substr(text.find("## metrics.jsonl"), text.find("## Going on") - text.find("## metrics.jsonl"));
   const std::function<void(const nlohmann::json&)> check = [&](const nlohmann::json& j) {
     for (const auto& [key, value] : j.items()) {
-      if (j.is_object()) EXPECT_NE(docs.find("`" + key + "`"), std::string::npos) << key << " of " << j << " is not in docs/runs.md";
-      if (key == "event") EXPECT_NE(docs.find("| `" + value.get<std::string>() + "` |"), std::string::npos) << j;
+      if (j.is_object()) { EXPECT_NE(docs.find("`" + key + "`"), std::string::npos) << key << " of " << j << " is not in docs/runs.md"; }
+      if (key == "event") { EXPECT_NE(docs.find("| `" + value.get<std::string>() + "` |"), std::string::npos) << j; }
       if (value.is_structured()) check(value);
     }
   };
