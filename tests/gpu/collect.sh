@@ -36,11 +36,12 @@ missing=$(for file in "$tree"/bin/* "$tree"/lib/*.so* "$tree"/lib/capstan/plugin
 done | sort -u | grep -Ev "$elsewhere" || true)
 [ -z "$missing" ] || { echo "these libraries would not be found on another machine: $missing" >&2; exit 1; }
 
-# Symbols say which glibc they want; an instruction that is not there would end a program without a word.
+# Symbols say which glibc they want. An instruction that is not there would end a program without a word: those that a compiler uses
+# unasked (not sse4a, which AMD alone has).
 {
   echo "glibc $(objdump -T "$tree"/bin/* "$tree"/lib/*.so* "$tree"/lib/capstan/plugins/*.so 2>/dev/null | grep -oE 'GLIBC_[0-9.]+' | cut -d_ -f2 | sort -Vu | tail -1)"
   if grep -q '^CAPSTAN_NATIVE:BOOL=ON' "$build/CMakeCache.txt"; then
-    echo "instructions $(grep -m1 '^flags' /proc/cpuinfo | tr ' ' '\n' | grep -E '^(s?sse|avx|fma|f16c|bmi|abm|adx|movbe|vaes|vpclmul|gfni|sha_|amx)' | paste -sd' ')"
+    echo "instructions $(grep -m1 '^flags' /proc/cpuinfo | tr ' ' '\n' | grep -E '^(ssse3|sse4_[12]|avx.*|fma|f16c|bmi[12]|abm|movbe)$' | paste -sd' ')"
   fi
 } >"$tree/share/capstan/built_on"
 
