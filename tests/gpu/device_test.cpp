@@ -1,4 +1,5 @@
 // The CUDA device beside the CPU: what must be equal to the bit, what must be refused, and how.
+#include "base/cuda_device.h"
 #include "core/ops/harness.h"
 
 #include <capstan/random.h>
@@ -8,6 +9,7 @@
 #include <unistd.h>
 
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -202,6 +204,33 @@ TEST_F(Gpu, SaysWhatIsHeldWhenMemoryRunsOut) {
   for (const char* part : {"cuda memory", "cannot allocate", "tensors hold", "data.micro_batch", "train.recompute"})
     EXPECT_NE(text.find(part), std::string::npos) << part << " is not in: " << text;
   EXPECT_EQ(gpu->bytes_held(), before);
+}
+
+TEST_F(Gpu, SaysWhatMemoryIsForWhenItRunsOut) {
+  const auto text = [&] { return message_of([&] { Tensor::empty(Dims{std::int64_t{1} << 50}, DType::f32, *gpu); }); };
+  const auto expect = [&](const std::string& part) { EXPECT_NE(text().find(part), std::string::npos) << part << " is not in: " << text(); };
+  const auto take = [&](Holding what, std::int64_t mib) {
+    const HoldingAs holding(*gpu, what);
+    return Tensor::empty(Dims{mib << 18}, DType::f32, *gpu);
+  };
+  Tensor weights = take(Holding::weights, 40);
+  const Tensor gradients = take(Holding::gradients, 20), state = take(Holding::optimizer, 80), other = Tensor::empty(Dims{10 << 18}, DType::f32, *gpu);
+  expect("tensors hold 150.0 MiB (weights 40.0 MiB, gradients 20.0 MiB, optimizer state 80.0 MiB, activations and the rest 10.0 MiB)");
+  weights = Tensor();
+  expect("tensors hold 110.0 MiB (weights 0.0 MiB, gradients 20.0 MiB");
+}
+
+TEST_F(Gpu, SaysItForTheKernelsOwnMemoryToo) {
+  if (gpu->describe().find("emulated") == std::string::npos) GTEST_SKIP() << "only the emulated GPU can be made as small";
+  const Tensor x = Tensor::zeros(Dims{1 << 16}, DType::f32, *gpu);
+  ::setenv("EMULATED_GPU_BYTES", "0", 1);
+  std::vector<Tensor> all;
+  for (std::int64_t size = std::int64_t{1} << 30; size >= 256; size /= 2)
+    while (message_of([&] { all.push_back(Tensor::empty(Dims{size}, DType::u8, *gpu)); }).empty()) {}
+  const kernels::Piece piece{kernels::Num::f32, x.raw(), x.numel()};
+  const std::string text = message_of([&] { gpu->backend().sum_of_squares(std::span(&piece, 1)); });
+  ::unsetenv("EMULATED_GPU_BYTES");
+  for (const char* part : {"cuda memory", "bytes of scratch memory: tensors hold", "train.recompute"}) EXPECT_NE(text.find(part), std::string::npos) << part << " is not in: " << text;
 }
 
 TEST_F(Gpu, CopiesBetweenDevices) {

@@ -131,8 +131,9 @@ TEST_P(GpuCollectives, MemoryThatALibraryTakesIsCountedAndNamedWhenThereIsNoMore
       c->adopt(memory, std::size_t{3} << 28);
       testing::require(communication_bytes(device) - buffers == std::int64_t{3} << 28, "registered memory");
       testing::require(device.bytes_held() - before == communication_bytes(device), "bytes_held");
-      const std::int64_t tenths = communication_bytes(device) * 10 / (std::int64_t{1} << 30);  // NCCL's own buffers differ by GPU and version
-      const std::string words = "NCCL " + std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " GiB (its communicators, and memory registered with them)";
+      // NCCL's own buffers differ by GPU and version.
+      const std::int64_t held = communication_bytes(device), unit = held >= std::int64_t{1} << 30 ? std::int64_t{1} << 30 : 1 << 20, tenths = held * 10 / unit;
+      const std::string words = "NCCL " + std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + (unit == 1 << 20 ? " MiB" : " GiB") + " (its communicators, and memory registered with them)";
       testing::require(said().find(words) != std::string::npos, said());
       c->barrier();
     }
