@@ -127,6 +127,9 @@ within() {
   echo $(($1 < left ? $1 : left))
 }
 
+# By timeout's codes: it ended at the signal, or had to be killed.
+out_of_time() { [ "$1" = 124 ] || [ "$1" = 137 ]; }
+
 # check NAME SECONDS COMMAND...: one line of the table; the log is kept. After SECONDS it has failed. True when it passed.
 check() {
   local name=$1 seconds=$2 log begin=$SECONDS code
@@ -138,7 +141,7 @@ check() {
   if [ $code = 0 ]; then
     line "$name" "pass  $((SECONDS - begin)) s  $(telling "$log" | cut -c1-150)"
   else
-    line "$name" "FAIL  $((SECONDS - begin)) s$([ $code = 124 ] && echo ', out of time')"
+    line "$name" "FAIL  $((SECONDS - begin)) s$(out_of_time $code && echo ', out of time')"
     grep -aE 'FAILED|Error|error|\[[a-z_ ]+\]|element|over|ERROR SUMMARY' "$log" | head -30
     tail -3 "$log"
     failed=1
@@ -165,7 +168,7 @@ measure() {
   shift
   timeout -k 10 "$seconds" "$@" 2>&1 | tee -a "$table"
   code=${PIPESTATUS[0]}
-  [ "$code" = 0 ] || { line "$*" "FAIL$([ "$code" = 124 ] && echo '  out of time')"; failed=1; }
+  [ "$code" = 0 ] || { line "$*" "FAIL$(out_of_time $code && echo '  out of time')"; failed=1; }
 }
 
 train() { # RECIPE FOLDER DEVICE overrides...
