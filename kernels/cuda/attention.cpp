@@ -90,7 +90,7 @@ CudnnAttention* cudnn_for(Context& ctx, const Attention& a, bool backward) {
 
 bool forward_by_cudnn(Context& ctx, const Attention& a) {
 #if defined(CAPSTAN_CUDNN)
-  if (CudnnAttention* cudnn = cudnn_for(ctx, a, false)) return cudnn->forward(ctx, a);
+  if (CudnnAttention* cudnn = cudnn_for(ctx, a, false)) return cudnn->forward(ctx, a, ctx.attention_choice.workspace);
 #endif
   static_cast<void>(ctx), static_cast<void>(a);
   return false;

@@ -39,6 +39,7 @@ class CudaGpu final : public Gpu {
     check(cudaMemGetInfo(&free, &total), "reading how much memory is free");
     return static_cast<std::int64_t>(free);
   }
+  void explain_memory(std::function<std::string()> words) override { ctx_.memory_words = std::move(words); }
   std::string name() const override {
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, ctx_.device()), "reading the GPU's properties");

@@ -220,14 +220,31 @@ void Context::download(void* host_to, const void* from, std::int64_t bytes) {
   }
 }
 
+namespace {
+
+/// Not with the pool's lock held: the words ask what it has.
+[[noreturn]] void no_room(std::int64_t bytes, const char* what, const std::function<std::string()>& words) {
+  std::string said = "[cuda memory] cannot allocate " + std::to_string(bytes) + " bytes of " + what;
+  try {
+    if (words) said += ": " + words();
+  } catch (const std::exception&) {  // CUDA answers no questions: this error is the one that matters
+  }
+  throw std::runtime_error(said);
+}
+
+}  // namespace
+
 void* Context::scratch(std::int64_t bytes) {
   if (recording_ || rehearsed_ != nullptr) {
     // Its address is in the records: an older, smaller one stays where it is.
     if (bytes <= record_scratch_bytes_) return record_scratch_;
     const std::int64_t size = whole_lines(std::max(bytes, scratch_bytes_));
-    std::lock_guard lock(pool_->mutex);
-    void* larger = pool_->records.take(size);
-    if (larger == nullptr) throw std::runtime_error("[cuda memory] no room for " + std::to_string(size) + " bytes of scratch memory");
+    void* larger = nullptr;
+    {
+      std::lock_guard lock(pool_->mutex);
+      larger = pool_->records.take(size);
+    }
+    if (larger == nullptr) no_room(size, "scratch memory", memory_words);
     record_scratch_ = larger, record_scratch_bytes_ = size;
     return record_scratch_;
   }
@@ -235,7 +252,7 @@ void* Context::scratch(std::int64_t bytes) {
   if (scratch_ != nullptr) release(scratch_);
   scratch_ = nullptr, scratch_bytes_ = 0;
   scratch_ = allocate(bytes);
-  if (scratch_ == nullptr) throw std::runtime_error("[cuda memory] no room for " + std::to_string(bytes) + " bytes of scratch memory");
+  if (scratch_ == nullptr) no_room(bytes, "scratch memory", memory_words);
   scratch_bytes_ = bytes;
   return scratch_;
 }
@@ -318,9 +335,12 @@ const void* Context::note_numbers(const void* numbers, std::size_t bytes) {
   } else {
     noted.numbers.resize(at + bytes);
     while (noted.chunks.size() * chunk < noted.numbers.size()) {
-      std::lock_guard lock(pool_->mutex);
-      void* more = pool_->records.take(Noted::chunk);
-      if (more == nullptr) throw std::runtime_error("[cuda memory] no room for " + std::to_string(Noted::chunk) + " bytes of a record's numbers");
+      void* more = nullptr;
+      {
+        std::lock_guard lock(pool_->mutex);
+        more = pool_->records.take(Noted::chunk);
+      }
+      if (more == nullptr) no_room(Noted::chunk, "a record's numbers", memory_words);
       noted.chunks.push_back(more);
     }
   }

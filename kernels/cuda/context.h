@@ -10,6 +10,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -73,6 +74,8 @@ class Context {
   void release(void* data) noexcept;
   std::int64_t reserved() const;
   std::int64_t capacity() const { return capacity_; }
+  /// Who has the memory and what lowers the need; empty where nobody said.
+  std::function<std::string()> memory_words;
 
   /// Where kernels report what they found wrong: {what, index, value}, what 0 meaning nothing; the first wins.
   struct Fault { unsigned long long what, index, value; };

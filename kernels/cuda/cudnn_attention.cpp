@@ -197,13 +197,13 @@ struct CudnnAttention::State {
     entries.clear();
     if (handle != nullptr) library.destroy(handle);
   }
-  Entry& entry(const CudnnShape& shape) {
+  Entry& entry(const CudnnShape& shape, std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
     const auto found = entries.find(shape);
     if (found != entries.end()) return found->second;
     Entry e;
     try {
       CudnnGraph graph = shape.backward ? backward_graph(library, shape, e.ids) : forward_graph(library, shape, e.ids);
-      e.plan = std::make_unique<CudnnPlan>(library, handle, std::move(graph));
+      e.plan = std::make_unique<CudnnPlan>(library, handle, std::move(graph), most);
     } catch (const std::exception& error) {
       e.why = error.what();
     }
@@ -231,9 +231,9 @@ void CudnnAttention::check_graphs(const CudnnShape& shape) {
   }
 }
 
-bool CudnnAttention::forward(Context& ctx, const Attention& a) {
+bool CudnnAttention::forward(Context& ctx, const Attention& a, std::int64_t workspace_limit) {
   const CudnnShape shape = cudnn_shape(a, false, false);
-  State::Entry& e = state_->entry(shape);
+  State::Entry& e = state_->entry(shape, workspace_limit);  // one limit for all calls
   why_ = e.why;
   if (!e.plan) return false;
   const std::int64_t pitch = ragged_pitch(shape.batch);

@@ -32,8 +32,8 @@ class CudnnAttention {
   /// Throws std::runtime_error when the library is missing or does not start.
   explicit CudnnAttention(Context& ctx);
   ~CudnnAttention();
-  /// False when no engine takes the shape: nothing has run (why() says more).
-  bool forward(Context& ctx, const Attention& a);
+  /// False when no engine takes the shape within the limit, in bytes: nothing has run (why() says more).
+  bool forward(Context& ctx, const Attention& a, std::int64_t workspace_limit);
   bool backward(Context& ctx, const Attention& a, bool ordered, std::int64_t workspace_limit);
   const std::string& why() const { return why_; }
   std::int64_t version() const;

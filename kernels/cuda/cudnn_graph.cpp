@@ -153,7 +153,7 @@ std::unique_ptr<CudnnDescriptor> operation_graph(const CudnnLibrary& library, cu
 
 void CudnnPlan::check(const CudnnLibrary& library, cudnnHandle_t handle, CudnnGraph& graph) { operation_graph(library, handle, graph.operations_); }
 
-CudnnPlan::CudnnPlan(const CudnnLibrary& library, cudnnHandle_t handle, CudnnGraph&& graph) : library_(&library), graph_(std::move(graph)) {
+CudnnPlan::CudnnPlan(const CudnnLibrary& library, cudnnHandle_t handle, CudnnGraph&& graph, std::int64_t most) : library_(&library), graph_(std::move(graph)) {
   operations_ = operation_graph(library, handle, graph_.operations_);
   std::string said;
   for (const cudnnBackendHeurMode_t mode : {CUDNN_HEUR_MODE_A, CUDNN_HEUR_MODE_FALLBACK}) {
@@ -190,6 +190,10 @@ CudnnPlan::CudnnPlan(const CudnnLibrary& library, cudnnHandle_t handle, CudnnGra
       }
       std::int64_t n = 0;
       library.check(library.get_attribute(plan->raw(), CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE, CUDNN_TYPE_INT64, 1, &n, &workspace_), "execution plan");
+      if (workspace_ > most) {
+        said += std::string(said.empty() ? "" : "; ") + "an engine wants " + std::to_string(workspace_) + " bytes to work in, allowed are " + std::to_string(most);
+        continue;
+      }
       CudnnDescriptor engine(library, CUDNN_BACKEND_ENGINE_DESCRIPTOR, "engine");
       cudnnBackendDescriptor_t raw_engine = engine.raw();
       library.check(library.get_attribute(raw[static_cast<std::size_t>(i)], CUDNN_ATTR_ENGINECFG_ENGINE, CUDNN_TYPE_BACKEND_DESCRIPTOR, 1, &n, &raw_engine), "engine");

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -109,11 +110,12 @@ class CudnnGraph {
   std::vector<CudnnDescriptor*> operations_;
 };
 
-/// A graph made ready to run: the first of the engines that the library's heuristics name and that accepts it.
+/// A graph made ready to run: the first of the engines that the library's heuristics name, that accepts it and that works in at
+/// most `most` bytes.
 class CudnnPlan {
  public:
   /// Throws std::runtime_error when no engine takes the graph, with what each said.
-  CudnnPlan(const CudnnLibrary& library, cudnnHandle_t handle, CudnnGraph&& graph);
+  CudnnPlan(const CudnnLibrary& library, cudnnHandle_t handle, CudnnGraph&& graph, std::int64_t most = std::numeric_limits<std::int64_t>::max());
   std::int64_t workspace() const { return workspace_; }
   std::int64_t engine() const { return engine_; }
   struct Pointer { std::int64_t id; const void* data; };

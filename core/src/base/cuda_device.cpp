@@ -10,7 +10,10 @@
 #include <kernels/cuda/gpu.h>
 
 #include <algorithm>
+#include <array>
 #include <mutex>
+#include <unordered_map>
+#include <utility>
 
 namespace capstan {
 
@@ -25,12 +28,21 @@ std::string gib(std::int64_t bytes) {
   return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " GiB";
 }
 
+/// Of small models too it says something.
+std::string amount(std::int64_t bytes) {
+  if (bytes >= std::int64_t{1} << 30) return gib(bytes);
+  const std::int64_t tenths = bytes * 10 / (1 << 20);
+  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " MiB";
+}
+
 template <class Function>
 Function open_library(const char* name, std::string& why) { return reinterpret_cast<Function>(open_part(cuda_part(), name, why)); }
 
 class CudaDevice final : public Device {
  public:
-  CudaDevice(std::unique_ptr<cuda::Gpu> gpu, int threads) : gpu_(std::move(gpu)), host_(threads) {}
+  CudaDevice(std::unique_ptr<cuda::Gpu> gpu, int threads) : gpu_(std::move(gpu)), host_(threads) {
+    gpu_->explain_memory([this] { return memory(); });
+  }
   DeviceKind kind() const override { return DeviceKind::cuda; }
   kernels::Backend& backend() override { return *gpu_; }
   cuda::Gpu& gpu() { return *gpu_; }
@@ -45,6 +57,10 @@ class CudaDevice final : public Device {
       fail(Fault::runtime, "cuda memory", "cannot allocate " + std::to_string(bytes) + " bytes (" + gib(bytes) + "): " + words());
     }
     count(size);
+    if (holding_ != Holding::rest) {
+      named_.emplace(data, holding_);
+      held_as_[static_cast<std::size_t>(holding_)] += size;
+    }
     return data;
   }
 
@@ -52,8 +68,17 @@ class CudaDevice final : public Device {
     std::lock_guard lock(mutex_);
     gpu_->release(data);
     count(-round_up(bytes));
+    if (const auto it = named_.find(data); it != named_.end()) {
+      held_as_[static_cast<std::size_t>(it->second)] -= round_up(bytes);
+      named_.erase(it);
+    }
   }
 
+  /// Returns what was named before.
+  Holding hold_as(Holding what) {
+    std::lock_guard lock(mutex_);
+    return std::exchange(holding_, what);
+  }
   std::int64_t bytes_reserved() const override { return gpu_->reserved(); }
 
   void count_communication(std::int64_t bytes) {
@@ -72,7 +97,12 @@ class CudaDevice final : public Device {
 
  private:
   std::string words() const {
-    return "tensors hold " + gib(bytes_held() - communication_) + (communication_ > 0 ? ", NCCL " + gib(communication_) + " (its communicators, and memory registered with them)" : "") +
+    const std::int64_t tensors = bytes_held() - communication_;
+    std::int64_t rest = tensors;
+    for (const std::int64_t n : held_as_) rest -= n;
+    const auto as = [&](Holding what) { return amount(held_as_[static_cast<std::size_t>(what)]); };
+    return "tensors hold " + amount(tensors) + " (weights " + as(Holding::weights) + ", gradients " + as(Holding::gradients) + ", optimizer state " + as(Holding::optimizer) +
+           ", activations and the rest " + amount(rest) + ")" + (communication_ > 0 ? ", NCCL " + amount(communication_) + " (its communicators, and memory registered with them)" : "") +
            ", the pool has " + gib(gpu_->reserved()) + " from the driver, " + gib(gpu_->available()) + " of " + gib(gpu_->capacity()) +
            " are free for anyone; a smaller data.micro_batch or data.sequence_length, train.recompute=block, or precision.compute=bf16 lowers the need" +
            (communication_ > 0 ? ", and more ranks along mesh.shard with mesh.strategy: fsdp that of each" : "");
@@ -81,6 +111,9 @@ class CudaDevice final : public Device {
   std::unique_ptr<cuda::Gpu> gpu_;
   kernels::cpu::Context host_;
   std::int64_t communication_ = 0;
+  Holding holding_ = Holding::rest;
+  std::unordered_map<const void*, Holding> named_;  // few: what is taken once for a run
+  std::array<std::int64_t, 4> held_as_{};           // by Holding
 };
 
 CudaDevice& cuda_device(Device& device) {
@@ -89,6 +122,14 @@ CudaDevice& cuda_device(Device& device) {
 }
 
 }  // namespace
+
+HoldingAs::HoldingAs(Device& device, Holding what) {
+  if (device.kind() != DeviceKind::cuda) return;
+  device_ = &device, before_ = cuda_device(device).hold_as(what);
+}
+HoldingAs::~HoldingAs() {
+  if (device_ != nullptr) cuda_device(*device_).hold_as(before_);
+}
 
 std::string cuda_problem() {
   std::string why;

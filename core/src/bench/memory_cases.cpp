@@ -4,6 +4,7 @@
 #include "bench/operands.h"
 
 #include <fmt/format.h>
+#include <kernels/queue.h>
 #include <kernels/shared/fp8.h>
 
 #include <algorithm>
@@ -167,12 +168,14 @@ void Cases::optimizers() {
       k.adamw(s, Num::f32, Num::f32, n, value.raw(), grad.raw(), m.raw(), v.raw());
     };
   });
-  add("sum_of_squares f32", 4 * real(n), [=, this, &k] {
-    return [x = make({n}, DType::f32, 1), n, &k] {
-      const kernels::Piece pieces[] = {{Num::f32, x.raw(), n}};
-      k.sum_of_squares(pieces);
-    };
-  });
+  // As training asks for it: nobody waits for the result.
+  if (kernels::Queue* const queue = k.queue())
+    add("gradient_norm f32", 4 * real(n), [=, this] {
+      return [x = make({n}, DType::f32, 1), losses = Tensor::zeros({1}, DType::f64, device_), part = Tensor::empty({static_cast<std::int64_t>(sizeof(kernels::GatePart))}, DType::u8, device_), n, queue] {
+        const kernels::Piece pieces[] = {{Num::f32, x.raw(), n}};
+        queue->measure(pieces, losses.data<double>(), 1, static_cast<kernels::GatePart*>(part.raw()));
+      };
+    });
 }
 
 void Cases::copies() {

@@ -50,7 +50,7 @@ StepRow measure_step(const StepPlan& plan, const std::string& recipe) {
     if (plan.python.empty()) return row;
     StepRow::Peer& peer = row.peer.emplace();
     peer.engine = "PyTorch";
-    const Json k = answer(run_child({plan.python, plan.script, "--recipe", j.at("recipe_options").dump(), "--steps", std::to_string(plan.steps), "--warmup", std::to_string(plan.warmup)}, plan.seconds),
+    const Json k = answer(run_child({plan.python, plan.script, "--recipe", j.at("recipe_options").dump(), "--steps", std::to_string(plan.steps), "--warmup", std::to_string(plan.warmup)}, plan.peer_seconds),
                           peer.problem);
     if (k.is_null()) return row;
     peer.engine = k.at("engine"), peer.tokens_per_second = k.at("tokens_per_s"), peer.peak_mib = k.at("peak_mib");

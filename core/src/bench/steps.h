@@ -14,7 +14,8 @@ struct StepPlan {
   std::string python, script;          ///< PyTorch's side; python empty: none
   std::string device = "cuda";
   int steps = 10, warmup = 3;
-  double seconds = 300;                ///< most that one process may take
+  double seconds = 300;                ///< most that a process of ours may take
+  double peer_seconds = 300;           ///< and one of PyTorch's, which also compiles
   std::vector<std::string> overrides;  ///< of every recipe
 };
 

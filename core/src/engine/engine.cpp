@@ -2,6 +2,7 @@
 // gradients in gradients.cpp, the optimizer's part in update.cpp, what others see in contents.cpp.
 #include "engine/internal.h"
 
+#include "base/cuda_device.h"
 #include "parallel/context_cut.h"
 
 #include <kernels/backend.h>
@@ -48,15 +49,19 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
   std::int64_t largest = 0, all = 0, most_of_a_call = 0;
   for (const auto& unit : units_) {
     largest = std::max(largest, unit->size), all += unit->size;
-    if (sharding.parameter) {
-      unit->whole = rebindable(unit->size, options_.compute, *device_);
-      unit->master = Tensor::zeros(Dims{unit->region}, master, *device_);
-    } else {
-      unit->whole = Tensor::zeros(Dims{unit->size}, options_.compute, *device_);
-      if (copies) unit->master = Tensor::zeros(Dims{unit->region}, master, *device_);
-      else unit->master = unit->whole.narrow(0, unit->region_begin, unit->region);
+    {
+      const HoldingAs holding(*device_, Holding::weights);
+      if (sharding.parameter) {
+        unit->whole = rebindable(unit->size, options_.compute, *device_);
+        unit->master = Tensor::zeros(Dims{unit->region}, master, *device_);
+      } else {
+        unit->whole = Tensor::zeros(Dims{unit->size}, options_.compute, *device_);
+        if (copies) unit->master = Tensor::zeros(Dims{unit->region}, master, *device_);
+        else unit->master = unit->whole.narrow(0, unit->region_begin, unit->region);
+      }
     }
     if (options_.gradients) {
+      const HoldingAs holding(*device_, Holding::gradients);
       if (sharding.gradient) {
         unit->whole_grad = rebindable(unit->size, master, *device_);
         unit->grad = Tensor::zeros(Dims{unit->piece}, master, *device_);

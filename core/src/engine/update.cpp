@@ -2,6 +2,8 @@
 // matrix (Muon) get it gathered to one owner, which sends the pieces back.
 #include "engine/engine.h"
 
+#include "base/cuda_device.h"
+
 #include <kernels/cpu/context.h>
 #include <omp.h>
 
@@ -55,6 +57,7 @@ void Engine::attach(std::shared_ptr<Optimizer> optimizer) {
         it->size += Unit::round_up(unit->parts[p].size());
       }
     }
+    const HoldingAs holding(*device_, Holding::optimizer);
     for (UnitState& state : unit->states) state.flat = Tensor::zeros(Dims{state.size}, state.dtype, *device_);
   }
 }

@@ -1,3 +1,4 @@
+#include "base/cuda_device.h"
 #include "mesh/placement.h"
 
 #include <capstan/parameter.h>
@@ -57,6 +58,7 @@ const Tensor& Parameter::derived(std::string_view form, const Dims& shape, DType
   Derived& d = it->second;
   if (!d.value.defined() || !(d.value.shape() == shape) || d.value.dtype() != dtype || &d.value.device() != &local().device()) {
     d.value = Tensor();  // the old form goes before the new one comes
+    const HoldingAs holding(local().device(), Holding::weights);
     d.value = Tensor::empty(shape, dtype, local().device());
   }
   d.fill = fill;

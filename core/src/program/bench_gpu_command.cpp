@@ -28,7 +28,7 @@ struct Words {
   std::vector<std::string> parts = every_part, recipes, overrides;
   std::string python;
   int steps = 10;
-  double seconds = 300;
+  double seconds = 300, peer_seconds = 300;
   bool small = false, json = false, no_peer = false, no_fp8 = false;
 };
 
@@ -77,7 +77,7 @@ void bench_gpu(const Program& program, const Words& words) {
     const fs::path folder = data_folder(program);
     bench::StepPlan plan;
     plan.program = program.executable, plan.script = (folder / "pytorch.py").string();
-    plan.steps = words.steps, plan.seconds = words.seconds, plan.overrides = words.overrides;
+    plan.steps = words.steps, plan.seconds = words.seconds, plan.peer_seconds = words.peer_seconds, plan.overrides = words.overrides;
     if (words.small) plan.warmup = 1;
     if (!words.no_peer) {
       const std::string python = words.python.empty() ? "python3" : words.python, why = bench::pytorch_problem(python);
@@ -114,7 +114,8 @@ void add_bench_gpu(CLI::App& bench, Program& program) {
   command->add_flag("--no-pytorch", words->no_peer, "without PyTorch");
   command->add_flag("--no-fp8", words->no_fp8, "without a second measurement of each recipe with precision.linear=fp8");
   command->add_option("--steps", words->steps, "steps that count")->check(CLI::PositiveNumber)->capture_default_str();
-  command->add_option("--seconds", words->seconds, "most that one recipe may take, and PyTorch again")->check(CLI::PositiveNumber)->capture_default_str();
+  command->add_option("--seconds", words->seconds, "most that one recipe may take, and again with precision.linear=fp8")->check(CLI::PositiveNumber)->capture_default_str();
+  command->add_option("--pytorch-seconds", words->peer_seconds, "most that PyTorch may take for one recipe, compiling included")->check(CLI::PositiveNumber)->capture_default_str();
   command->add_flag("--small", words->small, "small shapes: to see that everything runs, not how fast");
   command->add_flag("--json", words->json, "one JSON line at the end and nothing else");
   command->callback([words, &program] { bench_gpu(program, *words); });

@@ -41,11 +41,16 @@ void write_record(const Record& record) {
   std::fflush(stderr);
 }
 
-/// mesh.timeout_seconds, before there is a world to make a session in.
-double timeout_of(const RankWork& work) {
+/// What of a recipe is wanted before there is a world to make a session in.
+struct Early {
+  double timeout = 60;        // mesh.timeout_seconds
+  bool may_use_nccl = false;
+};
+Early early_of(const RankWork& work) {
   PluginHost host(work.executable);
   const Recipe recipe = load_recipe(work.recipe, work.overrides, run_schema(), host);
-  return recipe.options.group("mesh").number("timeout_seconds");
+  const Options& mesh = recipe.options.group("mesh");
+  return {mesh.number("timeout_seconds"), recipe.options.group("run").text("device") != "cpu" && mesh.text("gpu_communication") != "staged"};
 }
 
 /// mpirun gives each rank a terminal of its own, which has no width. `columns`: what it should be, 0: nobody knows, and
@@ -104,17 +109,20 @@ int run_rank(const launch::Launch& launch, const RankWork& work) {
   set_columns(work.columns);
 
   // A recipe that cannot be read is told by the rank that the world chooses, not by all of them.
-  double timeout = 60;
+  Early early;
   std::exception_ptr unread;
   try {
-    timeout = timeout_of(work);
+    early = early_of(work);
   } catch (...) {
     unread = std::current_exception();
   }
+  // CUDA's driver otherwise loads a kernel at its first launch, which may wait until the GPU is idle: behind one of NCCL's that waits for
+  // another rank, which waits for this launch. The driver has no call for it, and reads this at its start; who has set it is obeyed.
+  if (early.may_use_nccl) setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   std::shared_ptr<World> world;
   std::unique_ptr<train::Trainer> trainer;  // outlives what is thrown: its destructors wait for ranks that do not come
   try {
-    world = launch.make_world(timeout);
+    world = launch.make_world(early.timeout);
     if (unread) std::rethrow_exception(unread);
     if (launch.rank == 0) fmt::print("{}\n", launch.describe());
     const int code = train(launch, work, world, trainer);

@@ -102,7 +102,7 @@ TEST(BenchCases, EveryCaseRunsAndCountsItsOperandsOnce) {
   EXPECT_EQ(amounts.at("attention 2 x 70, 4/2 heads of 16"), 4.0 * 2 * 4 * 16 * (70 * 70 / 2.0));
   EXPECT_EQ(amounts.at("attention 1 x 100, 2/1 heads of 16, window 33"), 4.0 * 2 * 16 * (33 * 33 / 2.0 + 67 * 33));
   EXPECT_EQ(amounts.at("  backward, any order 2 x 70, 4/2 heads of 16"), 2.5 * amounts.at("attention 2 x 70, 4/2 heads of 16"));
-  for (const char* kernel : {"rope", "embedding bf16", "embedding_backward", "sum_of_squares", "transpose", "column_sum", "  backward, one order", "product bf16", "quantize bf16 to e4m3"})
+  for (const char* kernel : {"rope", "embedding bf16", "embedding_backward", "gradient_norm", "transpose", "column_sum", "  backward, one order", "product bf16", "quantize bf16 to e4m3"})
     EXPECT_THAT(said, HasSubstr(kernel));
 }
 
@@ -188,6 +188,8 @@ TEST_F(BenchSteps, WhatFailsSaysWhy) {
   ASSERT_TRUE(row.peer);
   EXPECT_EQ(row.peer->problem, "CUDA out of memory");
   EXPECT_EQ(row.ratio(), 0);
+  plan.script = write("peer.sh", "sleep 60\n"), plan.peer_seconds = 0.2;  // its limit is not ours
+  EXPECT_THAT(measure_step(plan, tiny()).peer->problem, HasSubstr("was ended"));
   EXPECT_THAT(pytorch_problem("capstan-no-such-python"), HasSubstr("No such file"));
 }
 

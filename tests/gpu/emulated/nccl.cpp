@@ -1,18 +1,25 @@
 // NCCL's calls for ranks that are threads of one process, over the emulated GPU: a call is queued on its stream, and there
 // the ranks of its communicator meet, exchange addresses and copy. A rank that does not come is waited for until this one aborts.
+// As in NCCL 2.28 with communicators that do not block, registering a window returns at once and ends late, in a thread.
 #include "gpu/emulated/streams.h"
 
 #include <capstan/kernels/bf16.h>
 #include <nccl.h>
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -184,9 +191,14 @@ void run(Room& room, int rank, const std::vector<Call>& calls) {
 }  // namespace
 
 struct ncclComm {
+  ncclComm(std::shared_ptr<Room> r, int n) : room(std::move(r)), rank(n) {}
+  ~ncclComm() { if (worker.joinable()) worker.join(); }
   std::shared_ptr<Room> room;
   int rank;
-  void* buffers;
+  void* buffers = nullptr;
+  std::atomic<bool> busy{false};
+  std::thread worker;
+  std::multiset<void*> registered;
 };
 
 namespace {
@@ -204,7 +216,39 @@ void submit(ncclComm* comm, cudaStream_t stream, std::vector<Call> calls) {
                              [room = comm->room, rank = comm->rank, calls = std::move(calls)] { run(*room, rank, calls); });
 }
 
+std::mutex registered_mutex;
+std::multiset<void*> registered;  // with communicators that live
+
+/// Ends behind the caller's back, after `milliseconds`; until then the communicator takes no other call.
+void late(ncclComm* comm, int milliseconds, std::function<void()> work) {
+  if (comm->worker.joinable()) comm->worker.join();
+  comm->busy = true;
+  comm->worker = std::thread([comm, milliseconds, work = std::move(work)] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(milliseconds));
+    work();
+    comm->busy = false;
+  });
+}
+void note_registered(ncclComm* comm, void* p) {
+  const std::lock_guard lock(registered_mutex);
+  comm->registered.insert(p), registered.insert(p);
+}
+ncclResult_t forget_registered(ncclComm* comm, void* p) {
+  const std::lock_guard lock(registered_mutex);
+  const auto mine = comm->registered.find(p);
+  if (mine == comm->registered.end()) return ncclInvalidUsage;
+  comm->registered.erase(mine), registered.erase(registered.find(p));
+  return ncclSuccess;
+}
+void end(ncclComm* comm) {
+  if (comm->worker.joinable()) comm->worker.join();
+  while (!comm->registered.empty()) forget_registered(comm, *comm->registered.begin());
+  cudaFree(comm->buffers);
+  delete comm;
+}
+
 ncclResult_t ask(ncclComm* comm, cudaStream_t stream, Call call) {
+  if (comm->busy) return ncclInvalidArgument;
   if (group.depth == 0) return submit(comm, stream, {call}), ncclSuccess;
   if (group.comm != nullptr && group.comm != comm) return ncclInvalidUsage;
   group.comm = comm, group.stream = stream;
@@ -228,36 +272,51 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int ranks, ncclUniqueId id
   const std::lock_guard lock(rooms_mutex);
   auto& room = rooms[std::string(id.internal, sizeof next_id)];
   if (!room) room = std::make_shared<Room>(ranks);
-  *comm = new ncclComm{room, rank, nullptr};
+  *comm = new ncclComm(room, rank);
   cudaMalloc(&(*comm)->buffers, std::size_t{1} << 20);
   return ncclInProgress;
 }
-ncclResult_t ncclCommFinalize(ncclComm_t) { return ncclSuccess; }
-ncclResult_t ncclCommDestroy(ncclComm_t comm) { return cudaFree(comm->buffers), delete comm, ncclSuccess; }
+ncclResult_t ncclCommFinalize(ncclComm_t comm) {
+  if (comm->busy) return ncclInvalidArgument;
+  return late(comm, 2, [] {}), ncclInProgress;
+}
+ncclResult_t ncclCommDestroy(ncclComm_t comm) { return comm->busy ? ncclInvalidArgument : (end(comm), ncclSuccess); }
 ncclResult_t ncclCommAbort(ncclComm_t comm) {
   {
     const std::lock_guard lock(comm->room->mutex);
     comm->room->gone[static_cast<std::size_t>(comm->rank)] = true;
     comm->room->changed.notify_all();
   }
-  return ncclCommDestroy(comm);
+  return end(comm), ncclSuccess;
 }
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
+  if (comm->busy) return *error = ncclInProgress, ncclSuccess;
   const std::lock_guard lock(comm->room->mutex);
   return *error = comm->room->mismatch ? ncclRemoteError : ncclSuccess, ncclSuccess;
 }
-const char* ncclGetErrorString(ncclResult_t) { return "an emulated failure"; }
-const char* ncclGetLastError(ncclComm_t) { return "the ranks' calls differ"; }
+const char* ncclGetErrorString(ncclResult_t code) {
+  return code == ncclInvalidArgument ? "invalid argument: the call before has not ended" : "an emulated failure";
+}
+const char* ncclGetLastError(ncclComm_t comm) { return comm->room->mismatch ? "the ranks' calls differ" : ""; }
 ncclResult_t ncclMemAlloc(void** p, size_t bytes) {
   return cudaMalloc(p, bytes) == cudaSuccess ? ncclSuccess : ncclSystemError;
 }
-ncclResult_t ncclMemFree(void* p) { return cudaFree(p) == cudaSuccess ? ncclSuccess : ncclInvalidArgument; }
-ncclResult_t ncclCommWindowRegister(ncclComm_t, void* p, size_t, ncclWindow_t* window, int) {
-  return *window = static_cast<ncclWindow_t>(p), ncclSuccess;
+ncclResult_t ncclMemFree(void* p) {
+  const std::lock_guard lock(registered_mutex);
+  if (registered.contains(p)) std::fprintf(stderr, "memory is freed that a communicator has registered\n"), std::abort();
+  return cudaFree(p) == cudaSuccess ? ncclSuccess : ncclInvalidArgument;
 }
-ncclResult_t ncclCommWindowDeregister(ncclComm_t, ncclWindow_t) { return ncclSuccess; }
-ncclResult_t ncclCommRegister(const ncclComm_t, void* p, size_t, void** handle) { return *handle = p, ncclSuccess; }
-ncclResult_t ncclCommDeregister(const ncclComm_t, void*) { return ncclSuccess; }
+ncclResult_t ncclCommWindowRegister(ncclComm_t comm, void* p, size_t, ncclWindow_t* window, int) {
+  if (comm->busy) return ncclInvalidArgument;
+  late(comm, 30, [=] { note_registered(comm, *window = static_cast<ncclWindow_t>(p)); });
+  return ncclSuccess;
+}
+ncclResult_t ncclCommWindowDeregister(ncclComm_t comm, ncclWindow_t window) { return forget_registered(comm, window); }
+ncclResult_t ncclCommRegister(const ncclComm_t comm, void* p, size_t, void** handle) {
+  if (comm->busy) return ncclInvalidArgument;
+  return note_registered(comm, *handle = p), ncclSuccess;
+}
+ncclResult_t ncclCommDeregister(const ncclComm_t comm, void* handle) { return forget_registered(comm, handle); }
 ncclResult_t ncclGroupStart() { return ++group.depth, ncclSuccess; }
 ncclResult_t ncclGroupEnd() {
   if (--group.depth > 0 || group.comm == nullptr) return ncclSuccess;

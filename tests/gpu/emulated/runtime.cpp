@@ -15,6 +15,7 @@
 #include <mutex>
 #include <set>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 namespace capstan::emulated {
@@ -218,6 +219,9 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 cudaError_t cudaSetDevice(int device) { return current_device = device, cudaSuccess; }
 cudaError_t cudaGetDevice(int* device) { return *device = current_device, cudaSuccess; }
 cudaError_t cudaGetDeviceCount(int* count) {
+  // As the driver does it reads this at the first call.
+  const char *wanted = std::getenv("EMULATED_GPU_WANTS_LOADING"), *loading = std::getenv("CUDA_MODULE_LOADING");
+  if (wanted != nullptr && std::string(wanted) != (loading != nullptr ? loading : "LAZY")) return *count = 0, cudaErrorInvalidValue;
   const char* more = std::getenv("EMULATED_GPU_COUNT");
   return *count = more != nullptr ? std::atoi(more) : 1, cudaSuccess;
 }

@@ -10,6 +10,7 @@
 #include <kernels/backend.h>
 
 #include <csignal>
+#include <cstdio>
 #include <limits>
 
 namespace capstan::train::testing {
@@ -152,6 +153,25 @@ TEST(QueuedSteps, AnUpdateThatIsAnotherAtEachStepIsNotReplayed) {
     steps.take(1), steps.take(2);
     EXPECT_THROW(steps.take(3), Error);
   }
+}
+
+TEST(QueuedSteps, TheirMemoryIsNamedByWhatItIsForWhenNoneIsLeft) {
+  Project project;
+  Steps steps(project, "off");
+  steps.take(1);
+  std::string text;
+  try {
+    steps.device().allocate(std::int64_t{1} << 50);
+  } catch (const Error& e) {
+    text = e.what();
+  }
+  double weights = 0, gradients = 0, state = 0, rest = 0;
+  const std::size_t at = text.find("(weights ");
+  ASSERT_NE(at, std::string::npos) << text;
+  ASSERT_EQ(std::sscanf(text.c_str() + at, "(weights %lf MiB, gradients %lf MiB, optimizer state %lf MiB, activations and the rest %lf MiB)", &weights, &gradients, &state, &rest), 4) << text;
+  EXPECT_GT(weights, 0);
+  EXPECT_EQ(gradients, weights);
+  EXPECT_NEAR(state, 2 * weights, 0.11);
 }
 
 TEST(QueuedSteps, AreThoseThatTheHostWaitsFor) {

@@ -396,7 +396,7 @@ void test_attention(Context& ctx, bool small) {
         };
         try {
           one_by<bf16>(s, Path{ordered ? "cudnn ordered" : "cudnn", [&](const Attention& a) {
-                          const bool ran = said(cudnn.forward(ctx, a), "forward");
+                          const bool ran = said(cudnn.forward(ctx, a, std::int64_t{1} << 30), "forward");
                           if (ran && a.rows > a.host_starts[a.sequences]) check(cudaMemset2DAsync(static_cast<bf16*>(a.out) + a.host_starts[a.sequences] * a.out_stride, static_cast<std::size_t>(a.out_stride * 2), 0, static_cast<std::size_t>(a.heads * a.head_size * 2), static_cast<std::size_t>(a.rows - a.host_starts[a.sequences]), ctx.stream()), "dead rows");
                           return ran; },
                         [&](const Attention& a) {
@@ -407,6 +407,9 @@ void test_attention(Context& ctx, bool small) {
           report(false, "cudnn " + s.name(), e.what());
         }
       }
+    cuda::CudnnAttention none(ctx);
+    Problem<bf16> p(Shape{equal(2, 512), 8, 2, 128}, 0.1, 31);
+    report(!none.forward(ctx, p.a, -1) && !none.why().empty(), "cudnn without room", "an engine was taken that wants more than is allowed");
   } catch (const std::exception& e) {
     report(false, "cudnn", e.what());
   }

@@ -1,6 +1,7 @@
 // Real processes: `capstan train --ranks 2 run.device=cuda` trains as one rank does, and says how the GPUs reach each other.
 #include "core/invariance/runs.h"
 
+#include <capstan/device.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
@@ -41,6 +42,8 @@ std::vector<double> losses(const fs::path& run) {
   return all;
 }
 
+bool emulated() { return make_cuda_device()->describe().find("emulated") != std::string::npos; }
+
 bool launches() { return std::system("command -v mpirun >/dev/null") == 0; }
 
 TEST(Processes, TrainAsOneRankDoes) {
@@ -66,6 +69,23 @@ TEST(Processes, SayThatStepsOfSeveralRanksAreNotRecorded) {
   const Result automatic = train(project, "auto", "--ranks 2 run.device=cuda mesh.gpu_communication=staged train.steps=1");
   EXPECT_EQ(automatic.code, 0) << automatic.out;
   EXPECT_THAT(automatic.out, HasSubstr("off: steps of several ranks are queued, not recorded"));
+}
+
+// A kernel that is loaded at its first launch may wait for one of NCCL's that waits for another rank. A driver that reads another
+// choice than expected has no GPU here.
+TEST(Processes, LoadAllKernelsAtTheStartWhereNcclMayWait) {
+  if (!launches()) GTEST_SKIP() << "there is no mpirun";
+  if (!emulated()) GTEST_SKIP() << "only the emulated driver tells what it read";
+  const Project project;
+  const auto loaded = [&](const std::string& how, const std::string& words) {
+    ::setenv("EMULATED_GPU_WANTS_LOADING", how.c_str(), 1);
+    const Result r = train(project, how, words + " run.device=cuda train.steps=1");
+    ::unsetenv("EMULATED_GPU_WANTS_LOADING");
+    return r.code == 0 ? "" : r.out;
+  };
+  EXPECT_EQ(loaded("EAGER", "--ranks 2 mesh.gpu_communication=auto run.gpus='[0]'"), "");
+  EXPECT_EQ(loaded("LAZY", "--ranks 2 mesh.gpu_communication=staged"), "");
+  EXPECT_EQ(loaded("LAZY", ""), "");
 }
 
 TEST(Processes, SayWhichKeyAnImpossibleWishBelongsTo) {

@@ -17,7 +17,7 @@ void check_cuda(cudaError_t code, const std::string& where) {
 
 void Job::bind(const std::string& where) const { check_cuda(cudaSetDevice(gpu), where); }
 
-Link::Link(const Job& job, const std::string& name, const ncclUniqueId& id, int size, int rank) : job_(job), name_(name) {
+Link::Link(const Job& job, const std::string& name, const ncclUniqueId& id, int size, int rank) : Link(job, name) {
   const std::string where = fmt::format("communicator '{}'", name_);
   job_.bind(where);
   int least = 0, greatest = 0;
@@ -45,25 +45,31 @@ Link::Link(const Job& job, const std::string& name, const ncclUniqueId& id, int 
 Link::~Link() {
   cudaSetDevice(job_.gpu);
   if (comm_ != nullptr) {
-    for (const Adopted& a : adopted_) {
-      if (a.handle == nullptr) continue;
-#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 0)
-      if (a.window)
-        ncclCommWindowDeregister(comm_, static_cast<ncclWindow_t>(a.handle));
-      else
-        ncclCommDeregister(comm_, a.handle);
-#else
-      ncclCommDeregister(comm_, a.handle);
-#endif
+    if (!stuck_) {
+      deregister();
+      const ncclResult_t code = ncclCommFinalize(comm_);
+      stuck_ = (code != ncclSuccess && code != ncclInProgress) || !wait_for_state();
     }
-    ncclCommFinalize(comm_);
-    if (wait_for_state())
-      ncclCommDestroy(comm_);
-    else
+    // Both return when they are done, also for a communicator that does not block (NCCL: a group that destroys blocks).
+    if (stuck_)
       ncclCommAbort(comm_);
+    else
+      ncclCommDestroy(comm_);
   }
-  cudaStreamDestroy(stream_);
-  count_communication(*job_.device, -bytes_);
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+  if (bytes_ != 0) count_communication(*job_.device, -bytes_);
+}
+
+/// Windows first: each holds a registration of its own.
+void Link::deregister() noexcept {
+  for (const Adopted& a : adopted_) {
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 0)
+    if (a.window != nullptr) ncclCommWindowDeregister(comm_, a.window);
+#endif
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 19, 0)
+    if (a.handle != nullptr) ncclCommDeregister(comm_, a.handle);
+#endif
+  }
 }
 
 void Link::check(ncclResult_t code, const std::string& where) const {
@@ -104,6 +110,7 @@ bool Link::wait_for_state() const {
 
 void Link::settle(const std::string& where) {
   if (wait_for_state()) return;
+  stuck_ = true;
   const char* last = ncclGetLastError(comm_);
   const std::string text = fmt::format("NCCL did not get under way within {:.3g} s, or failed: {}", job_.control->timeout(),
                                        last ? last : "it does not say why");
@@ -124,23 +131,19 @@ std::string Link::fault() const {
 void Link::adopt(std::shared_ptr<void> memory, std::size_t bytes) {
   const std::string where = fmt::format("registering memory with communicator '{}'", name_);
   job_.bind(where);
-  Adopted a;
+  const auto in_use = use(where);
+  Adopted& a = adopted_.emplace_back();
   a.memory = std::move(memory);
+  // Both may return success while a thread of NCCL still registers (2.28's window does): the state says when it has ended.
 #if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 0)
-  ncclWindow_t window = nullptr;
-  const ncclResult_t code = ncclCommWindowRegister(comm_, a.memory.get(), bytes, &window, NCCL_WIN_COLL_SYMMETRIC);
-  check(code, where);
-  if (code == ncclInProgress) settle(where);
-  a.handle = window, a.window = window != nullptr;  // null where the GPUs have no symmetric memory
+  check(ncclCommWindowRegister(comm_, a.memory.get(), bytes, &a.window, NCCL_WIN_COLL_SYMMETRIC), where);
+  settle(where);
+  if (a.window != nullptr) return;  // null where NCCL has no use for one
 #endif
 #if NCCL_VERSION_CODE >= NCCL_VERSION(2, 19, 0)
-  if (a.handle == nullptr) {
-    const ncclResult_t local = ncclCommRegister(comm_, a.memory.get(), bytes, &a.handle);
-    check(local, where);
-    if (local == ncclInProgress) settle(where);
-  }
+  check(ncclCommRegister(comm_, a.memory.get(), bytes, &a.handle), where);
+  settle(where);
 #endif
-  adopted_.push_back(std::move(a));
 }
 
 std::shared_ptr<void> nccl_memory(const Job& job, std::size_t bytes) {

@@ -7,10 +7,10 @@
 #include <nccl.h>
 
 #include <cstdint>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <vector>
 
 namespace capstan::comm {
 
@@ -30,7 +30,7 @@ class Link {
  public:
   /// Rank `rank` of `size`; returns when all have come. A rank that does not come ends the job within its timeout.
   Link(const Job& job, const std::string& name, const ncclUniqueId& id, int size, int rank);
-  /// Lets NCCL end what is under way.
+  /// Lets NCCL end what is under way, for as long as the timeout; the registered memory is free only when NCCL has let go of it.
   ~Link();
   Link(const Link&) = delete;
   Link& operator=(const Link&) = delete;
@@ -52,18 +52,25 @@ class Link {
   void adopt(std::shared_ptr<void> memory, std::size_t bytes);
 
  private:
+  /// Nothing of NCCL yet: what throws in the public constructor comes through the destructor.
+  Link(const Job& job, const std::string& name) : job_(job), name_(name) {}
   bool wait_for_state() const;
+  void deregister() noexcept;
+  /// NCCL writes the two from a thread of its own, also after the call has returned: they do not move.
   struct Adopted {
     std::shared_ptr<void> memory;
+#if NCCL_VERSION_CODE >= NCCL_VERSION(2, 27, 0)
+    ncclWindow_t window = nullptr;
+#endif
     void* handle = nullptr;  // of ncclCommRegister
-    bool window = false;     // handle is one's
   };
   const Job& job_;
   std::string name_;
   mutable std::mutex mutex_;
   ncclComm_t comm_ = nullptr;
   cudaStream_t stream_ = nullptr;
-  std::vector<Adopted> adopted_;
+  std::deque<Adopted> adopted_;
+  bool stuck_ = false;  // NCCL failed, or did not end in time: it is not asked for more
   std::int64_t bytes_ = 0;  // that the communicator took
 };
 

@@ -70,7 +70,7 @@ struct Flight {
   }
 };
 
-class NcclCommunicator final : public Communicator {
+class NcclCommunicator final : public Communicator, public std::enable_shared_from_this<NcclCommunicator> {
  public:
   NcclCommunicator(std::shared_ptr<const Job> job, std::shared_ptr<Communicator> control)
       : Communicator(control->name(), control->ranks(), control->rank()),
@@ -119,14 +119,14 @@ class NcclCommunicator final : public Communicator {
   Handle all_gather_v(const void* in, void* out, std::span<const std::int64_t> counts, DType dtype) override {
     require(counts, "all_gather_v");
     const auto mine = counts[static_cast<std::size_t>(rank())];
+    const ncclDataType_t t = type("all_gather_v", dtype);
     return launch("all_gather_v", 0, others(mine, dtype), [&](const Link& l) {
       return grouped([&](auto&& call) {
         std::int64_t place = 0;
         for (int r = 0; r < size(); ++r) {
           const std::int64_t n = counts[static_cast<std::size_t>(r)];
           std::byte* block = at(out, place, dtype);
-          if (n > 0)
-            call(ncclBroadcast(r == rank() ? in : block, block, z(n), type("all_gather_v", dtype), r, l.comm(), l.stream()));
+          if (n > 0) call(ncclBroadcast(r == rank() ? in : block, block, z(n), t, r, l.comm(), l.stream()));
           place += n;
         }
       });
@@ -182,17 +182,17 @@ class NcclCommunicator final : public Communicator {
 
   /// Makes the compute stream wait for the collective.
   struct Wait final : Handle::Operation {
-    Wait(NcclCommunicator& c, std::shared_ptr<Flight> f) : comm(c), flight(std::move(f)) {}
+    Wait(std::shared_ptr<NcclCommunicator> c, std::shared_ptr<Flight> f) : comm(std::move(c)), flight(std::move(f)) {}
     void wait() override {
       if (flight->task) flight->task->wait();
-      comm.throw_if_broken();
-      comm.job_->bind(comm.where(flight->collective));
-      check_cuda(cudaStreamWaitEvent(comm.job_->compute, flight->end, 0), comm.where(flight->collective));
+      comm->throw_if_broken();
+      comm->job_->bind(comm->where(flight->collective));
+      check_cuda(cudaStreamWaitEvent(comm->job_->compute, flight->end, 0), comm->where(flight->collective));
     }
     bool done() override {
       return (!flight->task || flight->task->done()) && cudaEventQuery(flight->end) != cudaErrorNotReady;
     }
-    NcclCommunicator& comm;
+    std::shared_ptr<NcclCommunicator> comm;  // a handle may outlive who asked for it
     std::shared_ptr<Flight> flight;
   };
 
@@ -214,14 +214,21 @@ class NcclCommunicator final : public Communicator {
       if (n < 0) wrong(collective, fmt::format("negative count {}", n));
   }
 
-  /// Calls within `body` start together; their first error, or the group's.
+  /// Calls within `body` start together; their first error, or the group's. A group left open would swallow what this thread
+  /// calls later.
   template <class Body>
   static ncclResult_t grouped(Body&& body) {
-    ncclResult_t first = ncclGroupStart();
-    body([&](ncclResult_t code) {
-      if (first == ncclSuccess && code != ncclInProgress) first = code;
-    });
-    const ncclResult_t end = ncclGroupEnd();
+    ncclResult_t first = ncclGroupStart(), end = ncclSuccess;
+    if (first != ncclSuccess) return first;
+    {
+      struct Group {
+        ncclResult_t& end;
+        ~Group() { end = ncclGroupEnd(); }
+      } const group{end};
+      body([&](ncclResult_t code) {
+        if (first == ncclSuccess && code != ncclInProgress) first = code;
+      });
+    }
     return first != ncclSuccess ? first : end;
   }
 
@@ -262,7 +269,7 @@ class NcclCommunicator final : public Communicator {
   Handle launch(const char* collective, std::int64_t count, double bytes, Body&& body) {
     auto flight = flight_of(collective, count, bytes);
     fly(*main_, flight, body);
-    return Handle(std::make_shared<Wait>(*this, std::move(flight)));
+    return Handle(std::make_shared<Wait>(shared_from_this(), std::move(flight)));
   }
 
   template <class Body>
@@ -291,7 +298,7 @@ class NcclCommunicator final : public Communicator {
                                         }
                                         fly(*peer->link, keep.lock(), body);
                                       });
-    return Handle(std::make_shared<Wait>(*this, std::move(flight)));
+    return Handle(std::make_shared<Wait>(shared_from_this(), std::move(flight)));
   }
 
   std::unique_ptr<Link> link_to(int other, bool sends) {
@@ -315,16 +322,15 @@ class NcclCommunicator final : public Communicator {
     const auto me = static_cast<std::size_t>(rank());
     if (send_counts[me] != receive_counts[me])
       wrong(collective, "what a rank sends to itself is not what it receives from itself");
+    const ncclDataType_t t = type(collective, dtype);
     const std::int64_t all = std::accumulate(send_counts.begin(), send_counts.end(), std::int64_t{0});
     return launch(collective, 0, static_cast<double>((all - send_counts[me]) * size_of(dtype)), [&](const Link& l) {
       return grouped([&](auto&& call) {
         std::int64_t from = 0, to = 0;
         for (int r = 0; r < size(); ++r) {
           const auto i = static_cast<std::size_t>(r);
-          if (send_counts[i] > 0)
-            call(ncclSend(at(in, from, dtype), z(send_counts[i]), type(collective, dtype), r, l.comm(), l.stream()));
-          if (receive_counts[i] > 0)
-            call(ncclRecv(at(out, to, dtype), z(receive_counts[i]), type(collective, dtype), r, l.comm(), l.stream()));
+          if (send_counts[i] > 0) call(ncclSend(at(in, from, dtype), z(send_counts[i]), t, r, l.comm(), l.stream()));
+          if (receive_counts[i] > 0) call(ncclRecv(at(out, to, dtype), z(receive_counts[i]), t, r, l.comm(), l.stream()));
           from += send_counts[i];
           to += receive_counts[i];
         }
