@@ -165,7 +165,11 @@ void overlap(const char* name, Overlap& o, int rounds) {
     const auto turns = o.rank() == 0 ? static_cast<std::int64_t>(1.5 * expected / turn) : 0;
     for (int i = 0; i < rounds; ++i) {
       timed(busy, [&] { sink = work(turns); });
-      timed(both, [&] { o.start(a.data(), n), sink = work(turns), o.wait(); });
+      timed(both, [&] {
+        o.start(a.data(), n);
+        sink = work(turns);
+        o.wait();
+      });
     }
     const double c = median(alone), w = median(busy), b = median(both);
     if (o.rank() == 0)

@@ -138,7 +138,7 @@ TEST_F(Loader, AnEpochCoversEveryTargetOnce) {
     const auto begin = seen.tokens.begin() + static_cast<std::ptrdiff_t>(e * period);
     orders.emplace_back(begin, begin + static_cast<std::ptrdiff_t>(period));
     for (const std::int32_t token : orders.back()) ++count[token];
-    if (e == 0) EXPECT_EQ(count.size(), period);
+    if (e == 0) { EXPECT_EQ(count.size(), period); }
   }
   EXPECT_EQ(count.size(), static_cast<std::size_t>(total()));
   for (const auto& [token, n] : count) EXPECT_TRUE(n == 2 || n == 3) << token << " came " << n << " times";
@@ -170,7 +170,7 @@ TEST(Shuffled, IsAPermutationThatItsNameFixes) {
       EXPECT_TRUE(to >= 0 && to < n && seen.insert(to).second) << n << " " << i;
       moved += to != shuffled(Rng(6, "a"), n, i);
     }
-    if (n >= 16) EXPECT_GT(moved, n / 2);
+    if (n >= 16) { EXPECT_GT(moved, n / 2); }
   }
 }
 
