@@ -146,15 +146,16 @@ void place(Session& s, Placement placement) {
   s.engine = std::make_unique<Engine>(s.model, s.device, std::move(e), s.mesh);
 }
 
-void check_data_options(const Session& session) {
+void check_sequence_length(const Session& session) {
   const Options& data = session.options().group("data");
   if (session.model->longest() > 0 && data.integer("sequence_length") > session.model->longest())
     data.refuse("sequence_length", "the model's context is " + std::to_string(session.model->longest()) + " tokens");
-  for (const Options& set : data.groups("sets")) {
-    const std::string& prefix = set.path("path");
-    if (!is_there(prefix + ".idx") && set.texts("text").empty())
-      set.refuse("path", "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`");
-  }
+}
+
+std::string missing_set(const Options& set) {
+  const std::string& prefix = set.path("path");
+  if (is_there(prefix + ".idx") || !set.texts("text").empty()) return "";
+  return "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`";
 }
 
 std::int64_t load_weights(Session& session, const std::string& run_folder, std::int64_t step, const std::function<void(const std::string&)>& report) {

@@ -52,9 +52,10 @@ CAPSTAN_API std::unique_ptr<Session> open_session(const std::string& recipe, con
 
 /// Takes the memory that Placement::none left out: the trainer's, once its header stands.
 CAPSTAN_API void place(Session& session, Placement placement);
-/// Refuses what the recipe's parts cannot do together and no data is needed to see: sequences beyond the model's context,
-/// sets that are not there and name no text. Error(input).
-CAPSTAN_API void check_data_options(const Session& session);
+/// Error(input) when sequences are longer than the model's context.
+CAPSTAN_API void check_sequence_length(const Session& session);
+/// Why a data set can neither be read nor built from its text; "" when one of the two can be.
+CAPSTAN_API std::string missing_set(const Options& set);
 
 /// Fills the weights from a run folder's newest good checkpoint, or from that of `step` when it is not
 /// negative. `report` hears of damaged ones. Returns the step; Error(input) when there is none.

@@ -27,7 +27,9 @@ namespace {
 /// The run's folder, after what needs no data is seen to be right: a run that is refused builds no data sets and
 /// leaves no folder.
 std::string checked_folder(const Session& session) {
-  check_data_options(session);
+  check_sequence_length(session);
+  for (const Options& set : session.options().group("data").groups("sets"))
+    if (const std::string missing = missing_set(set); !missing.empty()) set.refuse("path", missing);
   const Options& run = session.options().group("run");
   const std::string& mode = run.text("resume");
   std::string folder = session.run_folder();
@@ -116,7 +118,7 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
     options.group("run").refuse("cuda_graphs", "steps cannot be recorded: " + cannot + "; expected auto or off here");
   if (!session_->products.empty()) display_.note("  products: " + session_->products);
   if (session_->device->kind() == DeviceKind::cuda)
-    display_.note("  cuda graphs: " + (session_->engine->options().recording == Recording::off ? "off" : !cannot.empty() ? "off, " + cannot : "forward, backward and update are recorded once and replayed"));
+    display_.note("  cuda graphs: " + (session_->engine->options().recording == Recording::off ? "off" : !cannot.empty() ? "off: " + cannot : "forward, backward and update are recorded once and replayed"));
 
   const Options& c = options.group("checkpoint");
   checkpoint::SaverOptions saver;
