@@ -460,7 +460,8 @@ void MpiEngine::unwatch() {
 }
 
 RankState MpiEngine::remote(int world_rank) const {
-  const RemotePage& page = Segment::attach(memory_).remote(world_rank);
+  auto segment = Segment::attach(memory_);
+  const RemotePage& page = segment.remote(world_rank);
   RankState s;
   const std::int64_t heard = page.heard;
   s.known = heard > 0;
