@@ -11,6 +11,8 @@ names = {"gpt2": "GPT-2 124M, 4 x 256", "small": "6 layers of 384, 16 x 256"}
 bars = {("gpt2", "eager"): 1.2, ("gpt2", "best"): 1.1, ("small", "eager"): 1.35, ("small", "best"): 1.25}
 for shape in ("gpt2", "small"):
     mine = [r for r in rows if r["shape"] == shape and r["engine"].startswith("capstan")]
+    if not mine:
+        continue
     speed = statistics.median(r["tokens_per_s"] for r in mine)
     limit = statistics.median(r["gemm_flops"] / (r["flops"] / r["tokens_per_s"]) for r in mine)
     print(f"\n{names[shape]}: limit (all FLOPs at the measured matrix rate) {limit:.0f} tokens/s")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Capstan against PyTorch on this machine, side by side in one run: GPT-2 124M at 4 x 256 and a small model at
 # 16 x 256, f32, forward + backward + AdamW. The engines take turns, so that a slow minute hits all of them.
-#   tests/benchmarks/run.sh [rounds]      (default 3; needs a build in build/ and, once, the Python registry)
+#   tests/benchmarks/run.sh [rounds] [gpt2|small]   (default 3 of both; needs a build in build/ and, once, the Python registry)
 #   tests/benchmarks/run.sh comm [rounds] collectives among ranks instead
 #   tests/benchmarks/run.sh save [rounds] the snapshot of a checkpoint against memcpy
 #   tests/benchmarks/run.sh fsdp [steps]  2 ranks of 1 thread against one process of 2, GPT-2, 4,096 tokens a step
@@ -40,6 +40,10 @@ if [ "${1:-}" = fsdp ]; then
   exit
 fi
 rounds=${1:-3}
+shapes=(${2:-gpt2 small})
+for shape in "${shapes[@]}"; do
+  [ -e "$here/$shape.yaml" ] && [ "$shape" != fsdp ] || { echo "unknown shape '$shape': expected gpt2 or small" >&2; exit 2; }
+done
 program=${CAPSTAN_BENCH_PROGRAM:-$root/build/bin/capstan}
 threads=${CAPSTAN_BENCH_THREADS:-2}
 out=$root/build/benchmarks
@@ -49,7 +53,7 @@ python=${CAPSTAN_BENCH_PYTHON:-$root/build/peer-venv/bin/python}
 [ -x "$program" ] || { echo "no program at $program: run ./capstan --version first" >&2; exit 1; }
 : > "$out/results.jsonl"
 for round in $(seq "$rounds"); do
-  for shape in gpt2 small; do
+  for shape in "${shapes[@]}"; do
     "$program" bench "$here/$shape.yaml" run.threads="$threads" --steps 5 --json >> "$out/results.jsonl"
     "$python" "$here/peer_pytorch.py" --shape "$shape" --form eager --threads "$threads" --steps 4 >> "$out/results.jsonl"
     # The best form: compiled, fused, and an allocator that never gives memory back.
@@ -59,7 +63,7 @@ for round in $(seq "$rounds"); do
   done
 done
 "$python" "$here/report.py" "$out/results.jsonl"
-for shape in gpt2 small; do
+for shape in "${shapes[@]}"; do
   echo
   "$program" bench "$here/$shape.yaml" run.threads="$threads" --steps 4 --profile
 done
