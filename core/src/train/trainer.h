@@ -35,8 +35,10 @@ struct StepResult {
 
 class CAPSTAN_API Trainer {
  public:
-  /// Opens data and the run's folder, and resumes as run.resume says. `interrupted` is asked after each
-  /// step, and by another thread while data sets are built: a signal's number, or 0. Over several ranks each has a trainer, and all members are for all ranks.
+  /// Opens data and the run's folder, prints the header, takes the model's memory where the session has not (place()), and
+  /// resumes as run.resume says. `interrupted` is asked after each step, and several times a second while data sets are
+  /// built (over several ranks by another thread): a signal's number, or 0. Over several ranks each has a trainer, and all
+  /// members are for all ranks.
   Trainer(std::unique_ptr<Session> session, std::function<int()> interrupted);
   ~Trainer();
 
