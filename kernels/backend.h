@@ -100,6 +100,10 @@ class Backend {
   // Products and what is built on them.
   /// bias [N] and residual [M, N] (rows ldc apart) in c's type, or null; with a residual g.accumulate is off.
   virtual void gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias = nullptr, const void* residual = nullptr) = 0;
+  /// Whether gemm() takes GELU's slope as it stores C, and sums A as it reads it, in this product. Where it does not, it refuses
+  /// g.gelu_slope_of and g.sums_of_a, and passes of their own are the faster way.
+  virtual bool takes_gelu_slope(const Gemm& g) = 0;
+  virtual bool takes_sums_of_a(const Gemm& g) = 0;
   /// FLOP/s of a large product of `num`, the best of a few: about 60 ms of work. f8e4m3: gemm_fp8 with one scale a matrix.
   virtual double gemm_rate(Num num) = 0;
   virtual void quantize(const Quantize& q) = 0;

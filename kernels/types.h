@@ -39,6 +39,10 @@ struct Gemm {
   /// Not null (one product, nothing added to it but a bias): what the product comes to goes here, in c's type, rows ldc apart,
   /// and C is its GELU.
   void* before_gelu = nullptr;
+  /// Not null (one product, nothing added to it): C is the product times GELU's slope at these values of c's type, rows ldc apart.
+  const void* gelu_slope_of = nullptr;
+  /// Not null (one product, A transposed): the sums over k of A's columns, [m] in c's type, added to what is there if C is.
+  void* sums_of_a = nullptr;
 };
 
 /// What one scale of an fp8 matrix covers: all of it, or 32 neighbours along what a product sums over (shared/fp8.h).

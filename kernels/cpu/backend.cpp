@@ -248,9 +248,16 @@ void CpuBackend::store_pages(Num num, std::int64_t tokens, std::int64_t heads, s
   }
 }
 
+bool CpuBackend::takes_gelu_slope(const Gemm& g) { return strips_serve(g) && g.ldc == g.n; }
+bool CpuBackend::takes_sums_of_a(const Gemm& g) { return strips_serve(g) && g.trans_a; }
 void CpuBackend::gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) {
   Gemm product = g;
   product.bias = bias != nullptr;
+  if (g.gelu_slope_of != nullptr || g.sums_of_a != nullptr) {
+    if ((g.gelu_slope_of != nullptr && (!takes_gelu_slope(g) || g.accumulate)) || (g.sums_of_a != nullptr && !takes_sums_of_a(g)) || bias != nullptr || residual != nullptr)
+      throw std::invalid_argument("[gemm] GELU's slope and sums of A are taken where takes_gelu_slope() and takes_sums_of_a() say so, without bias or residual");
+    return panel_gemm(ctx_, g, to<float>(a), to<float>(b), to<float>(c), nullptr);
+  }
   if (g.before_gelu != nullptr) {
     if (g.batch != 1 || g.accumulate || residual != nullptr || g.ldc != g.n) throw std::invalid_argument("[gemm] GELU follows one product and its bias, in rows that lie close together");
     if (g.invariant && !g.trans_a && g.m > 0 && g.n > 0 && g.k > 0 && has_panel_gemm(product))  // as tiles are stored

@@ -63,6 +63,8 @@ class CpuBackend final : public Backend {
   void store_pages(Num num, std::int64_t tokens, std::int64_t heads, std::int64_t size, std::int64_t page, const void* from,
                    std::int64_t row_stride, std::int64_t head_stride, const std::int64_t* rows, void* pages) override;
 
+  bool takes_gelu_slope(const Gemm& g) override;
+  bool takes_sums_of_a(const Gemm& g) override;
   void gemm(const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) override;
   double gemm_rate(Num num) override;
   void quantize(const Quantize& q) override;

@@ -78,7 +78,7 @@ void rows_of_a(Context& context, const Gemm& g, const float* a, const float* b, 
                                last && bias != nullptr ? bias + j : nullptr}, next);
               if (last && before != nullptr) {
                 gelu_of_tile(m, std::min(tile_n, g.n - j), to, before + i * g.ldc + j, g.ldc);
-                if (q + 1 < count) ask_for_rows(m, before + i * g.ldc + j + tile_n, g.ldc);
+                if (q + 1 < count) ask_for_rows<true>(m, before + i * g.ldc + j + tile_n, g.ldc);
               }
             }
           }
@@ -175,6 +175,14 @@ bool panels_are_better(const Gemm& g) {
 #endif
 }
 
+bool strips_serve(const Gemm& g) {
+#if defined(CAPSTAN_AVX512)
+  return false;  // gradients are the library's
+#else
+  return has_panel_gemm(g) && g.m > 0 && g.n > 0 && g.k > 0;
+#endif
+}
+
 void panel_gemm(Context& context, const Gemm& g, const float* a, const float* b, float* c, const float* bias, const float* residual) {
 #if defined(CAPSTAN_AVX512)
   if (g.trans_a) columns_of_a(context, g, a, b, c);
@@ -188,6 +196,7 @@ void panel_gemm(Context& context, const Gemm& g, const float* a, const float* b,
 
 bool has_panel_gemm(const Gemm&) { return false; }
 bool panels_are_better(const Gemm&) { return false; }
+bool strips_serve(const Gemm&) { return false; }
 void panel_gemm(Context&, const Gemm&, const float*, const float*, float*, const float*, const float*) { throw std::logic_error("no panel_gemm in this build"); }
 
 #endif

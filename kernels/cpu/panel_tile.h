@@ -147,10 +147,17 @@ inline void gelu_of_tile(std::int64_t m, std::int64_t n, float* c, float* before
     });
 }
 
-/// Asks for the rows of `before` that the next tile will write.
-inline void ask_for_rows(std::int64_t m, const float* before, std::int64_t ldc) {
+/// A tile of C, its first row at c and in the first-level cache, times GELU's slope at `at`.
+inline void slope_of_tile(std::int64_t m, std::int64_t n, float* c, const float* at, std::int64_t ldc) {
+  for (std::int64_t r = 0; r < m; ++r, c += ldc, at += ldc)
+    for_blocks<float>(n, [&](std::int64_t i, auto mask) { (Vec<float>::load(c + i, mask) * gelu_slope(Vec<float>::load(at + i, mask))).store(c + i, mask); });
+}
+
+/// Asks for the rows beside C that the next tile will write or read.
+template <bool Write>
+void ask_for_rows(std::int64_t m, const float* rows, std::int64_t ldc) {
   for (std::int64_t r = 0; r < m; ++r)
-    for (std::int64_t i = 0; i < tile_n; i += 16) __builtin_prefetch(before + r * ldc + i, 1, 3);
+    for (std::int64_t i = 0; i < tile_n; i += 16) __builtin_prefetch(rows + r * ldc + i, Write ? 1 : 0, 3);
 }
 
 /// k's blocks: even ones of at most `most`; they depend on k alone.

@@ -13,7 +13,7 @@ namespace capstan::kernels::cuda {
 namespace {
 
 /// How a product ends.
-enum class Ending : std::uint8_t { plain, bias, gelu, gelu_bias };
+enum class Ending : std::uint8_t { plain, bias, gelu, gelu_bias, slope };
 
 struct Kind {
   const Gemm& g;
@@ -27,7 +27,7 @@ struct Kind {
   }
   /// The same in words.
   std::string text() const {
-    static constexpr const char* endings[] = {"", " bias", " gelu", " gelu bias"};
+    static constexpr const char* endings[] = {"", " bias", " gelu", " gelu bias", " gelu slope"};
     std::string kind = std::to_string(g.m) + "x" + std::to_string(g.n) + "x" + std::to_string(g.k) + (g.trans_a ? " t" : " n") + (g.trans_b ? "t" : "n");
     kind += " types" + words({static_cast<int>(g.a), static_cast<int>(g.b), static_cast<int>(g.c)}) + " rows" + words({g.lda, g.ldb, g.ldc});
     if (g.batch > 1) kind += " batch" + words({g.batch, g.stride_a, g.stride_b, g.stride_c});
@@ -40,11 +40,12 @@ void describe(Product& p, const Gemm& g, Ending ending) {
   check(cublasLtMatmulDescCreate(&p.operation, p.wide ? CUBLAS_COMPUTE_64F : CUBLAS_COMPUTE_32F, p.wide ? CUDA_R_64F : CUDA_R_32F), "describing a product");
   p.set(CUBLASLT_MATMUL_DESC_TRANSA, static_cast<std::int32_t>(g.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N));
   p.set(CUBLASLT_MATMUL_DESC_TRANSB, static_cast<std::int32_t>(g.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N));
-  constexpr cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS};
+  constexpr cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
+                                              CUBLASLT_EPILOGUE_DGELU};
   const auto type = static_cast<std::int32_t>(product_type(g.c));
   p.set(CUBLASLT_MATMUL_DESC_EPILOGUE, static_cast<std::uint32_t>(epilogues[static_cast<int>(ending)]));
   if (ending == Ending::bias || ending == Ending::gelu_bias) p.set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type);
-  if (ending == Ending::gelu || ending == Ending::gelu_bias) {
+  if (ending == Ending::gelu || ending == Ending::gelu_bias || ending == Ending::slope) {
     p.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, g.ldc);
     p.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, type);
   }
@@ -70,16 +71,17 @@ Operands operands_of(const Gemm& g, const void* a, const void* b, void* c, const
   return {b, a, c, residual, g.accumulate || residual != nullptr, b_bytes, a_bytes, bytes(g.c, g.m, g.n, g.ldc, g.stride_c)};
 }
 
-/// Runs it with this ending; false, with nothing run, when the library has no algorithm for it.
-bool multiply(Context& ctx, const Gemm& g, Ending ending, const Operands& o, const void* bias, void* before, cublasStatus_t* status) {
-  const bool biased = ending == Ending::bias || ending == Ending::gelu_bias, gelu = ending == Ending::gelu || ending == Ending::gelu_bias;
+/// Runs it with this ending; false, with nothing run, when the library has no algorithm for it. `beside`: what GELU is taken of, written
+/// or, for its slope, read.
+bool multiply(Context& ctx, const Gemm& g, Ending ending, const Operands& o, const void* bias, const void* beside, cublasStatus_t* status) {
+  const bool biased = ending == Ending::bias || ending == Ending::gelu_bias;
   const Kind kind{g, ending, alignment_of(o.b), alignment_of(o.a), std::min(alignment_of(o.d), alignment_of(o.c)), biased ? alignment_of(bias) : 0};
   auto& products = ctx.gemms().products;
   const auto [it, fresh] = products.try_emplace(kind.key());
   Product& p = it->second;
   const auto point = [&] {  // where the library looks at their alignment, and where it runs
     if (biased) p.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
-    if (gelu) p.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, before);
+    if (beside != nullptr) p.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, beside);
   };
   *status = CUBLAS_STATUS_NOT_SUPPORTED;
   if (fresh) {
@@ -98,13 +100,15 @@ bool multiply(Context& ctx, const Gemm& g, Ending ending, const Operands& o, con
   return true;
 }
 
-/// Whether the library may take GELU into the product. Not f32: nothing says how closely its epilogue's tanh is computed, and
+/// Whether the library may take GELU, or its slope, of what lies `beside` C into the product. Not f32: nothing says how closely its epilogue's tanh is computed, and
 /// bf16 alone rounds more coarsely than a tanh of 11 bits.
-bool may_take_gelu(const Gemm& g, const void* c) {
-  return g.c == Num::bf16 && g.a == Num::bf16 && g.b == Num::bf16 && g.ldc % 8 == 0 && alignment_of(c) >= 16 && alignment_of(g.before_gelu) >= 16;
+bool may_take_gelu(const Gemm& g, const void* c, const void* beside) {
+  return takes_gelu_slope(g) && alignment_of(c) >= 16 && alignment_of(beside) >= 16;
 }
 
 }  // namespace
+
+bool takes_gelu_slope(const Gemm& g) { return g.c == Num::bf16 && g.a == Num::bf16 && g.b == Num::bf16 && g.batch == 1 && g.ldc == g.n && g.ldc % 8 == 0; }
 
 void gemm(Context& ctx, const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual) {
   if (g.m == 0 || g.n == 0 || g.batch == 0) return;
@@ -112,8 +116,12 @@ void gemm(Context& ctx, const Gemm& g, const void* a, const void* b, void* c, co
   const bool gelu = g.before_gelu != nullptr;
   if (gelu && (g.batch != 1 || g.accumulate || residual != nullptr || g.ldc != g.n))
     throw std::invalid_argument("[gemm] GELU follows one product and its bias, in rows that lie close together");
+  const bool slope = g.gelu_slope_of != nullptr;
+  if (g.sums_of_a != nullptr || (slope && (!takes_gelu_slope(g) || g.accumulate || gelu || bias != nullptr || residual != nullptr)))
+    throw std::invalid_argument("[gemm] no sums of A here; GELU's slope where takes_gelu_slope() says so, of a product that nothing is added to");
   cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
-  if (gelu && may_take_gelu(g, c) &&
+  if (slope && may_take_gelu(g, c, g.gelu_slope_of) && multiply(ctx, g, Ending::slope, operands_of(g, a, b, c, nullptr), nullptr, g.gelu_slope_of, &status)) return;
+  if (gelu && may_take_gelu(g, c, g.before_gelu) &&
       multiply(ctx, g, bias != nullptr ? Ending::gelu_bias : Ending::gelu, operands_of(g, a, b, c, nullptr), bias, g.before_gelu, &status))
     return;
   void* to = gelu ? g.before_gelu : c;
@@ -125,6 +133,7 @@ void gemm(Context& ctx, const Gemm& g, const void* a, const void* b, void* c, co
                              std::to_string(static_cast<int>(g.c)) + " (status " + std::to_string(static_cast<int>(status)) + ")");
   if (bias != nullptr && !epilogue) add_bias(ctx, g.c, g.m, g.n, to, bias);
   if (gelu) unary(ctx, UnaryOp::gelu, g.c, g.m * g.n, g.before_gelu, c);
+  if (slope) unary_backward(ctx, UnaryOp::gelu, g.c, g.m * g.n, g.gelu_slope_of, c, c);
 }
 
 }  // namespace capstan::kernels::cuda

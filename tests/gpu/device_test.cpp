@@ -196,6 +196,44 @@ TEST_F(Gpu, TakesGeluIntoTheProductWhereItCan) {
       }
 }
 
+// The gradient through GELU: the product times the slope, whether the library has such an epilogue or a pass follows.
+TEST_F(Gpu, TakesGeluSlopeOfAProduct) {
+  const std::filesystem::path file = std::filesystem::temp_directory_path() / ("capstan-slope-" + std::to_string(getpid()) + ".txt");
+  struct Gone {
+    const std::filesystem::path& file;
+    ~Gone() { std::filesystem::remove(file), std::filesystem::remove(file.string() + ".lock"); }
+  } const gone{file};
+  gpu->backend().queue()->tune_products(file.string());
+  struct Shape { std::int64_t rows, out, in; };
+  for (const auto [rows, out, in] : {Shape{1, 64, 8}, {33, 64, 40}, {130, 48, 96}, {33, 17, 8}}) {
+    SCOPED_TRACE(::testing::Message() << rows << " x " << out << " -> " << in);
+    const auto tensor = [&](const Dims& shape, std::uint64_t seed) { return make(*gpu, random_values(shape.product(), seed, -1, 1), shape, DType::bf16); };
+    const Tensor dy = tensor(Dims{rows, out}, 1), w = tensor(Dims{out, in}, 2), at = tensor(Dims{rows, in}, 3), dx = Tensor::empty(Dims{rows, in}, DType::bf16, *gpu);
+    kernels::Gemm g;
+    g.a = g.b = g.c = kernels::Num::bf16, g.m = rows, g.n = g.ldb = g.ldc = in, g.k = g.lda = out;
+    ASSERT_TRUE(gpu->backend().takes_gelu_slope(g));
+    g.gelu_slope_of = at.raw();
+    gpu->backend().gemm(g, dy.raw(), w.raw(), dx.raw());
+    const std::vector<double> grad = doubles(dy), weight = doubles(w), x = doubles(at);
+    std::vector<double> want;
+    for (std::int64_t i = 0; i < rows; ++i)
+      for (std::int64_t j = 0; j < in; ++j) {
+        double sum = 0;
+        for (std::int64_t k = 0; k < out; ++k) sum += grad[static_cast<std::size_t>(i * out + k)] * weight[static_cast<std::size_t>(k * in + j)];
+        const double v = x[static_cast<std::size_t>(i * in + j)], t = std::tanh(0.7978845608028654 * (v + 0.044715 * v * v * v));
+        want.push_back(sum * (0.5 * (1 + t) + 0.5 * v * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * v * v)));
+      }
+    EXPECT_TRUE(near(doubles(dx), want, tolerance_of(DType::bf16)));
+    std::ifstream lines(file);
+    const std::string text((std::istreambuf_iterator<char>(lines)), std::istreambuf_iterator<char>());
+    if (out % 8 == 0) EXPECT_NE(text.find(std::to_string(rows) + "x" + std::to_string(in) + "x" + std::to_string(out) + " nn"), std::string::npos) << text;
+    if (out % 8 == 0) EXPECT_NE(text.find(" gelu slope"), std::string::npos) << "the slope was a pass of its own: " << text;
+  }
+  kernels::Gemm wide;
+  wide.m = wide.n = wide.k = wide.lda = wide.ldb = wide.ldc = 8;
+  EXPECT_FALSE(gpu->backend().takes_gelu_slope(wide)) << "f32: nothing says how closely the epilogue's tanh is computed";
+}
+
 TEST_F(Gpu, SaysWhatIsHeldWhenMemoryRunsOut) {
   const Tensor held = Tensor::zeros(Dims{1 << 20}, DType::f32, *gpu);
   const std::int64_t before = gpu->bytes_held();

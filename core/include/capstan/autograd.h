@@ -40,6 +40,7 @@ class CAPSTAN_API Node {
   std::vector<Edge> inputs;
   int outputs = 1;
   bool released = false;
+  int readers = 0;  ///< ops recorded on its outputs, and walks that began at them
 };
 
 /// Where a gradient ends: a parameter or a detached input of a call. Accumulates over uses.

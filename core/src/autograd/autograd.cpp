@@ -86,6 +86,7 @@ void record(const std::shared_ptr<Node>& node, std::span<const Tensor> inputs, s
   node->inputs.clear();
   for (const Tensor& t : inputs) {
     node->inputs.push_back({t.node(), t.output_index()});
+    if (t.node()) ++t.node()->readers;
     if (auto* leaf = dynamic_cast<Leaf*>(t.node().get())) leaf->used();
   }
   node->outputs = static_cast<int>(outputs.size());
@@ -142,6 +143,7 @@ Deferred backward(std::span<const Tensor> roots, std::span<const Tensor> root_gr
     }
     if (!(g.shape() == root.shape()))
       fail(Fault::programming, "backward", "gradient shape: expected " + to_string(root.shape()) + ", got " + to_string(g.shape()));
+    ++root.node()->readers;
     Tensor& s = slot(root.node().get())[static_cast<std::size_t>(root.output_index())];
     s = s.defined() ? sum_of(s, g) : g;
     if (pending.try_emplace(root.node().get(), 0).second) stack.push_back(root.node().get()), root_nodes.push_back(root.node());

@@ -13,6 +13,7 @@ namespace capstan::ops {
 
 namespace {
 
+using kernels::Backend;
 using kernels::Gemm;
 
 double d(std::int64_t n) { return static_cast<double>(n); }
@@ -21,78 +22,100 @@ class LinearNode final : public Node {
  public:
   Tensor x, weight;
   Tensor before;      // linear_gelu: what GELU was taken of
+  bool slope_taken = false;  // gradients arrive as those of `before`
   SharedRows shared;  // empty: x are all rows
   std::string_view name() const override { return before.defined() ? "linear gelu" : "linear"; }
   void release() override { x = weight = before = Tensor(); }
 
   std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
     std::vector<Tensor> result(4);
-    const Tensor dy = before.defined() ? through_gelu(grads[0], part, result[2]) : row_matrix(grads[0]);
-    const std::int64_t t = dy.size(0), out = weight.size(0), in = weight.size(1);
+    const std::int64_t t = grads[0].size(0), out = weight.size(0), in = weight.size(1);
+    Backend* const backend = grads[0].is_meta() ? nullptr : &grads[0].device().backend();
+    const Into dw = wants(1, part) ? into(1, weight.shape(), weight.dtype(), weight.device()) : Into{};
+    const Into db = wants(2, part) ? into(2, Dims{out}, weight.dtype(), weight.device()) : Into{};
+    Gemm w;  // dW (+)= dY^T X, where the device has that on the way db (+)= sums of dY
+    w.a = w.b = num_of(weight.dtype(), "linear"), w.trans_a = true, w.m = out, w.n = in, w.k = t;
+    if (dw.sum.defined()) w.c = num_of(dw.sum.dtype(), "linear"), w.accumulate = !dw.overwrite;
+    const bool sums = dw.sum.defined() && db.sum.defined() && dw.sum.dtype() == db.sum.dtype() && dw.overwrite == db.overwrite && backend != nullptr &&
+                      backend->takes_sums_of_a(w);
+    if (sums) w.sums_of_a = db.sum.raw();
+    const Tensor dy = before.defined() ? through_gelu(grads[0], db, sums) : row_matrix(grads[0]);
     if (wants(0, part)) {  // dX = dY W
       result[0] = Tensor::empty(Dims{t, in}, dy.dtype(), dy.device());
+      Gemm g;
+      g.a = g.b = g.c = num_of(dy.dtype(), "linear");
+      g.m = t, g.n = in, g.k = out, g.lda = dy.strides()[0], g.ldb = weight.strides()[0], g.ldc = in;
+      LinearNode* const of_gelu = gelu_before(g, backend);
       OpScope scope(dy.device(), "linear dx", {2 * d(t) * d(out) * d(in), d(dy.bytes() + weight.bytes()), d(result[0].bytes())});
       if (out == 0) {
         result[0].fill(0);  // a rank without words of the vocabulary
       } else if (!scope.meta()) {
-        Gemm g;
-        g.a = g.b = g.c = num_of(dy.dtype(), "linear");
-        g.m = t, g.n = in, g.k = out, g.lda = dy.strides()[0], g.ldb = weight.strides()[0], g.ldc = in;
-        dy.device().backend().gemm(g, dy.raw(), weight.raw(), result[0].raw());
+        if (of_gelu != nullptr) g.gelu_slope_of = of_gelu->before.raw(), of_gelu->slope_taken = true;
+        backend->gemm(g, dy.raw(), weight.raw(), result[0].raw());
       }
     }
     if (result[0].defined() && shared.scatter) result[0] = shared.scatter(result[0]);
-    if (wants(1, part)) {  // dW (+)= dY^T X
+    if (dw.sum.defined()) {
       const Tensor all = shared.gather ? shared.gather(x) : x;
-      bool overwrite = true;
-      Leaf* to = leaf(1);
-      Tensor dw = to != nullptr ? to->accumulate_into(weight, overwrite)
-                                : Tensor::empty(weight.shape(), weight.dtype() == DType::f64 ? DType::f64 : DType::f32, dy.device());
-      OpScope scope(dy.device(), "linear dw", {2 * d(t) * d(out) * d(in), d(dy.bytes() + all.bytes()), d(dw.bytes())});
-      if (!scope.meta()) {
-        Gemm g;
-        g.a = g.b = num_of(dy.dtype(), "linear"), g.c = num_of(dw.dtype(), "linear");
-        g.trans_a = true, g.accumulate = !overwrite;
-        g.m = out, g.n = in, g.k = t, g.lda = dy.strides()[0], g.ldb = all.strides()[0], g.ldc = in;
-        dy.device().backend().gemm(g, dy.raw(), all.raw(), dw.raw());
-      }
-      if (to != nullptr) to->done();
-      else result[1] = dw.to(weight.dtype());
+      w.lda = dy.strides()[0], w.ldb = all.strides()[0], w.ldc = in;
+      OpScope scope(dy.device(), "linear dw", {2 * d(t) * d(out) * d(in), d(dy.bytes() + all.bytes()), d(dw.sum.bytes())});
+      if (!scope.meta()) backend->gemm(w, dy.raw(), all.raw(), dw.sum.raw());
+      finish(dw, weight.dtype(), result[1]);
     }
-    if (wants(2, part) && !before.defined()) {
-      bool overwrite = true;
-      Leaf* to = leaf(2);
-      const Tensor like = Tensor::wrap(nullptr, Dims{out}, dy.dtype(), dy.device(), nullptr);
-      Tensor db = to != nullptr ? to->accumulate_into(like, overwrite)
-                                : Tensor::empty(Dims{out}, dy.dtype() == DType::f64 ? DType::f64 : DType::f32, dy.device());
-      OpScope scope(dy.device(), "linear db", {d(t) * d(out), d(dy.bytes()), d(db.bytes())});
-      if (!scope.meta()) dy.device().backend().column_sum(num(dy), dy.raw(), t, out, dy.strides()[0], num(db), db.raw(), !overwrite);
-      if (to != nullptr) to->done();
-      else result[2] = db.to(dy.dtype());
+    if (db.sum.defined()) {
+      if (!before.defined()) {
+        OpScope scope(dy.device(), "linear db", {d(t) * d(out), d(dy.bytes()), d(db.sum.bytes())});
+        if (!scope.meta() && !sums) sum_rows(dy, db);
+      }
+      finish(db, dy.dtype(), result[2]);
     }
     if (wants(3, part)) result[3] = grads[0];
     return result;
   }
 
  private:
-  /// The gradient of `before`, and in the same pass that of the bias where it is wanted.
-  Tensor through_gelu(const Tensor& grad, Part part, Tensor& bias_grad) {
+  /// Where the gradient of a weight or bias is summed: its leaf's buffer, or memory of its own.
+  struct Into {
+    Leaf* leaf = nullptr;
+    Tensor sum;
+    bool overwrite = true;
+  };
+  Into into(int input, const Dims& shape, DType type, Device& device) const {
+    Into result;
+    result.leaf = leaf(input);
+    result.sum = result.leaf != nullptr ? result.leaf->accumulate_into(Tensor::wrap(nullptr, shape, type, device, nullptr), result.overwrite)
+                                        : Tensor::empty(shape, type == DType::f64 ? DType::f64 : DType::f32, device);
+    return result;
+  }
+  static void finish(const Into& to, DType type, Tensor& result) {
+    if (to.leaf != nullptr) to.leaf->done();
+    else result = to.sum.to(type);
+  }
+
+  /// The linear_gelu whose output x is, when nothing else reads that and the product g, which makes its gradient, takes GELU's
+  /// slope: what g makes is then the gradient of what GELU was taken of.
+  LinearNode* gelu_before(const Gemm& g, Backend* backend) const {
+    auto* const node = dynamic_cast<LinearNode*>(inputs[0].node.get());
+    const bool takes = node != nullptr && node->before.defined() && node->readers == 1 && !shared.scatter && g.k > 0 && backend != nullptr && backend->takes_gelu_slope(g);
+    return takes ? node : nullptr;
+  }
+
+  static void sum_rows(const Tensor& dy, const Into& db) {
+    dy.device().backend().column_sum(num(dy), dy.raw(), dy.size(0), dy.size(1), dy.strides()[0], num(db.sum), db.sum.raw(), !db.overwrite);
+  }
+
+  /// The gradient of `before`, and in the same pass that of the bias where it is wanted and not `summed` by the weight's.
+  Tensor through_gelu(const Tensor& grad, const Into& db, bool summed) const {
     const Tensor g = incoming(grad, before.dtype());
     const std::int64_t t = before.size(0), out = before.size(1);
-    Tensor dh = Tensor::empty(before.shape(), before.dtype(), before.device());
-    OpScope scope(dh.device(), "gelu dx", {(wants(2, part) ? 21 : 20) * d(t) * d(out), (wants(2, part) ? 3 : 2) * d(dh.bytes()), d(dh.bytes())});
-    if (!wants(2, part)) {
-      if (!scope.meta()) dh.device().backend().unary_backward(kernels::UnaryOp::gelu, num(dh), t * out, before.raw(), g.raw(), dh.raw());
-      return dh;
-    }
-    bool overwrite = true;
-    Leaf* to = leaf(2);
-    const Tensor like = Tensor::wrap(nullptr, Dims{out}, dh.dtype(), dh.device(), nullptr);
-    Tensor db = to != nullptr ? to->accumulate_into(like, overwrite) : Tensor::empty(Dims{out}, dh.dtype() == DType::f64 ? DType::f64 : DType::f32, dh.device());
-    if (!scope.meta())
-      dh.device().backend().gelu_backward_sum(num(dh), t, out, before.raw(), g.raw(), dh.raw(), num(db), db.raw(), !overwrite);
-    if (to != nullptr) to->done();
-    else bias_grad = db.to(dh.dtype());
+    const bool wanted = db.sum.defined(), sum = wanted && !summed;
+    Tensor dh = slope_taken ? g : Tensor::empty(before.shape(), before.dtype(), before.device());
+    OpScope scope(dh.device(), "gelu dx", {(wanted ? 21 : 20) * d(t) * d(out), (wanted ? 3 : 2) * d(dh.bytes()), d(dh.bytes())});  // as a pass of its own
+    if (scope.meta()) return dh;
+    if (slope_taken && sum) sum_rows(dh, db);
+    if (slope_taken) return dh;
+    if (sum) dh.device().backend().gelu_backward_sum(num(dh), t, out, before.raw(), g.raw(), dh.raw(), num(db.sum), db.sum.raw(), !db.overwrite);
+    else dh.device().backend().unary_backward(kernels::UnaryOp::gelu, num(dh), t * out, before.raw(), g.raw(), dh.raw());
     return dh;
   }
 };

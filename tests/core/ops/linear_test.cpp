@@ -2,6 +2,7 @@
 #include "core/ops/harness.h"
 
 #include <gmock/gmock.h>
+#include <kernels/backend.h>
 
 namespace capstan::testing {
 namespace {
@@ -29,6 +30,16 @@ std::vector<Case> linear_cases() {
     cases.push_back({"linear_gelu_bias" + suffix, {x, w, b}, [](const Place&, Ins t) { return ops::linear_gelu(t[0], t[1], t[2]); },
                      [product](const Place&, Ins t) { return ops::gelu(ops::add(product(t), t[2])); }, true, false});
   }
+  for (const bool twice : {false, true})  // read once, its slope may be taken by the product of the gradient
+    cases.push_back({twice ? "linear_of_linear_gelu_and_its_sum" : "linear_of_linear_gelu", {{{31, 33}}, {{65, 33}, -1, 1, false, true}, {{65}, -1, 1, false, true}, {{17, 65}, -1, 1, false, true}},
+                     [twice](const Place&, Ins t) {
+                       const Tensor y = ops::linear_gelu(t[0], t[1], t[2]), z = ops::linear(y, t[3]);
+                       return twice ? ops::add(z, ops::slice(y, 1, 3, 17)) : z;
+                     },
+                     [twice](const Place&, Ins t) {
+                       const Tensor y = ops::gelu(ops::add(ops::matmul(t[0], ops::transpose(t[1], 0, 1)), t[2])), z = ops::matmul(y, ops::transpose(t[3], 0, 1));
+                       return twice ? ops::add(z, ops::slice(y, 1, 3, 17)) : z;
+                     }, true, false});
   cases.push_back({"linear_of_a_slice", {{{9, 40}}, {{7, 20}, -1, 1, false, true}},
                    [](const Place&, Ins t) { return ops::linear(ops::slice(t[0], 1, 3, 20), t[1]); },
                    [](const Place&, Ins t) { return ops::matmul(ops::slice(t[0], 1, 3, 20), ops::transpose(t[1], 0, 1)); }, true, false});
@@ -88,6 +99,48 @@ TEST(LinearGelu, IsGeluOfLinearToTheBit) {
       for (std::size_t i = 0; i < one.size(); ++i)
         EXPECT_TRUE(same_bits(one[i], two[i])) << rows << " x " << in << " x " << out << ", " << name_of(dtype) << ", value " << i;
     }
+}
+
+// A product after it may take GELU's slope on the way: the same bits, in one walk or in two parts. Not where another reads it too, and not
+// where the walk begins there too: gradients would add up on both sides of GELU.
+TEST(LinearGelu, GivesItsSlopeToTheProductThatAloneReadsIt) {
+  auto device = make_cpu_device(2);
+  enum class Form { alone, in_parts, read_twice, root };
+  for (const Form form : {Form::alone, Form::in_parts, Form::read_twice, Form::root}) {
+    std::int64_t exact = 0;  // elements that the walk holds at most without it
+    for (const DType dtype : {DType::f64, DType::f32, DType::bf16}) {
+      struct Result { std::vector<Tensor> grads; std::int64_t memory = 0; };
+      const auto run = [&](bool fused) {
+        std::vector<Tensor> leaves;
+        for (const Dims& shape : {Dims{150, 64}, Dims{300, 64}, Dims{300}, Dims{390, 300}, Dims{390}})
+          leaves.push_back(make_leaf(make(*device, random_values(shape.product(), leaves.size() + 1), shape, dtype), true));
+        const Tensor y = fused ? ops::linear_gelu(leaves[0], leaves[1], leaves[2]) : ops::gelu(ops::linear(leaves[0], leaves[1], leaves[2]));
+        Tensor z = ops::linear(y, leaves[3], leaves[4]);
+        const Tensor seed = make(*device, random_values(z.numel(), 7), z.shape(), dtype), at_y = make(*device, random_values(y.numel(), 8), y.shape(), dtype);
+        std::vector<Tensor> roots{z}, seeds{seed};
+        if (form == Form::read_twice) roots[0] = ops::add(z, ops::concat(std::vector<Tensor>{y, ops::slice(y, 1, 0, 90)}, 1));
+        if (form == Form::root) roots.push_back(y), seeds.push_back(at_y);
+        device->reset_peak();
+        const std::int64_t held = device->bytes_held();
+        if (form == Form::in_parts) backward(roots, seeds, Part::input).run();
+        else backward(roots, seeds);
+        Result result;
+        result.memory = (device->bytes_peak() - held) / size_of(dtype);
+        for (const Tensor& l : leaves) result.grads.push_back(static_cast<Leaf*>(l.node().get())->grad());
+        return result;
+      };
+      const Result one = run(true), two = run(false);
+      if (dtype == DType::f64) exact = one.memory;
+      kernels::Gemm g;
+      g.a = g.b = g.c = static_cast<kernels::Num>(dtype), g.m = 150, g.n = g.ldb = g.ldc = 300, g.k = g.lda = 390;
+      const bool alone = form == Form::alone || form == Form::in_parts;
+      if (dtype == DType::f32 && device->backend().takes_gelu_slope(g)) {
+        EXPECT_EQ(one.memory < exact - 20000, alone) << one.memory << " and " << exact << ": alone, no gradient is held on each side of GELU; form " << static_cast<int>(form);
+      }
+      for (std::size_t i = 0; i < one.grads.size(); ++i)
+        EXPECT_TRUE(same_bits(one.grads[i], two.grads[i])) << name_of(dtype) << ", form " << static_cast<int>(form) << ", gradient " << i;
+    }
+  }
 }
 
 TEST(Linear, AddsItsWeightGradientIntoTheLeaf) {

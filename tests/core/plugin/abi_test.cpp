@@ -120,7 +120,7 @@ REVEAL(OpRecord, &OpRecord::name, &OpRecord::calls, &OpRecord::cost, &OpRecord::
 REVEAL(Device, &Device::held_, &Device::peak_, &Device::recording_, &Device::timed_, &Device::ledger_);
 REVEAL(OpScope, &OpScope::name_, &OpScope::cost_, &OpScope::start_, &OpScope::meta_);
 REVEAL(Edge, &Edge::node, &Edge::index);
-REVEAL(Node, &Node::inputs, &Node::outputs, &Node::released);
+REVEAL(Node, &Node::inputs, &Node::outputs, &Node::released, &Node::readers);
 REVEAL(Leaf, &Leaf::hook, &Leaf::parameter_, &Leaf::filled_, &Leaf::uses_, &Leaf::grad_);
 REVEAL(Deferred, &Deferred::items);
 REVEAL(DeferredItem, &Deferred::Item::node, &Deferred::Item::grads);
@@ -234,7 +234,7 @@ std::string enumerators() {
 }
 
 /// The table of epoch `golden_epoch`.
-constexpr std::uint32_t golden_epoch = 5;
+constexpr std::uint32_t golden_epoch = 6;
 constexpr const char* golden = R"(
 Dims 56/8: v_@0+48[8] size_@48+4
 Storage 56/8: device@0+16 data@16+8 bytes@24+8 owned@32+1 keeper@40+16

@@ -1,5 +1,5 @@
 // cuBLASLt's meaning, plainly: column-major D = op(A) op(B) + beta C (+ bias along the rows), batched, and GELU of that with what
-// it was taken of. Shapes that the library would refuse are refused, and attributes of another size than cublasLt.h gives them; of
+// it was taken of, or that times GELU's slope. Shapes that the library would refuse are refused, and attributes of another size than cublasLt.h gives them; of
 // fp8 products everything that Hopper (scalars) and Blackwell (scales of 32) refuse. An algorithm holds its caller to the
 // alignment that it was asked for with, and to the scratch memory that it named.
 #include <cublasLt.h>
@@ -37,6 +37,7 @@ struct Operation {
   std::int64_t aux_ld = 0;
   cudaDataType_t aux_type = static_cast<cudaDataType_t>(-1);
   bool gelu() const { return epilogue == CUBLASLT_EPILOGUE_GELU_AUX || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS; }
+  bool slope() const { return epilogue == CUBLASLT_EPILOGUE_DGELU; }
   bool biased() const { return epilogue == CUBLASLT_EPILOGUE_BIAS || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS; }
 };
 struct Preference { std::uint64_t workspace = 0; std::uint32_t a = 256, b = 256, c = 256, d = 256; };
@@ -93,9 +94,9 @@ bool fits(const Operation& op, const Layout& a, const Layout& b, const Layout& c
   for (const Layout* l : {&a, &b, &c, &d})
     if (l->ld < l->rows || l->batch != d.batch) return false;
   if (op.biased() && op.bias == nullptr) return false;
-  if (op.epilogue != CUBLASLT_EPILOGUE_DEFAULT && !op.biased() && !op.gelu()) return false;
-  if (op.gelu() && k % 8 != 0) return false;  // so that there are products without such an algorithm
-  if (op.gelu() && (op.aux == nullptr || op.aux_ld % 8 != 0 || op.aux_ld < m || op.aux_type != d.type || d.batch != 1 || is_fp8(a) || d.type == CUDA_R_64F))
+  if (op.epilogue != CUBLASLT_EPILOGUE_DEFAULT && !op.biased() && !op.gelu() && !op.slope()) return false;
+  if ((op.gelu() || op.slope()) && k % 8 != 0) return false;  // so that there are products without such an algorithm
+  if ((op.gelu() || op.slope()) && (op.aux == nullptr || op.aux_ld % 8 != 0 || op.aux_ld < m || op.aux_type != d.type || d.batch != 1 || is_fp8(a) || d.type == CUDA_R_64F))
     return false;
   if (is_fp8(a) || is_fp8(b)) {
     const bool blocks = op.a_mode == CUBLASLT_MATMUL_MATRIX_SCALE_VEC32_UE8M0;
@@ -230,6 +231,10 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const vo
           if (op.gelu()) {
             write(op.aux, op.aux_type, j * op.aux_ld + i, value);
             value = 0.5 * value * (1 + std::tanh(0.7978845608028654 * (value + 0.044715 * value * value * value)));
+          }
+          if (op.slope()) {
+            const double x = read(op.aux, op.aux_type, j * op.aux_ld + i), t = std::tanh(0.7978845608028654 * (x + 0.044715 * x * x * x));
+            value *= 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x);
           }
           write(out, D.type, batch * D.stride + j * D.ld + i, value);
         }

@@ -122,9 +122,13 @@ TEST_F(Products, AreKeptByHowTheyEnd) {
   tune(*device, file);
   const Tensor x = Tensor::zeros(Dims{3, 64}, DType::bf16, *device), w = Tensor::zeros(Dims{16, 64}, DType::bf16, *device), b = Tensor::zeros(Dims{16}, DType::bf16, *device);
   ops::linear(x, w), ops::linear(x, w, b), ops::linear_gelu(x, w), ops::linear_gelu(x, w, b);
+  const Tensor y = Tensor::zeros(Dims{3, 16}, DType::bf16, *device);
+  kernels::Gemm g;
+  g.a = g.b = g.c = kernels::Num::bf16, g.m = 3, g.n = g.ldb = g.ldc = 16, g.k = g.lda = 64, g.gelu_slope_of = y.raw();
+  device->backend().gemm(g, x.raw(), w.raw(), Tensor::empty(Dims{3, 16}, DType::bf16, *device).raw());
   const std::string text = read_file(file);
-  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 1 + 4) << text;
-  EXPECT_THAT(text, AllOf(HasSubstr(" bias\t"), HasSubstr(" gelu\t"), HasSubstr(" gelu bias\t")));
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 1 + 5) << text;
+  EXPECT_THAT(text, AllOf(HasSubstr(" bias\t"), HasSubstr(" gelu\t"), HasSubstr(" gelu slope\t"), HasSubstr(" gelu bias\t")));
 }
 
 TEST_F(Products, AreAgreedOnByWhoSharesTheFile) {
