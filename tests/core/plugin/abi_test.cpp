@@ -244,8 +244,8 @@ OpRecord 80/8: name@0+32[1] calls@32+8 cost@40+32 seconds@72+8
 Device 72/8: held_@24+8 peak_@32+8 recording_@40+1 timed_@41+1 ledger_@48+24[80]
 OpScope 72/8: name_@8+16[1] cost_@24+32 start_@56+8 meta_@64+1
 Edge 24/8: node@0+16 index@16+4
-Node 40/8: inputs@8+24[24] outputs@32+4 released@36+1
-Leaf 240/8: hook@40+32 parameter_@72+1 filled_@73+1 uses_@76+4 grad_@80+160
+Node 48/8: inputs@8+24[24] outputs@32+4 released@36+1 readers@40+4
+Leaf 248/8: hook@48+32 parameter_@80+1 filled_@81+1 uses_@84+4 grad_@88+160
 Deferred 24/8: items@0+24[40]
 Deferred::Item 40/8: node@0+16 grads@16+24[160]
 Space 600/8: name@0+32[1] starts@32+160 positions@192+160 sample_ids@352+160 host_starts@512+24[4] past@536+24[4] capacity@560+8 longest@568+8 recorded@592+1
