@@ -1,4 +1,5 @@
 // What happens between steps: the live line, metrics, spikes, validation, samples, checkpoints.
+#include "base/short_bytes.h"
 #include "checkpoint/run_state.h"
 #include "data/bigram.h"
 #include "train/state_tensors.h"

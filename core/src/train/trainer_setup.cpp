@@ -1,5 +1,6 @@
 // Opening a run: data, folder, resume, rollback, and the header on the terminal.
 #include "base/look.h"
+#include "base/short_bytes.h"
 #include "checkpoint/loader.h"
 #include "checkpoint/run_state.h"
 #include "data/build.h"
