@@ -48,7 +48,7 @@ void build_missing_sets(const Session& session, Display& display, const std::fun
     const int signal = interrupted();
     if (signal == 0) return;
     display.done();
-    fail(Fault::runtime, prefix, fmt::format("stopped by {} {}; the same command starts again", signal == SIGINT ? "SIGINT" : signal == SIGTERM ? "SIGTERM" : "a signal", left));
+    throw Interrupted(Fault::runtime, fmt::format("[{}] stopped by {} {}; the same command starts again", prefix, signal == SIGINT ? "SIGINT" : signal == SIGTERM ? "SIGTERM" : "a signal", left));
   };
   for (const Options& set : session.options().group("data").groups("sets")) {
     const std::string& prefix = set.path("path");
