@@ -147,8 +147,7 @@ std::optional<checkpoint::Loaded> Trainer::load(checkpoint::OnDamage on_damage, 
   const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
   checkpoint::LoadOptions options;
   options.elsewhere = session_->engine->names(true);
-  HostMemory host;
-  auto loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors, host), format_maker(*session_->host), on_damage, report, options);
+  auto loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors), format_maker(*session_->host), on_damage, report, options);
   if (session_->mesh) {  // all ranks read the same files: they came to the same step, or one of them reads badly
     std::int64_t steps[2] = {loaded ? loaded->step : -1, loaded ? -loaded->step : 1};
     session_->mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(steps, 2, DType::i64, Reduction::max).wait();
@@ -157,7 +156,6 @@ std::optional<checkpoint::Loaded> Trainer::load(checkpoint::OnDamage on_damage, 
                                                               "shares? Some rank's log names what is damaged", -steps[1], steps[0]));
   }
   if (!loaded) return loaded;
-  to_device(tensors, host);
   session_->engine->publish();
   checked_step_ = -1;
   return loaded;
