@@ -34,7 +34,7 @@ std::string hex(std::uint64_t x) {
 
 std::string line_of(const std::string& key, const GemmChoices::Choice& choice) {
   std::string algorithm;
-  for (const std::uint64_t word : choice.algorithm.data) algorithm += (algorithm.empty() ? "" : " ") + hex(word);
+  for (const std::uint64_t word : choice.algorithm.data) algorithm.append(algorithm.empty() ? "" : " ").append(hex(word));
   char microseconds[32];
   std::snprintf(microseconds, sizeof microseconds, "%.1f", 1e6 * choice.seconds);
   const std::string rest = key + '\t' + std::to_string(choice.workspace) + '\t' + algorithm + '\t' + microseconds;

@@ -67,7 +67,7 @@ class CAPSTAN_API Device : public std::enable_shared_from_this<Device> {
   virtual kernels::cpu::Context& cpu();
   /// Waits until everything that was asked of the device is done; throws what its kernels found wrong.
   void synchronize();
-  /// "NVIDIA H200, 139.8 GiB" or "2 threads of Intel(R) Xeon(R) Processor, 23.4 GiB"
+  /// "NVIDIA H200, 139.80 GiB" or "2 threads of Intel(R) Xeon(R) Processor, 23.4 GiB"
   virtual std::string describe() const;
 
  protected:

@@ -2,6 +2,7 @@
 // is asked for, so that a build with CUDA starts on machines without a driver.
 #include "base/cuda_device.h"
 #include "base/part.h"
+#include "base/short_bytes.h"
 #include "base/usable_threads.h"
 
 #include <capstan/device.h>
@@ -23,17 +24,7 @@ namespace cuda = kernels::cuda;
 
 std::int64_t round_up(std::int64_t n) { return (std::max<std::int64_t>(n, 1) + 255) / 256 * 256; }
 
-std::string gib(std::int64_t bytes) {
-  const std::int64_t tenths = bytes * 10 / (std::int64_t{1} << 30);
-  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " GiB";
-}
-
-/// Of small models too it says something.
-std::string amount(std::int64_t bytes) {
-  if (bytes >= std::int64_t{1} << 30) return gib(bytes);
-  const std::int64_t tenths = bytes * 10 / (1 << 20);
-  return std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + " MiB";
-}
+std::string amount(std::int64_t bytes) { return short_bytes(static_cast<double>(bytes)); }
 
 template <class Function>
 Function open_library(const char* name, std::string& why) { return reinterpret_cast<Function>(open_part(cuda_part(), name, why)); }
@@ -47,14 +38,14 @@ class CudaDevice final : public Device {
   kernels::Backend& backend() override { return *gpu_; }
   cuda::Gpu& gpu() { return *gpu_; }
   kernels::cpu::Context& cpu() override { return host_; }
-  std::string describe() const override { return gpu_->name() + ", " + gib(gpu_->capacity()); }
+  std::string describe() const override { return gpu_->name() + ", " + amount(gpu_->capacity()); }
 
   void* allocate(std::int64_t bytes) override {
     const std::int64_t size = round_up(bytes);
     std::lock_guard lock(mutex_);
     void* data = gpu_->allocate(size);
     if (data == nullptr) {
-      fail(Fault::runtime, "cuda memory", "cannot allocate " + std::to_string(bytes) + " bytes (" + gib(bytes) + "): " + words());
+      fail(Fault::runtime, "cuda memory", "cannot allocate " + std::to_string(bytes) + " bytes (" + amount(bytes) + "): " + words());
     }
     count(size);
     if (holding_ != Holding::rest) {
@@ -103,7 +94,7 @@ class CudaDevice final : public Device {
     const auto as = [&](Holding what) { return amount(held_as_[static_cast<std::size_t>(what)]); };
     return "tensors hold " + amount(tensors) + " (weights " + as(Holding::weights) + ", gradients " + as(Holding::gradients) + ", optimizer state " + as(Holding::optimizer) +
            ", activations and the rest " + amount(rest) + ")" + (communication_ > 0 ? ", NCCL " + amount(communication_) + " (its communicators, and memory registered with them)" : "") +
-           ", the pool has " + gib(gpu_->reserved()) + " from the driver, " + gib(gpu_->available()) + " of " + gib(gpu_->capacity()) +
+           ", the pool has " + amount(gpu_->reserved()) + " from the driver, " + amount(gpu_->available()) + " of " + amount(gpu_->capacity()) +
            " are free for anyone; a smaller data.micro_batch or data.sequence_length, train.recompute=block, or precision.compute=bf16 lowers the need" +
            (communication_ > 0 ? ", and more ranks along mesh.shard with mesh.strategy: fsdp that of each" : "");
   }

@@ -20,7 +20,8 @@ constexpr std::array<std::string_view, 20> stages = {
 constexpr std::string_view temporary_mark = ".tmp-";
 constexpr std::string_view trash_prefix = ".trash-";
 
-bool is_there(const Path& path) {
+/// Whether a folder holds this name: a link counts for itself, wherever it leads; no when that cannot be told.
+bool entry_exists(const Path& path) {
   std::error_code error;
   return fs::exists(fs::symlink_status(path, error));
 }
@@ -61,14 +62,14 @@ std::optional<std::int64_t> step_of(std::string_view name) {
 }
 
 void clean(const Path& root) {
-  if (!is_there(root)) return;
+  if (!entry_exists(root)) return;
   bool restored = false;
   for (const auto& path : entries(root)) {
     const auto name = path.filename().string();
     if (name.ends_with(superseded_suffix)) {
       const auto original = name.substr(0, name.size() - superseded_suffix.size());
       if (!step_of(original)) continue;
-      if (is_there(root / original)) {
+      if (entry_exists(root / original)) {
         remove_tree(path);
       } else {
         rename_to(path, root / original);
@@ -181,7 +182,7 @@ std::int64_t Attempt::commit(CheckpointFormat& format, std::span<const SavedTens
   sync_folder(temporary_);
   reached("folder flushed");
 
-  const bool replaces = is_there(final_);
+  const bool replaces = entry_exists(final_);
   if (replaces) {
     remove_tree(aside_);
     rename_to(final_, aside_);

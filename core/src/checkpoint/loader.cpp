@@ -25,7 +25,7 @@ using ByName = std::map<std::string, std::vector<const Wanted*>>;
 ByName by_name(std::span<const Wanted> wanted) {
   ByName map;
   for (const auto& w : wanted) {
-    if (!volume(w.global_shape) || !inside(w.box, w.global_shape) || (w.target == nullptr && *volume(w.box.extent) > 0)) {
+    if (!volume(w.global_shape) || !inside(w.box, w.global_shape) || (w.target == nullptr && !w.take && *volume(w.box.extent) > 0)) {
       fail(Fault::programming, "checkpoint, tensor " + w.name,
            "no target, or box " + text_of(w.box) + " is not inside the global shape " + text_of(w.global_shape));
     }
@@ -203,12 +203,22 @@ Loaded load(const Path& folder, std::span<const Wanted> wanted, const FormatMake
   const auto format = make_format(manifest.format);
   for (const auto& [name, all] : names) {
     const auto& tensor = manifest.tensors.at(name);
+    std::vector<Wanted> boxes;
+    std::vector<std::unique_ptr<char[]>> room;  // of those that are taken
+    for (const auto* w : all) {
+      boxes.push_back(*w);
+      if (!w->take) continue;
+      room.emplace_back(new char[static_cast<std::size_t>(*volume(w->box.extent) * size_of(w->dtype))]);  // not zeroed
+      boxes.back().target = room.back().get();
+    }
     for (const auto& stored : tensor.boxes) {
       std::vector<const Wanted*> takers;
-      for (const auto* w : all)
-        if (intersect(stored.box, w->box)) takers.push_back(w);
+      for (const auto& w : boxes)
+        if (intersect(stored.box, w.box)) takers.push_back(&w);
       if (!takers.empty()) read_box(*format, folder, name, tensor, stored, manifest.files.at(stored.file), takers);
     }
+    for (const auto& w : boxes)
+      if (w.take) w.take(w.target);
   }
   return loaded;
 }

@@ -14,13 +14,16 @@ namespace capstan::checkpoint {
 /// Makes the format that a manifest names (through the plugin host).
 using FormatMaker = std::function<std::shared_ptr<CheckpointFormat>(const std::string& name)>;
 
-/// A box of a tensor that the caller holds. The target is row-major and contiguous, of the box's extents.
+/// A box of a tensor that the caller holds, row-major and contiguous, of the box's extents: written to `target`, or given to `take`.
 struct Wanted {
   std::string name;
-  DType dtype = DType::f32;
+  DType dtype = DType::f32;  ///< as it is stored
   Shape global_shape;
   Box box;
   void* target = nullptr;
+  /// Without a target: gets the box, in memory that is the loader's and may be written to until it returns. Tensors come one
+  /// after the other, so that no more than one is held for the sake of a cast or of another device.
+  std::function<void(void*)> take{};
 };
 
 struct LoadOptions {

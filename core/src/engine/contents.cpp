@@ -26,7 +26,7 @@ void Engine::on_whole_model(const std::function<void()>& work) {
     if (pp_ > 1) host("pp", "exchange").all_reduce(&holder, 1, DType::i64, Reduction::min).wait();
     const auto& layout = mesh_->layout();
     const bool sends = pp_rank_ == holder && holder > 0 && layout.group(mesh_->rank(), "pp").front() == 0;
-    const DType type = master_type(options_.compute);
+    const DType type = held_type(options_);
     if (sends) comm("pp", "exchange").send(value.raw(), value.numel(), type, 0).wait();
     if (first && holder > 0) {
       value = Tensor::empty(p->shape(), type, *device_);

@@ -44,7 +44,7 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
   gathered_.resize(units_.size());
   gradient_.resize(units_.size());
 
-  const DType master = master_type(options_.compute);
+  const DType master = held_type(options_);
   const bool copies = options_.compute != master;
   std::int64_t largest = 0, all = 0, most_of_a_call = 0;
   for (const auto& unit : units_) {

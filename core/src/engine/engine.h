@@ -24,11 +24,14 @@
 
 namespace capstan {
 
+/// Of the weights that an optimizer changes and checkpoints hold.
+inline DType master_type(DType compute) { return compute == DType::f64 ? DType::f64 : DType::f32; }
+
 struct EngineOptions {
   DType compute = DType::f32;   ///< of working copies and activations
   LinearPrecision linear{};     ///< of linear layers' products
   std::uint64_t seed = 1;
-  bool gradients = true;        ///< false for inference: weights alone
+  bool gradients = true;        ///< false for inference: working copies alone, which stand for the masters
   bool recompute = false;       ///< keep only the inputs of blocks, run them again in the backward
   Sharding sharding = Sharding::of(Strategy::fsdp);  ///< over shard x context; one rank keeps all, whatever it says
   bool reshard_after_forward = true;  ///< parameters in pieces: dropped after a call's forward, gathered again for its backward
@@ -53,7 +56,8 @@ struct EngineMemory {
   std::int64_t total() const { return masters + gradients + optimizer + working + gather_pool + gradient_pool; }
 };
 
-/// Flat buffers of units. Masters are f32 (f64 in f64 runs); with bf16 compute the working copy is apart.
+/// Flat buffers of units. Masters are f32 (f64 in f64 runs); with bf16 compute the working copy is apart. Without gradients there
+/// are no masters: what they would give is held in `compute`, tensors() included.
 /// Every member that says "all ranks" is a collective of the mesh.
 class CAPSTAN_API Engine {
  public:

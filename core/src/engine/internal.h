@@ -1,4 +1,4 @@
-// defines: Engine::Reducing, master_type(): what the engine's own source files share.
+// defines: Engine::Reducing, held_type(): what the engine's own source files share.
 #pragma once
 #include "engine/engine.h"
 
@@ -15,6 +15,7 @@ struct Engine::Reducing {
   Handle handle;
 };
 
-inline DType master_type(DType compute) { return compute == DType::f64 ? DType::f64 : DType::f32; }
+/// Of Unit::master.
+inline DType held_type(const EngineOptions& options) { return options.gradients ? master_type(options.compute) : options.compute; }
 
 }  // namespace capstan

@@ -41,7 +41,7 @@ void say(const std::string& name, const std::string& text) {
   std::fflush(stderr);
 }
 
-/// Lines that mpirun and its PMIx write about a rank's end, which a record says better. Kept: there may be no record.
+/// Lines that mpirun and its PMIx write about a rank's end or a signal, which a record says better. Kept: there may be no record.
 class MpirunNoise {
  public:
   bool swallows(const std::string& line) {
@@ -54,7 +54,7 @@ class MpirunNoise {
  private:
   static constexpr std::size_t most = 1 << 16;
   bool belongs(const std::string& line) {
-    if (line.find("PMIX ERROR") != std::string::npos) return true;
+    if (line.find("PMIX ERROR") != std::string::npos || line.starts_with("mpirun: Forwarding signal")) return true;
     const bool edge = line.size() >= 70 && line.find_first_not_of('-') == std::string::npos;
     if (edge) inside_ = !inside_;
     return edge || inside_;

@@ -2,6 +2,7 @@
 #include "program/ending.h"
 
 #include "base/look.h"
+#include "train/trainer.h"
 
 #include <capstan/error.h>
 
@@ -13,6 +14,8 @@ namespace capstan::program {
 Ending ending_of(std::exception_ptr thrown) {
   try {
     std::rethrow_exception(std::move(thrown));
+  } catch (const train::Interrupted& e) {
+    return {1, e.what(), true};
   } catch (const Error& e) {
     return {e.fault() == Fault::input ? 2 : 1, e.what()};
   } catch (const std::filesystem::filesystem_error& e) {  // the last net: what is known to meet a person's path says more

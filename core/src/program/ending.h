@@ -8,6 +8,7 @@ namespace capstan::program {
 struct Ending {
   int code = 1;         ///< 2: bad input; 1: anything else
   std::string message;
+  bool interrupted = false;  ///< by a signal
 };
 
 Ending ending_of(std::exception_ptr thrown);

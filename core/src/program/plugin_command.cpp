@@ -139,8 +139,8 @@ std::string class_name(const std::string& name) {
   return out;
 }
 
-std::string fill_in(std::string text, const std::string& name) {
-  const std::pair<std::string_view, std::string> values[] = {{"@name@", name}, {"@Name@", class_name(name)}};
+std::string fill_in(std::string text, const std::string& kind, const std::string& name) {
+  const std::pair<std::string_view, std::string> values[] = {{"@kind@", kind}, {"@name@", name}, {"@Name@", class_name(name)}};
   for (const auto& [mark, value] : values) {
     for (std::size_t at = 0; (at = text.find(mark, at)) != std::string::npos; at += value.size()) {
       text.replace(at, mark.size(), value);
@@ -176,7 +176,7 @@ void create(const Program& program, const Words& words) {
   if (!fs::is_directory(from, ignored)) {
     std::vector<std::string> kinds;
     for (fs::directory_iterator i(templates, ignored), end; !ignored && i != end; i.increment(ignored)) {
-      kinds.push_back(i->path().filename().string());
+      if (i->is_directory()) kinds.push_back(i->path().filename().string());  // files there are for every kind
     }
     std::sort(kinds.begin(), kinds.end());
     if (kinds.empty()) fail(Fault::runtime, "plugin new", fmt::format("no templates in {}", templates.string()));
@@ -192,15 +192,18 @@ void create(const Program& program, const Words& words) {
   fs::create_directories(to, error);
   if (error) fail(Fault::input, "plugin new", fmt::format("cannot make the folder {}: {}; --dir says where", to.string(), reason_and_advice(error)));
   std::vector<std::string> written;
-  fs::directory_iterator file(from, error);
-  for (; !error && file != fs::directory_iterator(); file.increment(error)) {
-    const fs::path target = to / fill_in(file->path().filename().string(), name);
-    std::ofstream out(target, std::ios::binary);
-    out << fill_in(read_file(file->path()), name);
-    if (!out.flush()) fail(Fault::runtime, "plugin new", fmt::format("cannot write {}", target.string()));
-    written.push_back(target.string());
+  for (const fs::path& folder : {templates, from}) {
+    fs::directory_iterator file(folder, error);
+    for (; !error && file != fs::directory_iterator(); file.increment(error)) {
+      if (file->is_directory()) continue;
+      const fs::path target = to / fill_in(file->path().filename().string(), words.kind, name);
+      std::ofstream out(target, std::ios::binary);
+      out << fill_in(read_file(file->path()), words.kind, name);
+      if (!out.flush()) fail(Fault::runtime, "plugin new", fmt::format("cannot write {}", target.string()));
+      written.push_back(target.string());
+    }
+    if (error) fail(Fault::runtime, "plugin new", fmt::format("cannot list {}: {}", folder.string(), error.message()));
   }
-  if (error) fail(Fault::runtime, "plugin new", fmt::format("cannot list {}: {}", from.string(), error.message()));
   std::sort(written.begin(), written.end());
   const fs::path sdk = templates.parent_path().parent_path().parent_path().parent_path() / "lib/cmake/Capstan";
   fmt::print("wrote {}\n\nBuild it:\n  cmake -S {} -B {}/build -DCapstan_DIR={}\n  cmake --build {}/build\n",

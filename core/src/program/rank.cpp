@@ -138,8 +138,8 @@ int run_rank(const launch::Launch& launch, const RankWork& work) {
       _exit(ending.code);
     }
     if (world->fail_job(ending.message)) {
-      // Bad input is no rank's fault; all else says which rank, at which step, and where the others expected it.
-      const std::string failure = ending.code == 2 ? "" : failure_of(*world);
+      // Bad input and a signal are no rank's fault; all else says which rank, at which step, and where the others expected it.
+      const std::string failure = ending.code == 2 || ending.interrupted ? "" : failure_of(*world);
       say(work, launch.rank, {ending.code, failure.empty() ? ending.message : failure});
     }
     world->end_failed(ending.code);

@@ -97,12 +97,6 @@ std::string short_count(double n) {
   return fmt::format("{:.0f}", n);
 }
 
-std::string short_bytes(double bytes) {
-  if (bytes >= 1e9) return fmt::format("{:.2f} GiB", bytes / (1 << 30));
-  if (bytes >= 1e6) return fmt::format("{:.0f} MiB", bytes / (1 << 20));
-  return fmt::format("{:.0f} KiB", bytes / 1024);
-}
-
 std::string short_time(double seconds) {
   const auto s = static_cast<long>(seconds + 0.5);
   if (s >= 3600) return fmt::format("{}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60);

@@ -41,8 +41,6 @@ class CAPSTAN_API Display {
 
 /// "1.24 B", "124.4 M", "10.7 k"
 CAPSTAN_API std::string short_count(double n);
-/// "3.4 GiB"
-CAPSTAN_API std::string short_bytes(double bytes);
 /// "1:02:03", "2:05", "42 s"
 CAPSTAN_API std::string short_time(double seconds);
 

@@ -1,7 +1,7 @@
 #include "train/estimate.h"
 
+#include "base/short_bytes.h"
 #include "parallel/meta_batch.h"
-#include "terminal/display.h"
 
 #include <capstan/error.h>
 #include <sys/sysinfo.h>
@@ -74,7 +74,7 @@ Estimate estimate_step(const Session& session) {
 }
 
 std::string describe_memory(const Estimate& e, bool shared) {
-  const auto words = [](std::int64_t bytes) { return terminal::short_bytes(static_cast<double>(bytes)); };
+  const auto words = [](std::int64_t bytes) { return short_bytes(static_cast<double>(bytes)); };
   std::string text = words(e.total_bytes()) + ": " + words(e.weights_bytes) + " weights, gradients and optimizer, ";
   if (e.quantized_bytes > 0) text += words(e.quantized_bytes) + " weights in fp8, ";
   text += words(e.activations_bytes) + " activations";
@@ -87,7 +87,7 @@ void check_memory(const Session& session, const Estimate& e, const std::function
   struct sysinfo host{};
   if (::sysinfo(&host) != 0) return;
   const auto there = static_cast<std::int64_t>(host.totalram + host.totalswap) * static_cast<std::int64_t>(host.mem_unit);
-  const auto words = [](std::int64_t bytes) { return terminal::short_bytes(static_cast<double>(bytes)); };
+  const auto words = [](std::int64_t bytes) { return short_bytes(static_cast<double>(bytes)); };
   if (e.weights_bytes > there)
     fail(Fault::input, session.recipe.path, "the weights, gradients and optimizer take " + words(e.weights_bytes) + ", and this host has " + words(there) +
                                                 ": expected a smaller model, an optimizer with less state, or ranks on other hosts that share it (mesh.shard)");

@@ -160,8 +160,7 @@ std::string missing_set(const Options& set) {
 
 std::int64_t load_weights(Session& session, const std::string& run_folder, std::int64_t step, const std::function<void(const std::string&)>& report) {
   const std::vector<NamedTensor> tensors = session.engine->tensors(false);
-  HostMemory host;
-  const std::vector<checkpoint::Wanted> wanted = wanted_tensors(tensors, host);
+  const std::vector<checkpoint::Wanted> wanted = wanted_tensors(tensors, master_type(session.engine->options().compute));
   const checkpoint::FormatMaker maker = format_maker(*session.host);
   checkpoint::LoadOptions load;
   load.leave_unread = {"optimizer/"};
@@ -176,7 +175,6 @@ std::int64_t load_weights(Session& session, const std::string& run_folder, std::
     if (!loaded) fail(Fault::input, root.string(), "there is no checkpoint: train first, with checkpoint.at_end or checkpoint.every_steps");
     found = loaded->step;
   }
-  to_device(tensors, host);
   session.engine->publish();
   return found;
 }

@@ -7,17 +7,18 @@
 #include <capstan/export.h>
 
 #include <cstddef>
+#include <optional>
 #include <span>
 #include <vector>
 
 namespace capstan::train {
 
-/// Where checkpoints read and write what lies on a GPU; empty for tensors of the CPU, which are read and written in place.
+/// Where checkpoints write what lies on a GPU from; empty for tensors of the CPU, which are written where they lie.
 using HostMemory = std::vector<std::vector<std::byte>>;
 
-/// `host` must live until the load is done; then to_device() takes what was read to its place.
-CAPSTAN_API std::vector<checkpoint::Wanted> wanted_tensors(std::span<const NamedTensor> tensors, HostMemory& host);
-void to_device(std::span<const NamedTensor> tensors, const HostMemory& host);
+/// Boxes that a load brings to their tensors, on any device. `stored`: the element type that checkpoints hold them in, where that
+/// is not the tensors' own; they are then cast, one by one.
+CAPSTAN_API std::vector<checkpoint::Wanted> wanted_tensors(std::span<const NamedTensor> tensors, std::optional<DType> stored = {});
 /// `host` must live until Saver::save() has returned, which copies or writes before it does.
 CAPSTAN_API std::vector<SavedTensor> saved_tensors(std::span<const NamedTensor> tensors, HostMemory& host);
 /// Makes formats by the name in a manifest, with their default options.

@@ -1,4 +1,4 @@
-// defines: Trainer: the loop, on one screen (Trainer::run), and what it calls.
+// defines: Trainer: the loop, on one screen (Trainer::run), and what it calls; Interrupted.
 #pragma once
 #include "checkpoint/loader.h"
 #include "checkpoint/saver.h"
@@ -9,6 +9,7 @@
 #include "train/run_folder.h"
 #include "train/session.h"
 
+#include <capstan/error.h>
 #include <capstan/export.h>
 #include <capstan/inference.h>
 
@@ -33,12 +34,18 @@ struct StepResult {
   bool finite() const;
 };
 
+/// A signal came before there was anything to save. No rank failed: with several, the words are those of one.
+class CAPSTAN_API Interrupted : public Error {
+ public:
+  using Error::Error;
+};
+
 class CAPSTAN_API Trainer {
  public:
   /// Opens data and the run's folder, prints the header, takes the model's memory where the session has not (place()), and
   /// resumes as run.resume says. `interrupted` is asked after each step, and several times a second while data sets are
-  /// built (over several ranks by another thread): a signal's number, or 0. Over several ranks each has a trainer, and all
-  /// members are for all ranks.
+  /// built (over several ranks by another thread): a signal's number, or 0; then Interrupted is thrown, on the rank that
+  /// builds. Over several ranks each has a trainer, and all members are for all ranks.
   Trainer(std::unique_ptr<Session> session, std::function<int()> interrupted);
   ~Trainer();
 

@@ -1,4 +1,5 @@
 // What happens between steps: the live line, metrics, spikes, validation, samples, checkpoints.
+#include "base/short_bytes.h"
 #include "checkpoint/run_state.h"
 #include "data/bigram.h"
 #include "train/state_tensors.h"
@@ -144,7 +145,7 @@ void Trainer::sample() {
     try {
       write_sample();
     } catch (const std::exception& e) {  // a look at the model must not cost the run, whatever a plugin throws
-      const std::string line = std::string("no sample could be written, training goes on: ") + e.what();
+      const std::string line = std::string("no sample could be written, which does not end the run: ") + e.what();
       display_.warn(line);
       folder_.log(line);
       inference_.reset();
@@ -199,7 +200,7 @@ void Trainer::save() {
 void Trainer::poll_saver() {
   if (const auto error = saver_->take_error()) {
     const bool saved = saver_->last_report().step == saved_step_;  // then only the clearing away of older ones failed
-    const std::string line = std::string(saved ? "" : "a checkpoint could not be saved, training goes on: ") + error->what();
+    const std::string line = std::string(saved ? "" : "a checkpoint could not be saved, which does not end the run: ") + error->what();
     display_.warn(line);
     folder_.log(line);
     if (!saved) saved_step_ = -1;

@@ -1,5 +1,6 @@
 // Opening a run: data, folder, resume, rollback, and the header on the terminal.
 #include "base/look.h"
+#include "base/short_bytes.h"
 #include "checkpoint/loader.h"
 #include "checkpoint/run_state.h"
 #include "data/build.h"
@@ -47,7 +48,7 @@ void build_missing_sets(const Session& session, Display& display, const std::fun
     const int signal = interrupted();
     if (signal == 0) return;
     display.done();
-    fail(Fault::runtime, prefix, fmt::format("stopped by {} {}; the same command starts again", signal == SIGINT ? "SIGINT" : signal == SIGTERM ? "SIGTERM" : "a signal", left));
+    throw Interrupted(Fault::runtime, fmt::format("[{}] stopped by {} {}; the same command starts again", prefix, signal == SIGINT ? "SIGINT" : signal == SIGTERM ? "SIGTERM" : "a signal", left));
   };
   for (const Options& set : session.options().group("data").groups("sets")) {
     const std::string& prefix = set.path("path");
@@ -146,8 +147,7 @@ std::optional<checkpoint::Loaded> Trainer::load(checkpoint::OnDamage on_damage, 
   const std::vector<NamedTensor> tensors = session_->engine->tensors(true);
   checkpoint::LoadOptions options;
   options.elsewhere = session_->engine->names(true);
-  HostMemory host;
-  auto loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors, host), format_maker(*session_->host), on_damage, report, options);
+  auto loaded = checkpoint::load_newest(folder_.checkpoints(), wanted_tensors(tensors), format_maker(*session_->host), on_damage, report, options);
   if (session_->mesh) {  // all ranks read the same files: they came to the same step, or one of them reads badly
     std::int64_t steps[2] = {loaded ? loaded->step : -1, loaded ? -loaded->step : 1};
     session_->mesh->host("pp+replicate+shard+context+tensor", "control").all_reduce(steps, 2, DType::i64, Reduction::max).wait();
@@ -156,7 +156,6 @@ std::optional<checkpoint::Loaded> Trainer::load(checkpoint::OnDamage on_damage, 
                                                               "shares? Some rank's log names what is damaged", -steps[1], steps[0]));
   }
   if (!loaded) return loaded;
-  to_device(tensors, host);
   session_->engine->publish();
   checked_step_ = -1;
   return loaded;

@@ -92,8 +92,7 @@ int load(const fs::path& folder) {
   Engine& engine = *session->engine;
   engine.attach(session->host->make_as<Optimizer>(session->options().plugin("optimizer")));
   const std::vector<NamedTensor> tensors = engine.tensors(true);
-  train::HostMemory memory;
-  const auto loaded = checkpoint::load_newest(folder, train::wanted_tensors(tensors, memory), train::format_maker(*session->host), checkpoint::OnDamage::stop, [](const std::string&) {});
+  const auto loaded = checkpoint::load_newest(folder, train::wanted_tensors(tensors), train::format_maker(*session->host), checkpoint::OnDamage::stop, [](const std::string&) {});
   if (!loaded) return std::printf("nothing\n"), 1;
   const float value = tensors[0].value.data<float>()[0];
   for (const NamedTensor& t : tensors)

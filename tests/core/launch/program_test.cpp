@@ -205,6 +205,26 @@ TEST_F(Ranks, ASignalSavesAndTheSameCommandGoesOn) {
   }
 }
 
+// A text of zeros that would take seconds to build.
+TEST_F(Ranks, ASignalEndsTheBuildOfADatasetAndNoRankIsSaidToHaveFailed) {
+  write_file(project_ / "zeros/large.txt", "");
+  fs::resize_file(project_ / "zeros/large.txt", std::uintmax_t{1} << 30);
+  const std::string prefix = (project_ / "data/zeros").string();
+  for (const int signal : {SIGINT, SIGTERM}) {
+    std::vector<std::string> all{"train", "--ranks", "2"};
+    for (const std::string& word : words("run", {"data.sets=[{path: " + prefix + ", text: [" + (project_ / "zeros").string() + "]}]"})) all.push_back(word);
+    Child job(all);
+    ASSERT_TRUE(wait_for([&] { return fs::exists(prefix + ".bin.partial"); })) << job.wait().err;
+    job.signal(signal);
+    const Exit stopped = job.wait();
+    EXPECT_EQ(stopped.code, 1);
+    EXPECT_EQ(stopped.err, "capstan: [" + prefix + "] stopped by " + (signal == SIGINT ? "SIGINT" : "SIGTERM") +
+                               " while this dataset was built, of which nothing is left; the same command starts again\n");
+    EXPECT_THAT(stopped.out, Not(HasSubstr("step 1/")));
+    EXPECT_EQ(std::distance(fs::directory_iterator(project_ / "data"), {}), 0);
+  }
+}
+
 TEST_F(Ranks, TorchrunsEnvironmentIsEnoughOnOneHost) {
   const Exit mpi = train_on(2, words("mpi"));
   ASSERT_EQ(mpi.code, 0) << mpi.err;

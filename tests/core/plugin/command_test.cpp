@@ -22,9 +22,9 @@ struct Outcome {
 };
 
 /// Runs the program with `words` (shell words) in `folder`.
-Outcome run(const std::string& words, const fs::path& folder, const std::string& environment = "") {
-  const std::string command =
-      "cd '" + folder.string() + "' && " + environment + " '" + CAPSTAN_PROGRAM + "' plugin " + words + " 2>&1";
+Outcome run(const std::string& words, const fs::path& folder, const std::string& environment = "",
+            const std::string& program = CAPSTAN_PROGRAM) {
+  const std::string command = "cd '" + folder.string() + "' && " + environment + " '" + program + "' plugin " + words + " 2>&1";
   Outcome result;
   FILE* pipe = ::popen(command.c_str(), "r");
   if (pipe == nullptr) throw std::runtime_error("cannot run " + command);
@@ -114,12 +114,29 @@ TEST(PluginNew, WritesAStart) {
     const fs::path made = folder.path / "my_thing";
     for (const char* file : {"CMakeLists.txt", "my_thing.cpp", "recipe.yaml", "README.md"}) {
       ASSERT_TRUE(fs::exists(made / file)) << file;
-      EXPECT_THAT(read_bytes(made / file), AllOf(HasSubstr("my_thing"), Not(HasSubstr("@name@")), Not(HasSubstr("@Name@"))));
+      EXPECT_THAT(read_bytes(made / file), AllOf(HasSubstr("my_thing"), Not(HasSubstr("@name@")), Not(HasSubstr("@Name@")), Not(HasSubstr("@kind@"))));
     }
+    EXPECT_EQ(std::distance(fs::directory_iterator(made), {}), 4);
+    EXPECT_THAT(read_bytes(made / "CMakeLists.txt"), HasSubstr("capstan_add_plugin(my_thing KIND " + kind + " SOURCES my_thing.cpp)"));
     const std::string source = read_bytes(made / "my_thing.cpp");
     EXPECT_THAT(source, AllOf(HasSubstr("CAPSTAN_PLUGIN(\"" + kind + "\", \"my_thing\""), HasSubstr("class MyThing")));
     EXPECT_LT(std::count(source.begin(), source.end(), '\n'), kind == "inference" || kind == "checkpoint" ? 180 : 100);
   }
+}
+
+TEST(PluginNew, NamesTheKindsThatHaveATemplate) {
+  TempFolder folder;
+  // A program whose templates are of two kinds only, beside a file that is of no kind.
+  fs::create_directories(folder.path / "bin");
+  fs::copy_file(CAPSTAN_PROGRAM, folder.path / "bin/capstan");
+  const fs::path templates = folder.path / "share/capstan/templates/plugin";
+  write_bytes(templates / "CMakeLists.txt", "project(@name@)");
+  write_bytes(templates / "model/@name@.cpp", "");
+  write_bytes(templates / "layer/@name@.cpp", "");
+  const Outcome r = run("new my_thing --kind optimizer", folder.path, "", folder.path / "bin/capstan");
+  EXPECT_EQ(r.code, 2);
+  EXPECT_THAT(r.text, HasSubstr("no template for kind 'optimizer'; there are: layer, model\n"));
+  EXPECT_FALSE(fs::exists(folder.path / "my_thing"));
 }
 
 TEST(PluginNew, OverwritesNothing) {

@@ -4,8 +4,10 @@
 
 #include <capstan/ops.h>
 #include <gmock/gmock.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <csignal>
 #include <limits>
 
 namespace capstan::train::testing {
@@ -45,6 +47,21 @@ TEST(NonFinite, StopLeavesTheWeightsAndTheCheckpoint) {
   EXPECT_TRUE(checkpoint::verify(project / "run/checkpoints/step_000005").empty());
   EXPECT_THAT(read_file(project / "run/log.txt"), HasSubstr("step 8"));
   EXPECT_EQ(metrics_with(project / "run", "lr").size(), 7u);
+}
+
+// The save of step 7 fails as on a full disk, whenever that is heard of: the run ends, though not for it.
+TEST(NonFinite, StopBehindAFailedSaveDoesNotSayThatTheRunGoesOn) {
+  Project project;
+  std::signal(SIGXFSZ, SIG_IGN);
+  const Outcome run = run_trainer(project.recipe(), {project.dir("run"), "checkpoint.every_steps=7", "train.steps=12"}, [](const Tensor& h, ForwardContext& context) {
+    if (holds_sample(context, 26)) limit_files(::getpid(), 64 << 10);  // of step 7
+    return bad_sample(h, context);
+  });
+  limit_files(::getpid(), RLIM_INFINITY);
+  ASSERT_TRUE(run.error);
+  EXPECT_THAT(run.error->what(), AllOf(HasSubstr("step 8"), HasSubstr("nothing was updated"), Not(HasSubstr("is good"))));
+  EXPECT_THAT(run.err, AllOf(HasSubstr("a checkpoint could not be saved, which does not end the run: "), HasSubstr("step_000007"), Not(HasSubstr("goes on"))));
+  EXPECT_FALSE(has_checkpoint(project / "run", 7));
 }
 
 TEST(NonFinite, SkipLeavesTheStepOut) {

@@ -36,7 +36,7 @@ TEST(Sample, ThatRunsOutOfMemoryDoesNotEndTheRun) {
                                   [](Session& session) { session.tokenizer = std::make_shared<Failing>(session.tokenizer); });
   ASSERT_FALSE(run.error) << run.error->what();
   EXPECT_EQ(run.steps.back(), 4);
-  EXPECT_THAT(run.err, HasSubstr("no sample could be written, training goes on: std::bad_alloc"));
+  EXPECT_THAT(run.err, HasSubstr("no sample could be written, which does not end the run: std::bad_alloc"));
   EXPECT_THAT(read_file(project / "run/log.txt"), AllOf(HasSubstr("no sample could be written"), HasSubstr("done at step 4")));
 }
 

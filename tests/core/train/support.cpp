@@ -8,6 +8,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
 #include <csignal>
@@ -196,6 +197,13 @@ std::int64_t latest(const fs::path& run) {
   std::string name;
   text >> name;
   return checkpoint::step_of(name).value_or(-1);
+}
+
+void limit_files(pid_t pid, rlim_t bytes) {
+  rlimit limit{};
+  ASSERT_EQ(::prlimit(pid, RLIMIT_FSIZE, nullptr, &limit), 0);
+  limit.rlim_cur = std::min(bytes, limit.rlim_max);
+  ASSERT_EQ(::prlimit(pid, RLIMIT_FSIZE, &limit, nullptr), 0);
 }
 
 bool wait_for(const std::function<bool()>& done) {

@@ -6,6 +6,7 @@
 #include <gtest/gtest.h>
 #include <nlohmann/json.hpp>
 
+#include <sys/resource.h>
 #include <sys/types.h>
 
 #include <cstdint>
@@ -91,6 +92,9 @@ std::map<std::string, std::vector<std::uint64_t>> weights(const fs::path& run, s
 bool has_checkpoint(const fs::path& run, std::int64_t step);
 /// The step that LATEST names; -1 when there is none.
 std::int64_t latest(const fs::path& run);
+
+/// The largest file that the process may write from now on.
+void limit_files(pid_t pid, rlim_t bytes);
 
 /// Asks `done` until it is true or ten seconds are over.
 bool wait_for(const std::function<bool()>& done);

@@ -73,5 +73,23 @@ TEST(Decoding, IsRefusedWhereThereIsNoGpuToRecord) {
   }
 }
 
+TEST(Decoding, HoldsTheWeightsOfACheckpointInTheirComputeTypeAlone) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {"train.steps=1", "precision.compute=bf16"}).code, 0);
+  std::vector<std::vector<std::uint16_t>> values[2];
+  for (const bool gpu : {false, true}) {
+    const auto session = open_session((project / "run/recipe.yaml").string(), {gpu ? "run.device=cuda" : "run.device=cpu"}, CAPSTAN_PROGRAM, Placement::weights);
+    EXPECT_EQ(load_weights(*session, (project / "run").string(), -1, [](const std::string& line) { ADD_FAILURE() << line; }), 1);
+    std::int64_t bytes = 0;
+    for (const NamedTensor& t : session->engine->tensors(false)) {
+      ASSERT_EQ(t.value.dtype(), DType::bf16) << t.name;
+      std::vector<std::uint16_t>& v = values[gpu].emplace_back(t.value.numel());
+      t.value.copy_to_host(v.data(), t.value.bytes()), bytes += t.value.bytes();
+    }
+    EXPECT_LT(session->device->bytes_peak(), bytes * 3 / 2) << "no f32 of them was there at any time";
+  }
+  EXPECT_EQ(values[0], values[1]);
+}
+
 }  // namespace
 }  // namespace capstan::train::testing

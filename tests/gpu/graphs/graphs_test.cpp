@@ -168,10 +168,10 @@ TEST(QueuedSteps, TheirMemoryIsNamedByWhatItIsForWhenNoneIsLeft) {
   double weights = 0, gradients = 0, state = 0, rest = 0;
   const std::size_t at = text.find("(weights ");
   ASSERT_NE(at, std::string::npos) << text;
-  ASSERT_EQ(std::sscanf(text.c_str() + at, "(weights %lf MiB, gradients %lf MiB, optimizer state %lf MiB, activations and the rest %lf MiB)", &weights, &gradients, &state, &rest), 4) << text;
+  ASSERT_EQ(std::sscanf(text.c_str() + at, "(weights %lf KiB, gradients %lf KiB, optimizer state %lf KiB, activations and the rest %lf KiB)", &weights, &gradients, &state, &rest), 4) << text;
   EXPECT_GT(weights, 0);
   EXPECT_EQ(gradients, weights);
-  EXPECT_NEAR(state, 2 * weights, 0.11);
+  EXPECT_NEAR(state, 2 * weights, 1.5);
 }
 
 TEST(QueuedSteps, AreThoseThatTheHostWaitsFor) {

@@ -28,7 +28,7 @@ struct Shape {
   std::int64_t rows() const { return starts.back() + dead; }
   std::string name() const {
     std::string s = std::to_string(heads) + "/" + std::to_string(kv_heads) + " heads of " + std::to_string(head_size) + ", sequences";
-    for (std::size_t i = 0; i + 1 < starts.size(); ++i) s += " " + std::to_string(starts[i + 1] - starts[i]);
+    for (std::size_t i = 0; i + 1 < starts.size(); ++i) s.append(" ").append(std::to_string(starts[i + 1] - starts[i]));
     return s + (dead > 0 ? " + dead rows" : "") + (fused ? " fused" : "") + (odd ? " misaligned" : "") + (window > 0 ? " window " + std::to_string(window) : "");
   }
 };

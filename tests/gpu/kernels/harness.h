@@ -135,14 +135,11 @@ void same_bits(const std::string& what, const std::vector<T>& a, const std::vect
   report(a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0, what, "two runs differ");
 }
 
-/// Median seconds of one call, each on the next of the input sets.
-double median_seconds(Context& ctx, int repeats, const std::function<void(int)>& call);
-
 /// small: shapes that an emulated GPU gets through.
 void test_rows(Context& ctx, bool small);
 void test_scores(Context& ctx, bool small);
 void test_attention(Context& ctx, bool small);
 void test_fp8(Context& ctx, bool small);
-void bench_attention(Context& ctx);
+void bench_attention(Context& ctx, bool small);
 
 }  // namespace gpu_test

@@ -1,6 +1,7 @@
 // Collectives among GPUs: the battery of those among CPUs, staged on one GPU and, where each rank has its own, over NCCL;
 // which of the two is taken, and how a choice that cannot be is refused.
 #include "base/cuda_device.h"
+#include "base/short_bytes.h"
 #include "comm/gpu_world.h"
 #include "core/comm/battery.h"
 #include "core/comm/threads.h"
@@ -132,8 +133,7 @@ TEST_P(GpuCollectives, MemoryThatALibraryTakesIsCountedAndNamedWhenThereIsNoMore
       testing::require(communication_bytes(device) - buffers == std::int64_t{3} << 28, "registered memory");
       testing::require(device.bytes_held() - before == communication_bytes(device), "bytes_held");
       // NCCL's own buffers differ by GPU and version.
-      const std::int64_t held = communication_bytes(device), unit = held >= std::int64_t{1} << 30 ? std::int64_t{1} << 30 : 1 << 20, tenths = held * 10 / unit;
-      const std::string words = "NCCL " + std::to_string(tenths / 10) + "." + std::to_string(tenths % 10) + (unit == 1 << 20 ? " MiB" : " GiB") + " (its communicators, and memory registered with them)";
+      const std::string words = "NCCL " + short_bytes(static_cast<double>(communication_bytes(device))) + " (its communicators, and memory registered with them)";
       testing::require(said().find(words) != std::string::npos, said());
       c->barrier();
     }
