@@ -30,9 +30,12 @@ __global__ void gather_kernel(std::int64_t count, int words, const Word* __restr
   const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (t >= count) return;
   const std::int32_t id = ids[t];
-  const bool none = outside(id, table_rows);
-  const Word* from = table + static_cast<std::int64_t>(none ? 0 : id) * words;
-  for (int i = static_cast<int>(threadIdx.x); i < words; i += static_cast<int>(blockDim.x)) out[t * words + i] = none ? Word{} : from[i];
+  if (outside(id, table_rows)) {
+    for (int i = static_cast<int>(threadIdx.x); i < words; i += static_cast<int>(blockDim.x)) out[t * words + i] = Word{};
+    return;
+  }
+  const Word* from = table + static_cast<std::int64_t>(id) * words;
+  for (int i = static_cast<int>(threadIdx.x); i < words; i += static_cast<int>(blockDim.x)) out[t * words + i] = from[i];
 }
 
 /// Ids that no row has get the key `table_rows`, behind all others.
@@ -75,10 +78,10 @@ __global__ void scatter_chunk_kernel(std::int64_t count, int cols, std::uint32_t
 #pragma unroll
     for (int a = 0; a < ahead; ++a) {
       if (k + a >= end) break;
-      const std::uint32_t id = keys[k + a];
-      if (id >= table_rows) return;
 #pragma unroll
       for (int i = 0; i < Width; ++i) sum[i] += widen(rows[a].v[i]);
+      const std::uint32_t id = keys[k + a];
+      if (id >= table_rows) return;  // and so are all behind it
       const bool last = k + a + 1 == end;
       const bool goes_on = k + a + 1 < count && keys[k + a + 1] == id;
       if (goes_on && !last) continue;
