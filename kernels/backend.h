@@ -87,8 +87,13 @@ class Backend {
 
   // Rows by id.
   /// The first index with ids[t] outside [low, high), or -1. A backend that would have to wait may return -1 and throw
-  /// from a later call that waits, naming `what`; its kernels then treat such ids as `low`.
+  /// from a later call that waits, naming `what`; its kernels then do something with such ids that touches no other memory.
   virtual std::int64_t first_outside(const char* what, std::int64_t count, const std::int32_t* ids, std::int64_t low, std::int64_t high) = 0;
+  /// What ids of a whole table are in rows [begin, begin + rows) of it: local[t] = ids[t] - begin, or -1. `mine` and `others`
+  /// (of num: f32, f64; null: not wanted): 1 where those rows have the id, and where other rows have it (it is not below 0).
+  virtual void local_ids(std::int64_t count, const std::int32_t* ids, std::int64_t begin, std::int64_t rows, std::int32_t* local, Num num,
+                         void* mine, void* others) = 0;
+  /// An id below 0 is nobody's, here and in scatter_add_rows: its row is zero, what it would add goes nowhere.
   virtual void gather_rows(std::int64_t count, std::int64_t row_bytes, const void* table, std::int64_t table_rows, const std::int32_t* ids, void* out) = 0;
   virtual void scatter_add_rows(Num num, std::int64_t count, std::int64_t cols, const std::int32_t* ids, const void* g,
                                 std::int64_t table_rows, Num table_num, void* table, bool overwrite) = 0;

@@ -57,6 +57,8 @@ class CpuBackend final : public Backend {
   void softmax_backward(Num num, std::int64_t rows, std::int64_t cols, const void* y, const void* g, void* dx, bool logarithm) override;
 
   std::int64_t first_outside(const char* what, std::int64_t count, const std::int32_t* ids, std::int64_t low, std::int64_t high) override;
+  void local_ids(std::int64_t count, const std::int32_t* ids, std::int64_t begin, std::int64_t rows, std::int32_t* local, Num num, void* mine,
+                 void* others) override;
   void gather_rows(std::int64_t count, std::int64_t row_bytes, const void* table, std::int64_t table_rows, const std::int32_t* ids, void* out) override;
   void scatter_add_rows(Num num, std::int64_t count, std::int64_t cols, const std::int32_t* ids, const void* g, std::int64_t table_rows,
                         Num table_num, void* table, bool overwrite) override;

@@ -171,6 +171,10 @@ class CudaGpu final : public Gpu {
     cuda::check_ids(bound(), what, count, ids, low, high);
     return -1;
   }
+  void local_ids(std::int64_t count, const std::int32_t* ids, std::int64_t begin, std::int64_t rows, std::int32_t* local, Num num, void* mine,
+                 void* others) override {
+    cuda::local_ids(bound(), count, ids, begin, rows, local, num, mine, others);
+  }
   void gather_rows(std::int64_t count, std::int64_t row_bytes, const void* table, std::int64_t table_rows, const std::int32_t* ids, void* out) override {
     cuda::gather_rows(bound(), count, row_bytes, table, table_rows, ids, out);
   }

@@ -214,6 +214,18 @@ __global__ void rope_kernel(std::int64_t n, std::int64_t heads, std::int64_t hal
 }
 
 template <class T>
+__global__ void local_ids_kernel(std::int64_t count, const std::int32_t* ids, std::int64_t begin, std::int64_t rows, std::int32_t* local, T* mine,
+                                 T* others) {
+  const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * block + threadIdx.x;
+  if (t >= count) return;
+  const std::int64_t at = ids[t] - begin;
+  const bool has = at >= 0 && at < rows;
+  if (mine != nullptr) mine[t] = has ? T(1) : T(0);
+  if (others != nullptr) others[t] = !has && ids[t] >= 0 ? T(1) : T(0);
+  local[t] = has ? static_cast<std::int32_t>(at) : -1;
+}
+
+template <class T>
 __global__ void random_kernel(RandomFill fill, std::int64_t n, T* to) {
   const std::uint64_t first = fill.begin / 4 + static_cast<std::uint64_t>(blockIdx.x) * block + threadIdx.x;
   if (first * 4 >= fill.begin + static_cast<std::uint64_t>(n)) return;
@@ -335,6 +347,15 @@ void rope(Context& ctx, Num num, std::int64_t rows, std::int64_t heads, std::int
     else
       launch(ctx, launch_for(n), "rope", rope_kernel<T, 1>, n, heads, half, static_cast<const T*>(x), stride, angles, static_cast<T*>(y), inverse);
   });
+}
+
+void local_ids(Context& ctx, std::int64_t count, const std::int32_t* ids, std::int64_t begin, std::int64_t rows, std::int32_t* local, Num num,
+               void* mine, void* others) {
+  const auto run = [&]<class T>() {
+    launch(ctx, launch_for(count), "local_ids", local_ids_kernel<T>, count, ids, begin, rows, local, static_cast<T*>(mine), static_cast<T*>(others));
+  };
+  if (num == Num::f64) run.template operator()<double>();
+  else run.template operator()<float>();
 }
 
 void random(Context& ctx, Num num, const RandomFill& fill, std::int64_t n, void* to) {

@@ -20,6 +20,8 @@ void dropout(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const 
 void rope_table(Context& ctx, Num num, std::int64_t rows, std::int64_t size, double theta, const std::int32_t* positions, void* table);
 void rope(Context& ctx, Num num, std::int64_t rows, std::int64_t heads, std::int64_t size, const void* x, std::int64_t stride,
           const void* table, void* y, bool inverse);
+void local_ids(Context& ctx, std::int64_t count, const std::int32_t* ids, std::int64_t begin, std::int64_t rows, std::int32_t* local, Num num,
+               void* mine, void* others);
 void random(Context& ctx, Num num, const RandomFill& fill, std::int64_t n, void* to);
 
 void adamw(Context& ctx, const AdamWStep& s, Num num, Num state_num, std::int64_t n, void* value, const void* grad, void* m, void* v);

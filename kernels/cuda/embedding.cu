@@ -21,21 +21,28 @@ __global__ void check_ids_kernel(std::int64_t count, const std::int32_t* __restr
   }
 }
 
-__device__ __forceinline__ std::int64_t inside(std::int32_t id, std::int64_t rows) { return id < 0 || id >= rows ? 0 : id; }
+/// An id that no row has, because it is nobody's or was reported by check_ids().
+__device__ __forceinline__ bool outside(std::int32_t id, std::int64_t rows) { return id < 0 || id >= rows; }
 
 template <class Word>
 __global__ void gather_kernel(std::int64_t count, int words, const Word* __restrict__ table, std::int64_t table_rows, const std::int32_t* __restrict__ ids,
                               Word* __restrict__ out) {
   const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (t >= count) return;
-  const Word* from = table + inside(ids[t], table_rows) * words;
+  const std::int32_t id = ids[t];
+  if (outside(id, table_rows)) {
+    for (int i = static_cast<int>(threadIdx.x); i < words; i += static_cast<int>(blockDim.x)) out[t * words + i] = Word{};
+    return;
+  }
+  const Word* from = table + static_cast<std::int64_t>(id) * words;
   for (int i = static_cast<int>(threadIdx.x); i < words; i += static_cast<int>(blockDim.x)) out[t * words + i] = from[i];
 }
 
+/// Ids that no row has get the key `table_rows`, behind all others.
 __global__ void scatter_keys_kernel(std::int64_t count, const std::int32_t* __restrict__ ids, std::int64_t table_rows, std::uint32_t* keys, std::uint32_t* order) {
   const std::int64_t t = static_cast<std::int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (t >= count) return;
-  keys[t] = static_cast<std::uint32_t>(inside(ids[t], table_rows));
+  keys[t] = outside(ids[t], table_rows) ? static_cast<std::uint32_t>(table_rows) : static_cast<std::uint32_t>(ids[t]);
   order[t] = static_cast<std::uint32_t>(t);
 }
 
@@ -53,8 +60,8 @@ __device__ __forceinline__ void add_to(Out* to, const C (&sum)[Width]) {
 /// A block takes one chunk of sorted positions and some columns. What belongs to an id that began in an earlier chunk
 /// goes to partial[chunk, 0], to one that goes on in the next chunk to partial[chunk, 1], else into the table.
 template <class T, class Out, int Width>
-__global__ void scatter_chunk_kernel(std::int64_t count, int cols, const std::uint32_t* __restrict__ keys, const std::uint32_t* __restrict__ order,
-                                     const T* __restrict__ g, Out* __restrict__ table, Compute<T>* __restrict__ partial) {
+__global__ void scatter_chunk_kernel(std::int64_t count, int cols, std::uint32_t table_rows, const std::uint32_t* __restrict__ keys,
+                                     const std::uint32_t* __restrict__ order, const T* __restrict__ g, Out* __restrict__ table, Compute<T>* __restrict__ partial) {
   using C = Compute<T>;
   const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * Width;
   if (c >= cols) return;
@@ -74,6 +81,7 @@ __global__ void scatter_chunk_kernel(std::int64_t count, int cols, const std::ui
 #pragma unroll
       for (int i = 0; i < Width; ++i) sum[i] += widen(rows[a].v[i]);
       const std::uint32_t id = keys[k + a];
+      if (id >= table_rows) return;  // and so are all behind it
       const bool last = k + a + 1 == end;
       const bool goes_on = k + a + 1 < count && keys[k + a + 1] == id;
       if (goes_on && !last) continue;
@@ -93,15 +101,15 @@ __global__ void scatter_chunk_kernel(std::int64_t count, int cols, const std::ui
 
 /// Ids whose rows reach over chunks: the chunk in which they begin adds the later chunks' sums in order.
 template <class T, class Out, int Width>
-__global__ void scatter_join_kernel(std::int64_t count, int cols, const std::uint32_t* __restrict__ keys, Out* __restrict__ table,
-                                    const Compute<T>* __restrict__ partial) {
+__global__ void scatter_join_kernel(std::int64_t count, int cols, std::uint32_t table_rows, const std::uint32_t* __restrict__ keys,
+                                    Out* __restrict__ table, const Compute<T>* __restrict__ partial) {
   using C = Compute<T>;
   const int c = static_cast<int>(blockIdx.y * blockDim.x + threadIdx.x) * Width;
   const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x) * ScatterPlan::chunk, end = begin + ScatterPlan::chunk;
   if (c >= cols || end >= count) return;
   const std::uint32_t id = keys[end - 1];
   const bool began_before = begin > 0 && keys[begin - 1] == id;
-  if (keys[end] != id || began_before) return;
+  if (keys[end] != id || began_before || id >= table_rows) return;
   C sum[Width], more[Width];
   load_wide<C, Width>(partial + (static_cast<std::int64_t>(blockIdx.x) * 2 + 1) * cols + c, sum);
   for (std::int64_t chunk = blockIdx.x + 1; chunk * ScatterPlan::chunk < count && keys[chunk * ScatterPlan::chunk] == id; ++chunk) {
@@ -133,7 +141,7 @@ void check_ids(Context& ctx, const char* what, std::int64_t count, const std::in
 }
 
 void gather_rows(Context& ctx, std::int64_t count, std::int64_t row_bytes, const void* table, std::int64_t table_rows, const std::int32_t* ids, void* out) {
-  if (count == 0 || row_bytes == 0 || table_rows == 0) return;
+  if (count == 0 || row_bytes == 0) return;
   const auto run = [&](auto* word) {
     using Word = std::remove_pointer_t<decltype(word)>;
     const std::int64_t words = row_bytes / static_cast<std::int64_t>(sizeof(Word));
@@ -156,9 +164,10 @@ void scatter_add_rows(Context& ctx, Num num, std::int64_t count, std::int64_t co
     check(cudaMemsetAsync(table, 0, static_cast<std::size_t>(table_rows * cols * bytes_of(table_num)), ctx.stream()), name);
   if (count == 0 || cols == 0 || table_rows == 0) return;
   int bits = 1;
-  while (bits < 31 && (std::int64_t{1} << bits) < table_rows) ++bits;
+  while (bits < 32 && (std::int64_t{1} << bits) <= table_rows) ++bits;
   std::size_t sort_bytes = 0;
   const auto n = static_cast<std::int32_t>(count);
+  const auto rows = static_cast<std::uint32_t>(table_rows);
   std::uint32_t* none = nullptr;
   check(cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, none, none, none, none, n, 0, bits, ctx.stream()), name);
   visit(num, [&]<class T>() {
@@ -176,9 +185,9 @@ void scatter_add_rows(Context& ctx, Num num, std::int64_t count, std::int64_t co
       const std::int64_t packs = ceil_div(cols, Width);
       const auto threads = static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(packs, 32) * 32, 32, 128));
       const dim3 grid(static_cast<unsigned>(plan.chunks), static_cast<unsigned>(ceil_div(packs, threads)));
-      launch_block(ctx, name, scatter_chunk_kernel<T, Out, Width>, grid, dim3(threads), 0, count, static_cast<int>(cols), keys, order, static_cast<const T*>(g),
+      launch_block(ctx, name, scatter_chunk_kernel<T, Out, Width>, grid, dim3(threads), 0, count, static_cast<int>(cols), rows, keys, order, static_cast<const T*>(g),
                    static_cast<Out*>(table), partial);
-      launch_block(ctx, name, scatter_join_kernel<T, Out, Width>, grid, dim3(threads), 0, count, static_cast<int>(cols), keys, static_cast<Out*>(table), partial);
+      launch_block(ctx, name, scatter_join_kernel<T, Out, Width>, grid, dim3(threads), 0, count, static_cast<int>(cols), rows, keys, static_cast<Out*>(table), partial);
     };
     const auto by_width = [&]<class Out>() {
       constexpr int width = 16 / static_cast<int>(sizeof(T));

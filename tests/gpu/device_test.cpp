@@ -134,6 +134,22 @@ TEST_F(Gpu, MeasuresGradientsInF64) {
   }
 }
 
+TEST_F(Gpu, FindsIdsInAPartOfATableAsTheCpuDoes) {
+  for (const std::int64_t count : {0, 1, 255, 256, 257, 1000})
+    for (const auto& [begin, rows] : std::vector<std::pair<std::int64_t, std::int64_t>>{{0, 5}, {5, 4}, {9, 0}, {3, 100}})
+      for (const DType dtype : {DType::f32, DType::f64})
+        for (const int which : {0, 1, 2, 3})  // local, mine, others, local alone
+          expect_equal("local_ids", [&, begin = begin, rows = rows](Device& d) {
+            std::vector<std::int32_t> ids;
+            for (std::int64_t t = 0; t < count; ++t) ids.push_back(static_cast<std::int32_t>((t * t + 3) % 11) - 1);
+            const Tensor all = Tensor::of(std::span<const std::int32_t>(ids), Dims{count}, d), local = Tensor::full(Dims{count}, 77, DType::i32, d);
+            const Tensor mine = Tensor::full(Dims{count}, 77, dtype, d), others = Tensor::full(Dims{count}, 77, dtype, d);
+            d.backend().local_ids(count, all.data<std::int32_t>(), begin, rows, local.data<std::int32_t>(), static_cast<kernels::Num>(dtype),
+                                  which == 3 ? nullptr : mine.raw(), which == 3 ? nullptr : others.raw());
+            return which == 1 ? mine : which == 2 ? others : local;
+          });
+}
+
 TEST_F(Gpu, NamesAnIdOutOfRangeAtTheNextWaitAndGoesOn) {
   const Tensor table = Tensor::zeros(Dims{5, 4}, DType::f32, *gpu);
   const std::vector<std::int32_t> ids = {0, 4, 9, 1};

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <span>
@@ -116,6 +117,11 @@ class CAPSTAN_API World {
   /// long; not cleared. Ordinary memory where the host has no room left for more, and for a world of one. Among GPUs: memory of
   /// this rank's, the kind that its communicators like best.
   virtual std::shared_ptr<void> shared_memory(std::size_t bytes);
+  /// Why collectives cannot be part of a device's record (kernels/queue.h). "": they can, but for send() and receive(); all ranks
+  /// then make the same ones in it, and replay it together.
+  virtual std::string cannot_record() const;
+  /// `work` replays such a record: it ends within the timeout, as a collective does, or the job fails.
+  virtual void replay(const std::function<void()>& work) { work(); }
   /// What the watchdog says about this rank when it is waited for: the training step and what it does.
   virtual void at(std::int64_t step, std::string_view doing) = 0;
   /// This rank leaves with an error: tells all other ranks, whose waits then throw Error(runtime) naming this rank, its

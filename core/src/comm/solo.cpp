@@ -16,6 +16,7 @@ namespace capstan {
 Communicator::~Communicator() = default;
 void Communicator::adopt(std::shared_ptr<void>, std::size_t) {}
 World::~World() = default;
+std::string World::cannot_record() const { return "hosts wait in each collective between ranks whose GPUs reach each other through host memory (mesh.gpu_communication)"; }
 
 std::shared_ptr<void> World::shared_memory(std::size_t bytes) {
   const std::size_t page = 4096;

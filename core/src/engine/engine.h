@@ -96,7 +96,7 @@ class CAPSTAN_API Engine {
   void update(std::int64_t step, double lr_scale, double norm, double clip);
   /// Why steps cannot be queued here: queue_step() is for GPUs, with an optimizer that obeys a gate. "" when they can.
   std::string cannot_queue() const;
-  /// Why queued steps cannot be recorded: so far those of one rank can. "" when they can.
+  /// Why queued steps cannot be recorded; "" when they can. Those of several ranks can over NCCL, but for the update.
   std::string cannot_record() const;
   /// A whole step, forward to update, that the host does not wait for. A gradient that is not finite on any rank leaves the
   /// weights, and shuts the way for the steps behind it until reopen(). All ranks, and so are collect() and reopen().
@@ -162,6 +162,11 @@ class CAPSTAN_API Engine {
   void add_narrow(const void* received, const Tensor& sum);
   void clear_unused(Unit& unit);
   void finish_gradients();
+  /// Waits, on the device, for the reductions under way.
+  void settle() { while (!reducing_.empty()) settle_oldest(); }
+  /// Between walks, after settle(): which units' pieces hold something; and what a walk that did not end, or did not run, left.
+  std::vector<bool> filled_units() const;
+  void abandon_walk(const std::vector<bool>& filled);
   bool whole_rule(const Unit& unit, std::size_t parameter) const;
   void update_whole(UpdateContext& u, Unit& unit);
   Tensor assemble(const Unit& unit, std::size_t parameter, const Tensor& flat) const;

@@ -152,7 +152,7 @@ void Engine::finish_gradients() {
     handles.clear();
   };
   if (options_.sharding.gradient) {
-    while (!reducing_.empty()) settle_oldest();
+    settle();
     for (std::size_t u = 0; u < units_.size(); ++u)
       if (!std::exchange(gradient_[u].filled, true)) units_[u]->grad.fill(0);
   } else {
@@ -200,8 +200,29 @@ void Engine::finish_gradients() {
   }
 }
 
+std::vector<bool> Engine::filled_units() const {
+  std::vector<bool> filled;
+  for (const Gradient& g : gradient_) filled.push_back(g.filled);
+  return filled;
+}
+
+void Engine::abandon_walk(const std::vector<bool>& filled) {
+  reducing_.clear();  // handles wait
+  for (std::size_t u = 0; u < units_.size(); ++u) {
+    if (options_.sharding.parameter) {
+      gathered_[u] = {};
+      for (const UnitParameter& p : units_[u]->parameters) p.parameter->forget_derived();
+      units_[u]->whole.storage()->data = nullptr;
+    }
+    if (options_.sharding.gradient) units_[u]->whole_grad.storage()->data = nullptr;
+    gradient_[u] = {std::nullopt, filled[u]};
+  }
+  if (gather_pool_) gather_pool_->give_all();
+  if (gradient_pool_) gradient_pool_->give_all();
+}
+
 void Engine::discard() {
-  while (!reducing_.empty()) settle_oldest();
+  settle();
   for (std::size_t u = 0; u < units_.size(); ++u) {
     gradient_[u].filled = false;
     for (const UnitParameter& p : units_[u]->parameters)

@@ -19,6 +19,7 @@ class CAPSTAN_API Pool {
   /// Offset of `bytes` free bytes; nothing when no gap is as large.
   std::optional<std::int64_t> take(std::int64_t bytes);
   void give(std::int64_t offset);
+  void give_all() { taken_.clear(); }
   void* at(std::int64_t offset) const;  ///< null on the meta device
 
  private:

@@ -111,7 +111,10 @@ std::vector<Leaf*> StepQueue::leaves() const {
 QueuedStep StepQueue::run(std::span<const Batch> batches, std::int64_t step, double lr_scale, double clip) {
   QueuedStep queued;
   refresh_forms();  // weights that came another way, such as from a checkpoint
-  if (engine_.executor_) keep(engine_.walk_all(batches, static_cast<std::uint64_t>(step)), queued);
+  const bool together = engine_.executor_ || agreed(batches);
+  if (!together && recording_ == Recording::required)
+    fail(Fault::input, "run.cuda_graphs", "step " + std::to_string(step) + " cannot be recorded: ranks have batches of different kinds (rows, sequences); set it to auto or off");
+  if (engine_.executor_ || !together) keep(engine_.walk_all(batches, static_cast<std::uint64_t>(step)), queued);
   else
     for (std::size_t i = 0; i < batches.size(); ++i) microbatch(batches[i], static_cast<std::uint64_t>(step), i == 0, queued);
   auto* gate = static_cast<kernels::Gate*>(results_.raw());
@@ -156,7 +159,7 @@ void StepQueue::update(std::int64_t step, double lr_scale) {
     engine_.apply(step, lr_scale, 1);  // the gate has the factor of clipping
     refresh_forms();
   };
-  if (recording_ == Recording::off || update_plain_ || !std::exchange(update_warm_, true)) return work();
+  if (recording_ == Recording::off || engine_.mesh_ || update_plain_ || !std::exchange(update_warm_, true)) return work();
   try {
     if (update_record_ < 0) {
       queue_.begin_record(static_cast<std::uint64_t>(step));
@@ -212,21 +215,60 @@ void StepQueue::keep(const std::vector<LossEntry>& entries, QueuedStep& queued, 
   }
 }
 
-void StepQueue::microbatch(const Batch& batch, std::uint64_t step, bool first, QueuedStep& queued) {
-  if (recording_ == Recording::off) return plain(batch, step, queued);
-  if (const std::string why = refusal(batch); !why.empty()) {
-    if (recording_ == Recording::required) fail(Fault::input, "run.cuda_graphs", "step " + std::to_string(step) + " cannot be recorded: " + why + "; set it to auto or off");
-    return plain(batch, step, queued);
-  }
-  const Space& space = batch.spaces[0];
+StepQueue::Kind StepQueue::kind_of(const Batch& local, bool first) const {
+  Kind kind{{}, refusal(local)};
+  if (!kind.refusal.empty()) return kind;
+  const Space& space = local.spaces[0];
   const bool equal = equal_lengths(space);
-  const std::int64_t sequences = equal ? space.sequences() : power_of_two(space.sequences());
-  Walk& walk = walks_[{space.capacity, sequences, equal, first}];
-  if (walk.batch.spaces.empty()) walk.batch = like(batch, sequences, engine_.device());
+  kind.key = {space.capacity, equal ? space.sequences() : power_of_two(space.sequences()), equal, first};
+  return kind;
+}
+
+/// Whether all ranks have batches of the same kinds, in the same order: if not, nothing of this step is recorded or replayed.
+bool StepQueue::agreed(std::span<const Batch> batches) const {
+  if (recording_ == Recording::off || !engine_.mesh_) return true;
+  std::uint64_t all = batches.size();
+  const auto mix = [&](std::int64_t n) { all = (all ^ static_cast<std::uint64_t>(n)) * 0x9e3779b97f4a7c15u, all ^= all >> 29; };
+  for (std::size_t i = 0; i < batches.size(); ++i) {
+    const Kind kind = kind_of(engine_.localize(batches[i]), i == 0);
+    const auto& [rows, sequences, equal, first] = kind.key;
+    for (const std::int64_t n : {rows, sequences, std::int64_t{equal}, std::int64_t{first}, std::int64_t{kind.refusal.empty()}}) mix(n);
+  }
+  const auto mine = static_cast<std::int64_t>(all >> 1);
+  std::int64_t most[] = {mine, -mine};
+  engine_.host("pp+replicate+shard+context+tensor", "control").all_reduce(most, 2, DType::i64, Reduction::max).wait();
+  return most[0] == -most[1];
+}
+
+bool StepQueue::failed_anywhere(bool here) const {
+  if (!engine_.mesh_) return here;
+  std::int64_t any = here;
+  engine_.host("pp+replicate+shard+context+tensor", "control").all_reduce(&any, 1, DType::i64, Reduction::max).wait();
+  return any != 0;
+}
+
+void StepQueue::replay(Walk& walk, std::uint64_t step) {
+  const auto work = [&] { queue_.replay(walk.record, step); };
+  if (!engine_.mesh_) return work();
+  engine_.settle();  // of a microbatch ahead of it that was not recorded
+  engine_.mesh_->data_world().replay(work);
+  engine_.abandon_walk(walk.units);
+}
+
+void StepQueue::microbatch(const Batch& whole, std::uint64_t step, bool first, QueuedStep& queued) {
+  if (recording_ == Recording::off) return plain(whole, step, queued);
+  const Batch batch = engine_.localize(whole);
+  const Kind kind = kind_of(batch, first);
+  if (!kind.refusal.empty()) {
+    if (recording_ == Recording::required) fail(Fault::input, "run.cuda_graphs", "step " + std::to_string(step) + " cannot be recorded: " + kind.refusal + "; set it to auto or off");
+    return plain(whole, step, queued);
+  }
+  Walk& walk = walks_[kind.key];
+  if (walk.batch.spaces.empty()) walk.batch = like(batch, std::get<1>(kind.key), engine_.device());
   load(walk.batch, batch);
   if (!std::exchange(walk.warm, true)) return plain(walk.batch, step, queued, &walk.weights);
-  if (walk.record < 0 && !record(walk, step)) return plain(batch, step, queued);
-  queue_.replay(walk.record, step);
+  if (walk.record < 0 && !record(walk, step)) return plain(whole, step, queued);
+  replay(walk, step);
   for (Leaf* leaf : walk.filled) leaf->mark_filled();
   const auto at = static_cast<std::int64_t>(queued.weights.size()), count = static_cast<std::int64_t>(walk.weights.size());
   if (at + count > most_losses) fail(Fault::input, "data.micro_batch", "a step of more than " + std::to_string(most_losses) + " losses: use larger microbatches");
@@ -236,33 +278,44 @@ void StepQueue::microbatch(const Batch& batch, std::uint64_t step, bool first, Q
 
 /// False, with nothing changed, when it cannot be recorded and need not be.
 bool StepQueue::record(Walk& walk, std::uint64_t step) {
+  engine_.settle();  // what a microbatch before it began is not part of it
   const std::vector<Leaf*> all = leaves();
   std::vector<Leaf*> before;
   for (Leaf* leaf : all)
     if (leaf->has_grad()) before.push_back(leaf);
+  const std::vector<bool> units = engine_.filled_units();
   const auto count = static_cast<std::int64_t>(walk.weights.size());
   walk.outs = Tensor::empty(Dims{std::max<std::int64_t>(count, 1)}, DType::f64, engine_.device()).narrow(0, 0, count);
+  std::string why;
   queue_.begin_record(step);
   try {
     {
       const std::vector<LossEntry> entries = engine_.walk(walk.batch, step);
+      engine_.settle();
       if (static_cast<std::int64_t>(entries.size()) != count) throw std::runtime_error("the model has another number of losses than the time before");
       for (std::int64_t i = 0; i < count; ++i) walk.outs.narrow(0, i, 1).copy_from(entries[static_cast<std::size_t>(i)].sum.view(Dims{1}));
     }
     walk.record = queue_.end_record();
   } catch (const std::exception& e) {
+    why = e.what();
+    engine_.abandon_walk(units);
     queue_.cancel_record();
     for (const Parameter* p : engine_.model().parameters()) p->forget_derived();  // one made inside was not filled
-    for (Leaf* leaf : all) leaf->clear();
-    for (Leaf* leaf : before) leaf->mark_filled();
-    if (recording_ == Recording::required) fail(Fault::runtime, "run.cuda_graphs", std::string("the training step cannot be recorded: ") + e.what());
-    why_not_ = e.what();
-    recording_ = Recording::off;
-    return false;
   }
-  for (Leaf* leaf : all)
-    if (leaf->has_grad()) walk.filled.push_back(leaf);
-  return true;
+  if (!failed_anywhere(!why.empty())) {
+    for (Leaf* leaf : all)
+      if (leaf->has_grad()) walk.filled.push_back(leaf);
+    walk.units = engine_.filled_units();
+    return true;
+  }
+  if (walk.record >= 0) queue_.forget_record(std::exchange(walk.record, -1));
+  engine_.abandon_walk(units);
+  for (Leaf* leaf : all) leaf->clear();
+  for (Leaf* leaf : before) leaf->mark_filled();
+  why_not_ = why.empty() ? "another rank cannot record the training step" : why;
+  if (recording_ == Recording::required) fail(Fault::runtime, "run.cuda_graphs", "the training step cannot be recorded: " + why_not_);
+  recording_ = Recording::off;
+  return false;
 }
 
 // --- Engine ----------------------------------------------------------------------------------------------
@@ -274,13 +327,15 @@ std::string Engine::cannot_queue() const {
 }
 
 std::string Engine::cannot_record() const {
-  if (mesh_) return "steps of several ranks are queued, not recorded";
-  return cannot_queue();
+  if (const std::string why = cannot_queue(); !why.empty() || !mesh_) return why;
+  if (executor_) return "pipeline stages send to each other, which cannot be part of a record (mesh.pp)";
+  if (mesh_->size("context") > 1) return "context ranks have parts of sequences (mesh.context)";
+  return mesh_->data_world().cannot_record();
 }
 
 QueuedStep Engine::queue_step(std::span<const Batch> batches, std::int64_t step, double lr_scale, double clip) {
   if (const std::string why = cannot_queue(); !why.empty()) fail(Fault::programming, "engine", "a step cannot be queued: " + why);
-  if (!queue_) queue_ = std::make_unique<StepQueue>(*this, mesh_ ? Recording::off : options_.recording);
+  if (!queue_) queue_ = std::make_unique<StepQueue>(*this, mesh_ && !cannot_record().empty() ? Recording::off : options_.recording);
   finished_ = false;
   walking_back_ = true;
   struct Walking { bool& flag; ~Walking() { flag = false; } } walking{walking_back_};

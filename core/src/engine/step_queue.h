@@ -37,12 +37,13 @@ struct StepNumbers {
 };
 
 /// A gate on the device stands between gradient and weights: it shuts when a loss or gradient of any rank is not finite and stays
-/// shut for the steps that were queued behind, until reopen(). All ranks call the same members. Steps of several ranks are not
-/// recorded: ranks would have to agree on every record, and on every batch that has none. Recorded work is keyed by capacities: rows, sequences (rounded up
+/// shut for the steps that were queued behind, until reopen(). All ranks call the same members. Recorded work is keyed by capacities: rows, sequences (rounded up
 /// to a power of two), whether all are of one length, and whether the microbatch is a step's first, which overwrites gradients
 /// where later ones add. A batch of a new kind runs unrecorded once, so that products are chosen and plans made; so does the first
 /// update. Ahead of each replay of the update the optimizer is asked again, nothing runs, and its numbers of this step go along.
 /// Forms made from the weights (fp8) lie outside of records and are made anew once a step, with the update.
+/// Several ranks record and replay the same kinds in the same order, or none: their hosts compare the kinds of a step's batches
+/// before it, and what came of a record before its first replay. Their update, which communicates by itself, is not recorded.
 class CAPSTAN_API StepQueue {
  public:
   StepQueue(Engine& engine, Recording recording);
@@ -70,9 +71,18 @@ class CAPSTAN_API StepQueue {
     Tensor outs;                  // f64: the losses
     std::vector<double> weights;  // theirs
     std::vector<Leaf*> filled;    // by the walk
+    std::vector<bool> units;      // and which units' pieces hold something behind it
     std::int64_t record = -1;
     bool warm = false;
   };
+  struct Kind {
+    Key key;
+    std::string refusal;  ///< why work on such a batch cannot be recorded; ""
+  };
+  Kind kind_of(const Batch& local, bool first) const;
+  bool agreed(std::span<const Batch> batches) const;
+  bool failed_anywhere(bool here) const;
+  void replay(Walk& walk, std::uint64_t step);
   void microbatch(const Batch& batch, std::uint64_t step, bool first, QueuedStep& queued);
   void shut_together(std::int64_t losses, double clip);
   void keep(const std::vector<LossEntry>& entries, QueuedStep& queued, std::vector<double>* weights = nullptr);

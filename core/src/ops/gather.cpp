@@ -1,4 +1,6 @@
 // gather and embedding: rows by id. Their gradient adds rows in the order of the ids, without atomics.
+#include "ops/gather.h"
+
 #include "ops/common.h"
 
 #include <capstan/ops.h>
@@ -48,10 +50,22 @@ class GatherNode final : public Node {
   DType dtype_;
 };
 
-Tensor gather_named(const char* op, const Tensor& a, const Tensor& ids) {
+void check_operands(const char* op, const Tensor& a, const Tensor& ids) {
   check_floating(op, "table", a);
   if (a.rank() == 0) wrong(op, "table's shape", "at least one dimension", to_string(a.shape()));
   check_ids(op, "ids", ids, DType::i32, a);
+}
+
+Tensor gather_named(const char* op, const Tensor& a, const Tensor& ids) {
+  check_operands(op, a, ids);
+  check_rows(op, ids, a.size(0));
+  return gather_checked(op, a, ids);
+}
+
+}  // namespace
+
+Tensor gather_checked(const char* op, const Tensor& a, const Tensor& ids) {
+  check_operands(op, a, ids);
   const std::int64_t n = a.size(0), m = ids.numel();
   Dims shape = a.shape();
   shape[0] = m;
@@ -59,20 +73,19 @@ Tensor gather_named(const char* op, const Tensor& a, const Tensor& ids) {
   Tensor out = Tensor::empty(shape, a.dtype(), a.device());
   {
     OpScope scope(a.device(), op, {0, real(out.bytes() + ids.bytes()), real(out.bytes())});
-    if (!scope.meta()) {
-      const std::int32_t* at = index.data<std::int32_t>();
-      Backend& backend = a.device().backend();
-      const std::int64_t bad = backend.first_outside(op, m, at, 0, n);
-      if (bad >= 0)
-        wrong(op, "ids[" + std::to_string(bad) + "]", "a row of [0, " + std::to_string(n) + ")", std::to_string(static_cast<std::int64_t>(index.narrow(0, bad, 1).item())));
-      if (m > 0) backend.gather_rows(m, out.bytes() / m, table.raw(), n, at, out.raw());
-    }
+    if (!scope.meta() && m > 0) a.device().backend().gather_rows(m, out.bytes() / m, table.raw(), n, index.data<std::int32_t>(), out.raw());
   }
   if (any_requires_grad({&a})) record(std::make_shared<GatherNode>(op, a, index), {&a}, {&out});
   return out;
 }
 
-}  // namespace
+void check_rows(const char* op, const Tensor& ids, std::int64_t rows) {
+  if (ids.is_meta()) return;
+  const Tensor index = ids.detach().contiguous();
+  const std::int64_t bad = ids.device().backend().first_outside(op, index.numel(), index.data<std::int32_t>(), 0, rows);
+  if (bad >= 0)
+    wrong(op, "ids[" + std::to_string(bad) + "]", "a row of [0, " + std::to_string(rows) + ")", std::to_string(static_cast<std::int64_t>(index.narrow(0, bad, 1).item())));
+}
 
 Tensor gather(const Tensor& a, const Tensor& ids) { return gather_named("gather", a, ids); }
 

@@ -132,19 +132,4 @@ Tensor gather_columns(const Tensor& x, std::span<const std::int64_t> widths, Com
       });
 }
 
-Tensor spread_rows(const Tensor& x, const Tensor& rows, std::int64_t count) {
-  constexpr const char* op = "spread_rows";
-  check_rows(op, x);
-  ops::check_ids(op, "rows", rows, DType::i32, x);
-  if (x.rank() != 2 || rows.numel() != x.size(0))
-    wrong(op, "shapes", "x [m, C] and rows [m]", to_string(x.shape()) + " and " + to_string(rows.shape()));
-  const Tensor in = x.detach().contiguous(), at = rows.detach().contiguous();
-  Tensor out = Tensor::empty(Dims{count, x.size(1)}, x.dtype(), x.device());
-  ops::run(x.device(), op, {0, real(in.bytes()), real(out.bytes())}, [&](ops::Backend& backend) {
-    backend.scatter_add_rows(ops::num(in), at.numel(), in.size(1), at.data<std::int32_t>(), in.raw(), count, ops::num(out),
-                             out.raw(), true);
-  });
-  return recorded(op, x, out, [at](const Tensor& g) { return ops::gather(g, at); });
-}
-
 }  // namespace capstan::parallel

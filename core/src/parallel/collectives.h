@@ -1,4 +1,4 @@
-// defines: tensor_ranks(), context_ranks(); gather_rows, reduce_scatter_rows, gather_columns, spread_rows: what layers
+// defines: tensor_ranks(), context_ranks(); gather_rows, reduce_scatter_rows, gather_columns: what layers
 // communicate, differentiable. Each backward is the transpose of its forward, so that the gradient of a sum over ranks
 // stays exact whatever is composed of them (docs/maintainers/mesh.md, the gradient rule).
 #pragma once
@@ -26,8 +26,4 @@ CAPSTAN_API Tensor gather_rows(const Tensor& x, Communicator& comm);
 CAPSTAN_API Tensor reduce_scatter_rows(const Tensor& x, Communicator& comm);
 /// x [n, widths[rank]] of every rank side by side: [n, sum of widths]. Backward: the sum over ranks of this rank's columns.
 CAPSTAN_API Tensor gather_columns(const Tensor& x, std::span<const std::int64_t> widths, Communicator& comm);
-/// Rows of x [m, C] at i32 `rows` [m] (each once) of a [count, C] that is zero elsewhere. Backward: gather. No
-/// communication.
-CAPSTAN_API Tensor spread_rows(const Tensor& x, const Tensor& rows, std::int64_t count);
-
 }  // namespace capstan::parallel

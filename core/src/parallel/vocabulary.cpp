@@ -3,6 +3,7 @@
 #include "parallel/vocabulary.h"
 
 #include "ops/common.h"
+#include "ops/gather.h"
 #include "ops/head_pass.h"
 #include "parallel/collectives.h"
 
@@ -17,12 +18,6 @@ namespace {
 using ops::HeadPass;
 using ops::real;
 
-std::vector<std::int32_t> on_host(const Tensor& ids) {
-  std::vector<std::int32_t> values(static_cast<std::size_t>(ids.numel()));
-  ids.contiguous().copy_to_host(values.data(), ids.bytes());
-  return values;
-}
-
 /// This rank's part of the vocabulary, as the passes over its logits need it.
 struct Share {
   Tensor targets;  ///< i32 [T], within this rank's rows of the weight; -1: none, or another's
@@ -34,19 +29,13 @@ struct Share {
     Device& device = global.device();
     const Dims shape = global.shape();
     targets = Tensor::empty(shape, DType::i32, device), mine = Tensor::empty(shape, compute, device);
-    others = Tensor::empty(shape, compute, device), any = Tensor::empty(shape, compute, device);
-    if (global.is_meta()) return;
-    std::vector<std::int32_t> y = on_host(global);
-    std::vector<float> here, there, anywhere;
-    for (std::int32_t& t : y) {
-      const bool has = t >= begin && t < begin + count;
-      here.push_back(has), there.push_back(t >= 0 && !has), anywhere.push_back(t >= 0);
-      t = has ? static_cast<std::int32_t>(t - begin) : -1;
-    }
-    targets = Tensor::of<std::int32_t>(y, shape, device);
-    mine.copy_from(Tensor::of<float>(here, shape, device));
-    others.copy_from(Tensor::of<float>(there, shape, device));
-    any.copy_from(Tensor::of<float>(anywhere, shape, device));
+    others = Tensor::empty(shape, compute, device);
+    const double written = real(targets.bytes() + mine.bytes() + others.bytes());
+    ops::run(device, HeadPass::op, {0, real(global.bytes()), written}, [&](ops::Backend& backend) {
+      backend.local_ids(global.numel(), global.data<std::int32_t>(), begin, count, targets.data<std::int32_t>(),
+                        ops::num(compute), mine.raw(), others.raw());
+    });
+    any = ops::add(mine, others);
   }
 };
 
@@ -189,25 +178,13 @@ Tensor vocab_embedding(const Tensor& table, const Tensor& ids, std::int64_t begi
   if (table.rank() != 2) ops::wrong(op, "table's shape", "[V, C]", to_string(table.shape()));
   ops::check_ids(op, "ids", ids, DType::i32, table);
   Device& device = table.device();
-  const std::int64_t t = ids.numel();
-  Tensor rows, local;
-  if (ids.is_meta()) {
-    const Dims share{(t + comm.size() - 1) / comm.size()};
-    rows = Tensor::empty(share, DType::i32, device), local = Tensor::empty(share, DType::i32, device);
-  } else {
-    std::vector<std::int32_t> at, id;
-    const std::vector<std::int32_t> all = on_host(ids);
-    for (std::size_t i = 0; i < all.size(); ++i) {
-      if (all[i] < 0 || all[i] >= vocabulary)
-        ops::wrong(op, "ids[" + std::to_string(i) + "]", "a row of [0, " + std::to_string(vocabulary) + ")",
-                   std::to_string(all[i]));
-      if (all[i] >= begin && all[i] < begin + table.size(0))
-        at.push_back(static_cast<std::int32_t>(i)), id.push_back(static_cast<std::int32_t>(all[i] - begin));
-    }
-    const Dims count{static_cast<std::int64_t>(at.size())};
-    rows = Tensor::of<std::int32_t>(at, count, device), local = Tensor::of<std::int32_t>(id, count, device);
-  }
-  return reduce_scatter_rows(spread_rows(ops::embedding(table, local), rows, t), comm);
+  ops::check_rows(op, ids, vocabulary);
+  const Tensor all = ids.detach().contiguous(), local = Tensor::empty(ids.shape(), DType::i32, device);
+  ops::run(device, op, {0, real(all.bytes()), real(local.bytes())}, [&](ops::Backend& backend) {
+    backend.local_ids(all.numel(), all.data<std::int32_t>(), begin, table.size(0), local.data<std::int32_t>(),
+                      ops::num(DType::f32), nullptr, nullptr);
+  });
+  return reduce_scatter_rows(ops::gather_checked(op, table, local), comm);
 }
 
 ops::HeadScore vocab_cross_entropy(const Tensor& x, const Tensor& weight, const Tensor& targets, const Tensor* weights,

@@ -119,6 +119,8 @@ int run_rank(const launch::Launch& launch, const RankWork& work) {
   // CUDA's driver otherwise loads a kernel at its first launch, which may wait until the GPU is idle: behind one of NCCL's that waits for
   // another rank, which waits for this launch. The driver has no call for it, and reads this at its start; who has set it is obeyed.
   if (early.may_use_nccl) setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+  // NCCL otherwise registers the buffers of recorded collectives with the other ranks, and waits for one that could not record them.
+  if (early.may_use_nccl) setenv("NCCL_GRAPH_REGISTER", "0", 0);
   std::shared_ptr<World> world;
   std::unique_ptr<train::Trainer> trainer;  // outlives what is thrown: its destructors wait for ranks that do not come
   try {

@@ -119,7 +119,7 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
     options.group("run").refuse("cuda_graphs", "steps cannot be recorded: " + cannot + "; expected auto or off here");
   if (!session_->products.empty()) display_.note("  products: " + session_->products);
   if (session_->device->kind() == DeviceKind::cuda)
-    display_.note("  cuda graphs: " + (session_->engine->options().recording == Recording::off ? "off" : !cannot.empty() ? "off: " + cannot : "forward, backward and update are recorded once and replayed"));
+    display_.note("  cuda graphs: " + (session_->engine->options().recording == Recording::off ? "off" : !cannot.empty() ? "off: " + cannot : session_->mesh ? "forward and backward are recorded once and replayed" : "forward, backward and update are recorded once and replayed"));
 
   const Options& c = options.group("checkpoint");
   checkpoint::SaverOptions saver;

@@ -1,5 +1,8 @@
 // Cases of the fused row ops against their plain compositions: norms, activations, rope, embedding, dropout.
 #include "core/ops/harness.h"
+#include "ops/gather.h"
+
+#include <kernels/backend.h>
 
 #include <algorithm>
 #include <cmath>
@@ -164,6 +167,25 @@ TEST(Embedding, AddsIntoAGradientThatIsThere) {
   const Tensor twice = ops::add(ops::sum_all(ops::embedding(table, ids)), ops::sum_all(ops::embedding(table, ids)));
   backward(twice);
   EXPECT_EQ(calls, 1);
+}
+
+TEST(Embedding, OfAPartOfTheTableLeavesOutWhatOthersHave) {
+  auto device = make_cpu_device(2);
+  const Place s{*device, DType::f32};
+  const std::vector<std::int32_t> all{4, 0, 3, -1, 6, 3, 5};
+  const auto count = static_cast<std::int64_t>(all.size());
+  const Tensor ids = s.whole(all), local = Tensor::full(Dims{count}, 77, DType::i32, *device);
+  const Tensor mine = Tensor::full(Dims{count}, NAN, DType::f32, *device), others = Tensor::full(Dims{count}, NAN, DType::f32, *device);
+  device->backend().local_ids(count, ids.data<std::int32_t>(), 3, 3, local.data<std::int32_t>(), kernels::Num::f32, mine.raw(), others.raw());
+  EXPECT_EQ(doubles(local), (std::vector<double>{1, -1, 0, -1, -1, 0, 2}));
+  EXPECT_EQ(doubles(mine), (std::vector<double>{1, 0, 1, 0, 0, 1, 1}));
+  EXPECT_EQ(doubles(others), (std::vector<double>{0, 1, 0, 0, 1, 0, 0}));
+  const Tensor table = make_leaf(make(*device, {1, 2, 3, 4, 5, 6}, Dims{3, 2}, DType::f32), true);
+  const Tensor rows = ops::gather_checked("embedding", table, local);
+  EXPECT_EQ(doubles(rows), (std::vector<double>{3, 4, 0, 0, 1, 2, 0, 0, 0, 0, 1, 2, 5, 6}));
+  const Tensor roots[] = {rows}, grads[] = {make(*device, {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14}, Dims{count, 2}, DType::f32)};
+  backward(roots, grads);
+  EXPECT_EQ(doubles(static_cast<Leaf*>(table.node().get())->grad()), (std::vector<double>{16, 18, 1, 2, 13, 14}));
 }
 
 TEST(Embedding, KeepsTheGradientOfABf16TableInF32) {

@@ -73,22 +73,6 @@ const std::vector<Case>& cases() {
                       x.begin() + static_cast<std::ptrdiff_t>((row + 1) * x.size() / 3));
          return y;
        }},
-      {"spread_rows",
-       [](int, int) {
-         return Dims{2, 3};
-       },
-       [](int, int) {
-         return Dims{5, 3};
-       },
-       [](const Tensor& x, Communicator&) {
-         return parallel::spread_rows(x, Tensor::of<std::int32_t>(std::vector<std::int32_t>{3, 1}, Dims{2}, x.device()), 5);
-       },
-       [](const auto& in, int r) {
-         const auto& x = in[static_cast<std::size_t>(r)];
-         std::vector<double> y(15, 0);
-         for (std::size_t i = 0; i < 3; ++i) y[9 + i] = x[i], y[3 + i] = x[3 + i];
-         return y;
-       }},
   };
   return all;
 }

@@ -5,6 +5,8 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
@@ -18,24 +20,34 @@ namespace capstan::emulated {
 namespace {
 
 using Work = std::vector<std::function<void()>>;
-std::unique_ptr<Work> record;
-bool broken = false;
+thread_local std::unique_ptr<Capture> record;
+std::atomic<unsigned long long> next_id{0};
 thread_local long waits = 0;
 double product_ms = 0;
 int products = 0;
 
 }  // namespace
 
+bool Capture::joined() const {
+  const Seen& seen = streams.at(nullptr);
+  return std::all_of(streams.begin(), streams.end(), [&](const auto& s) {
+    const auto own = s.second.find(s.first), known = seen.find(s.first);
+    return own == s.second.end() || (known != seen.end() && known->second >= own->second);
+  });
+}
+
+Capture* capture() { return record.get(); }
+
 bool note(std::function<void()> work) {
   if (!record) return false;
-  record->push_back(std::move(work));
+  record->add(nullptr, std::move(work));
   return true;
 }
 
 cudaError_t waited() {
   ++waits;
   if (!record) return cudaSuccess;
-  broken = true;
+  record->broken = true;
   return cudaErrorStreamCaptureUnsupported;
 }
 
@@ -75,17 +87,28 @@ extern "C" {
 /// How often the calling thread has waited for the GPU.
 __attribute__((visibility("default"))) long emulated_gpu_waits() { return capstan::emulated::waits; }
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode) {
-  if (capstan::emulated::record) return cudaErrorIllegalState;
-  capstan::emulated::record = std::make_unique<Work>();
-  capstan::emulated::broken = false;
+  using namespace capstan::emulated;
+  if (record) return cudaErrorIllegalState;
+  record = std::make_unique<Capture>();
+  record->id = ++next_id;
+  record->streams[nullptr];
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t* graph) {
   *graph = nullptr;
   if (!capstan::emulated::record) return cudaErrorIllegalState;
-  auto work = std::move(capstan::emulated::record);
-  if (capstan::emulated::broken) return cudaErrorStreamCaptureInvalidated;
-  *graph = reinterpret_cast<cudaGraph_t>(work.release());
+  const auto made = std::move(capstan::emulated::record);
+  if (made->broken) return cudaErrorStreamCaptureInvalidated;
+  if (!made->joined()) return cudaErrorStreamCaptureUnjoined;
+  *graph = reinterpret_cast<cudaGraph_t>(new Work(std::move(made->work)));
+  return cudaSuccess;
+}
+/// Of the stream of kernels alone. NCCL's part asks too.
+__attribute__((visibility("default"))) cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t*, const cudaGraphNode_t**,
+                                     const cudaGraphEdgeData**, size_t*) {
+  const auto* c = capstan::emulated::capture();
+  *status = c == nullptr ? cudaStreamCaptureStatusNone : cudaStreamCaptureStatusActive;
+  if (c != nullptr && id != nullptr) *id = c->id;
   return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* runnable, cudaGraph_t graph, unsigned long long) {

@@ -199,6 +199,7 @@ struct ncclComm {
   std::atomic<bool> busy{false};
   std::thread worker;
   std::multiset<void*> registered;
+  std::shared_ptr<int> calls = std::make_shared<int>();  // records hold it too
 };
 
 namespace {
@@ -211,9 +212,11 @@ struct Group {
 };
 thread_local Group group;
 
-void submit(ncclComm* comm, cudaStream_t stream, std::vector<Call> calls) {
-  capstan::emulated::enqueue(stream,
-                             [room = comm->room, rank = comm->rank, calls = std::move(calls)] { run(*room, rank, calls); });
+ncclResult_t submit(ncclComm* comm, cudaStream_t stream, std::vector<Call> calls) {
+  const bool ordered = capstan::emulated::enqueue_collective(stream, [room = comm->room, rank = comm->rank, calls = std::move(calls), held = comm->calls] {
+    run(*room, rank, calls);
+  });
+  return ordered ? ncclSuccess : ncclInvalidUsage;
 }
 
 std::mutex registered_mutex;
@@ -240,7 +243,12 @@ ncclResult_t forget_registered(ncclComm* comm, void* p) {
   comm->registered.erase(mine), registered.erase(registered.find(p));
   return ncclSuccess;
 }
+/// As NCCL's, it lasts until no record has calls of the communicator any more; here, not for ever.
 void end(ncclComm* comm) {
+  for (int i = 0; comm->calls.use_count() > 1; ++i) {
+    if (i == 10000) std::fprintf(stderr, "a communicator is ended before the records that it is part of\n"), std::abort();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  }
   if (comm->worker.joinable()) comm->worker.join();
   while (!comm->registered.empty()) forget_registered(comm, *comm->registered.begin());
   cudaFree(comm->buffers);
@@ -249,7 +257,7 @@ void end(ncclComm* comm) {
 
 ncclResult_t ask(ncclComm* comm, cudaStream_t stream, Call call) {
   if (comm->busy) return ncclInvalidArgument;
-  if (group.depth == 0) return submit(comm, stream, {call}), ncclSuccess;
+  if (group.depth == 0) return submit(comm, stream, {call});
   if (group.comm != nullptr && group.comm != comm) return ncclInvalidUsage;
   group.comm = comm, group.stream = stream;
   group.calls.push_back(call);
@@ -320,8 +328,7 @@ ncclResult_t ncclCommDeregister(const ncclComm_t comm, void* handle) { return fo
 ncclResult_t ncclGroupStart() { return ++group.depth, ncclSuccess; }
 ncclResult_t ncclGroupEnd() {
   if (--group.depth > 0 || group.comm == nullptr) return ncclSuccess;
-  submit(std::exchange(group.comm, nullptr), group.stream, std::exchange(group.calls, {}));
-  return ncclSuccess;
+  return submit(std::exchange(group.comm, nullptr), group.stream, std::exchange(group.calls, {}));
 }
 ncclResult_t ncclAllReduce(const void* in, void* out, size_t count, ncclDataType_t type, ncclRedOp_t op, ncclComm_t comm,
                            cudaStream_t stream) {

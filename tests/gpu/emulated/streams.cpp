@@ -80,6 +80,10 @@ struct Point {
 struct Event {
   std::mutex mutex;
   std::shared_ptr<Point> point;
+  // Of a record: its point is another one at each replay.
+  std::shared_ptr<std::shared_ptr<Point>> recorded;
+  unsigned long long record = 0;
+  Seen seen;
 };
 
 Stream* of(cudaStream_t s) { return reinterpret_cast<Stream*>(s); }
@@ -97,10 +101,23 @@ void enqueue(cudaStream_t stream, std::function<void()> work) {
     if (note(work)) return;
     return work();
   }
-  of(stream)->add([work = std::move(work)] {
-    std::this_thread::sleep_for(std::chrono::microseconds(50));
-    work();
-  });
+  auto later = [stream, work = std::move(work)] {
+    of(stream)->add([work] {
+      std::this_thread::sleep_for(std::chrono::microseconds(50));
+      work();
+    });
+  };
+  if (Capture* c = capture(); c != nullptr && c->has(stream)) return c->add(stream, std::move(later));
+  later();
+}
+
+bool enqueue_collective(cudaStream_t stream, std::function<void()> work) {
+  Capture* c = capture();
+  if (c == nullptr || !c->has(stream)) return enqueue(stream, std::move(work)), true;
+  if (c->collectives > 0 && c->streams[stream][c->collective] < c->collectives) return false;
+  enqueue(stream, std::move(work));
+  c->collective = stream, c->collectives = c->streams[stream][stream];
+  return true;
 }
 
 }  // namespace capstan::emulated
@@ -122,35 +139,55 @@ cudaError_t cudaStreamSynchronize(cudaStream_t s) {
 }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
-  if (const auto point = point_of(e)) {
+  const auto wait = [s](const std::shared_ptr<Point>& point) {
     if (s == nullptr)
       point->wait();
     else
       of(s)->add([point] { point->wait(); });
+  };
+  Capture* c = capture();
+  if (const auto recorded = of(e).recorded) {
+    if (c == nullptr || of(e).record != c->id) return cudaErrorStreamCaptureIsolation;
+    Seen& seen = c->streams[s];  // from here on part of the record
+    for (const auto& [stream, count] : of(e).seen) seen[stream] = std::max(seen[stream], count);
+    c->add(s, [wait, recorded] { wait(*recorded); });
+    return cudaSuccess;
   }
+  const auto point = point_of(e);
+  if (point != nullptr && c != nullptr && c->has(s)) return c->broken = true, cudaErrorStreamCaptureIsolation;
+  if (point != nullptr) wait(point);
   return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t* e) { return *e = reinterpret_cast<cudaEvent_t>(new Event), cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { return cudaEventCreate(e); }
 cudaError_t cudaEventDestroy(cudaEvent_t e) { return delete &of(e), cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
-  const auto point = std::make_shared<Point>();
-  {
-    Event& event = of(e);
-    const std::lock_guard lock(event.mutex);
-    event.point = point;
+  const auto reach = [s](const std::shared_ptr<Point>& point) {
+    if (s == nullptr)
+      point->reach();
+    else
+      of(s)->add([point] { point->reach(); });
+  };
+  Event& event = of(e);
+  const std::lock_guard lock(event.mutex);
+  if (Capture* c = capture(); c != nullptr && c->has(s)) {
+    const auto recorded = std::make_shared<std::shared_ptr<Point>>();
+    event.point.reset(), event.recorded = recorded, event.record = c->id, event.seen = c->streams[s];
+    c->work.push_back([reach, recorded] { reach(*recorded = std::make_shared<Point>()); });
+    return cudaSuccess;
   }
-  if (s == nullptr)
-    point->reach();
-  else
-    of(s)->add([point] { point->reach(); });
+  event.recorded.reset();
+  event.point = std::make_shared<Point>();
+  reach(event.point);
   return cudaSuccess;
 }
 cudaError_t cudaEventQuery(cudaEvent_t e) {
+  if (of(e).recorded) return cudaErrorCapturedEvent;
   const auto point = point_of(e);
   return point == nullptr || point->is_reached() ? cudaSuccess : cudaErrorNotReady;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+  if (of(e).recorded) return cudaErrorCapturedEvent;
   if (const auto point = point_of(e)) point->wait();
   return waited();
 }

@@ -127,14 +127,17 @@ void scatters(Context& ctx, std::int64_t count, std::int64_t cols, std::int64_t 
                            (skewed ? " skewed" : "") + (overwrite ? " overwrite" : "");
   std::mt19937_64 random(7);
   std::vector<std::int32_t> ids(static_cast<std::size_t>(count));
-  for (auto& id : ids) id = static_cast<std::int32_t>(skewed && random() % 3 != 0 ? table_rows / 2 : static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(table_rows)));
+  for (auto& id : ids) {
+    id = static_cast<std::int32_t>(skewed && random() % 3 != 0 ? table_rows / 2 : static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(table_rows)));
+    if (random() % 4 == 0) id = -1;  // nobody's
+  }
   const auto g = random_values<T>(count * cols, 8);
   const auto before = random_values<Out>(table_rows * cols, 9);
   std::vector<double> ref(before.size());
   if (!overwrite) ref = wide(before);
   std::vector<double> added(before.size());
   for (std::int64_t t = 0; t < count; ++t)
-    for (std::int64_t c = 0; c < cols; ++c) added[static_cast<std::size_t>(ids[t] * cols + c)] += value(g[static_cast<std::size_t>(t * cols + c)]);
+    for (std::int64_t c = 0; c < cols && ids[static_cast<std::size_t>(t)] >= 0; ++c) added[static_cast<std::size_t>(ids[t] * cols + c)] += value(g[static_cast<std::size_t>(t * cols + c)]);
   for (std::size_t i = 0; i < ref.size(); ++i) ref[i] += added[i];
   const Buffer<std::int32_t> d_ids(ids);
   const Buffer<T> d_g(g, shift);
@@ -155,9 +158,10 @@ void gathers(Context& ctx, std::int64_t count, std::int64_t row_bytes, std::int6
   std::vector<std::uint8_t> table(static_cast<std::size_t>(rows * row_bytes));
   for (auto& b : table) b = static_cast<std::uint8_t>(random());
   std::vector<std::int32_t> ids(static_cast<std::size_t>(count));
-  for (auto& id : ids) id = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(rows));
-  std::vector<std::uint8_t> expected(static_cast<std::size_t>(count * row_bytes));
-  for (std::int64_t t = 0; t < count; ++t) std::memcpy(expected.data() + t * row_bytes, table.data() + ids[t] * row_bytes, static_cast<std::size_t>(row_bytes));
+  for (auto& id : ids) id = static_cast<std::int32_t>(random() % static_cast<std::uint64_t>(rows + rows / 4)) - static_cast<std::int32_t>(rows / 4);
+  std::vector<std::uint8_t> expected(static_cast<std::size_t>(count * row_bytes));  // zero where the id is nobody's
+  for (std::int64_t t = 0; t < count; ++t)
+    if (ids[static_cast<std::size_t>(t)] >= 0) std::memcpy(expected.data() + t * row_bytes, table.data() + ids[t] * row_bytes, static_cast<std::size_t>(row_bytes));
   const Buffer<std::uint8_t> d_table(table, shift);
   const Buffer<std::int32_t> d_ids(ids);
   Buffer<std::uint8_t> out(count * row_bytes, shift);
@@ -266,6 +270,7 @@ void test_rows(Context& ctx, bool small) {
         scatters<float, bf16>(ctx, 129, 33, 300, skewed, overwrite, shift);
         scatters<double, double>(ctx, small ? 200 : 1000, 40, 90, skewed, overwrite, shift);
         scatters<float, float>(ctx, 1, 8, 1, skewed, overwrite, shift);
+        scatters<float, float>(ctx, 300, 8, 64, skewed, overwrite, shift);
       }
   for (const std::int64_t bytes : {1, 2, 6, 12, 16, 48, 1536, 4098})
     for (const std::int64_t shift : {0, 4}) gathers(ctx, small ? 21 : 301, bytes, bytes % 4 == 0 ? shift : 0);

@@ -11,6 +11,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <kernels/backend.h>
+#include <kernels/queue.h>
+
 #include <chrono>
 #include <thread>
 
@@ -248,6 +251,90 @@ TEST(GpuCollectivesToo, AHostThatWaitsForItsGpuIsFreedWhenACollectiveDoesNotEnd)
     c->all_reduce(x.raw(), 8, DType::f32).wait();
   });
   EXPECT_THAT(errors[0], AllOf(HasSubstr("all_reduce of communicator 'shard/gather'"), HasSubstr("has not ended within 1 s"))) << errors[0];
+}
+
+/// A record that adds 1 to `x`, sums it over the ranks on one communicator, and the sum over them on another.
+std::int64_t record_sums(kernels::Queue& queue, Communicator& a, Communicator& b, const Tensor& x, const Tensor& y) {
+  queue.begin_record(1);
+  x.device().backend().scale(kernels::Num::f32, x.numel(), x.raw(), 1, 1, x.raw());
+  a.all_reduce(x.raw(), x.numel(), DType::f32).wait();
+  y.copy_from(x);
+  Handle one = b.all_reduce(y.raw(), y.numel(), DType::f32), other = a.all_reduce(x.raw(), x.numel(), DType::f32);
+  one.wait(), other.wait();
+  return queue.end_record();
+}
+
+TEST(GpuRecords, CollectivesAreReplayedWithTheMemoryOfThatTime) {
+  if (cuda_device_count() < 2) GTEST_SKIP() << "NCCL wants a GPU for each rank";
+  const auto errors = on_gpus(2, 2, GpuCommunication::nccl, 20, [&](World& world, Device& device, const GpuRanks&) {
+    testing::require(world.cannot_record().empty(), world.cannot_record());
+    const auto a = world.make("shard/gather", {0, 1}), b = world.make("shard/reduce", {0, 1});
+    kernels::Queue& queue = *device.backend().queue();
+    const Tensor x = Tensor::full(Dims{1000}, world.rank(), DType::f32, device), y = Tensor::zeros(Dims{1000}, DType::f32, device);
+    const std::int64_t record = record_sums(queue, *a, *b, x, y);
+    testing::require(x.narrow(0, 999, 1).item() == world.rank(), "recording must run nothing");
+    double want_x = 0.5;  // of both ranks on average
+    for (std::uint64_t step = 1; step <= 3; ++step) {
+      world.replay([&] { queue.replay(record, step); });
+      const double sum = 2 * (want_x + 1);
+      want_x = 2 * sum;
+      testing::require(x.narrow(0, 999, 1).item() == want_x && y.narrow(0, 0, 1).item() == want_x, "step " + std::to_string(step));
+    }
+    queue.forget_record(record);
+  });
+  for (const auto& e : errors) EXPECT_EQ(e, "");
+}
+
+// Collectives that the record begins must be waited for in it, and others' handles are none of its business.
+TEST(GpuRecords, WhatIsNotWaitedForInsideIsRefused) {
+  if (cuda_device_count() < 2) GTEST_SKIP() << "NCCL wants a GPU for each rank";
+  const auto errors = on_gpus(2, 2, GpuCommunication::nccl, 20, [&](World& world, Device& device, const GpuRanks&) {
+    const auto c = world.make("shard/gather", {0, 1});
+    kernels::Queue& queue = *device.backend().queue();
+    const Tensor x = Tensor::full(Dims{8}, 1, DType::f32, device);
+    const auto fails = [](const std::function<void()>& f) {
+      try {
+        f();
+      } catch (const std::exception&) {
+        return true;
+      }
+      return false;
+    };
+    queue.begin_record(1);
+    {
+      Handle outlives = c->all_reduce(x.raw(), 8, DType::f32);
+      testing::require(fails([&] { queue.end_record(); }), "a collective that goes on behind the record");
+    }
+    Handle before = c->all_reduce(x.raw(), 8, DType::f32);
+    queue.begin_record(1);
+    testing::require(fails([&] { before.wait(); }), "a wait for a collective ahead of the record");
+    queue.cancel_record();
+    queue.begin_record(1);
+    testing::require(fails([&] { c->send(x.raw(), 8, DType::f32, 1 - world.rank()).wait(); }), "a send");
+    queue.cancel_record();
+    device.synchronize();
+    c->all_reduce(x.raw(), 8, DType::f32).wait();
+  });
+  for (const auto& e : errors) EXPECT_EQ(e, "");
+}
+
+TEST(GpuRecords, AReplayThatDoesNotEndEndsTheJobAndFreesTheHost) {
+  if (cuda_device_count() < 2) GTEST_SKIP() << "NCCL wants a GPU for each rank";
+  const auto errors = on_gpus(2, 2, GpuCommunication::nccl, 1, [&](World& world, Device& device, const GpuRanks&) {
+    const auto a = world.make("shard/gather", {0, 1}), b = world.make("shard/reduce", {0, 1});
+    kernels::Queue& queue = *device.backend().queue();
+    const Tensor x = Tensor::full(Dims{8}, 1, DType::f32, device), y = x.clone();
+    struct Kept {  // as an engine's: gone before its communicators
+      kernels::Queue& queue;
+      std::int64_t record;
+      ~Kept() { queue.forget_record(record); }
+    } const kept{queue, record_sums(queue, *a, *b, x, y)};
+    if (world.rank() == 1) return std::this_thread::sleep_for(std::chrono::milliseconds(2500));
+    world.replay([&] { queue.replay(kept.record, 1); });
+    device.synchronize();
+    a->all_reduce(x.raw(), 8, DType::f32).wait();
+  });
+  EXPECT_THAT(errors[0], AllOf(HasSubstr("a recorded step of communicator 'shard/"), HasSubstr("has not ended within 1 s"))) << errors[0];
 }
 
 TEST(GpuChoice, RanksThatShareAGpuGoThroughTheHostAndSaySo) {

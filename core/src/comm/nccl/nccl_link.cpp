@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <chrono>
 #include <thread>
+#include <utility>
 
 namespace capstan::comm {
 
@@ -79,10 +80,13 @@ void Link::check(ncclResult_t code, const std::string& where) const {
 }
 
 void Link::abort() {
-  const std::scoped_lock lock(mutex_);
-  if (comm_ == nullptr) return;
-  ncclCommAbort(comm_);
-  comm_ = nullptr;
+  ncclComm_t comm = nullptr;
+  {
+    const std::scoped_lock lock(mutex_);
+    std::swap(comm, comm_);
+  }
+  // Without the lock: NCCL waits for graphs that hold the communicator, and who drops them may ask for this link first.
+  if (comm != nullptr) ncclCommAbort(comm);
 }
 
 std::unique_lock<std::mutex> Link::use(const std::string& where) const {

@@ -14,12 +14,18 @@
 
 namespace capstan::comm {
 
+struct Flight;
+
 /// What all links of a rank share.
 struct Job {
   std::shared_ptr<World> control;
   std::shared_ptr<Device> device;
   int gpu = 0;
   cudaStream_t compute = nullptr;
+  /// Of the thread that makes records: the last collective of the one under way. Collectives of a record, of whatever communicator,
+  /// go one after the other: the branches of a graph start in no order that ranks share, and each would hold up the other's.
+  mutable unsigned long long record = 0;
+  mutable std::shared_ptr<Flight> last_recorded;
   void bind(const std::string& where) const;
 };
 
@@ -43,7 +49,8 @@ class Link {
   void settle(const std::string& where);
   /// What went wrong since; "" when nothing did.
   std::string fault() const;
-  /// Ends what is under way, on the GPU too: who waits for it goes on, and the link is of no use. From any thread.
+  /// Ends what is under way, on the GPU too: who waits for it goes on, and the link is of no use. From any thread. Returns only
+  /// when the records that the link is part of are gone.
   void abort();
   /// Held around a call of NCCL, so that abort() does not take the communicator away from it; throws at `where` once it is gone.
   std::unique_lock<std::mutex> use(const std::string& where) const;

@@ -8,6 +8,7 @@
 #include <capstan/error.h>
 #include <fmt/format.h>
 
+#include <atomic>
 #include <chrono>
 #include <condition_variable>
 #include <cstring>
@@ -56,19 +57,25 @@ std::byte* at(void* base, std::int64_t elements, DType dtype) {
   return static_cast<std::byte*>(base) + elements * size_of(dtype);
 }
 
+}  // namespace
+
 /// What a collective leaves on the GPU: when its data was there, when it started and ended.
 struct Flight {
   std::string collective;
   double bytes = 0;
   cudaEvent_t ready = nullptr, start = nullptr, end = nullptr;
   Clock::time_point since = Clock::now();
-  const Link* link = nullptr;
+  const Link* link = nullptr;  // null: a replayed record, with collectives of several links
+  bool recorded = false;       // its events are places in a record, not in time
+  std::atomic<bool> asked{true};  // `end` is in its stream
   std::shared_ptr<Task> task;  // of sends and receives: what asks NCCL for it
   ~Flight() {
     for (cudaEvent_t e : {ready, start, end})
       if (e) cudaEventDestroy(e);
   }
 };
+
+namespace {
 
 class NcclCommunicator final : public Communicator, public std::enable_shared_from_this<NcclCommunicator> {
  public:
@@ -93,6 +100,13 @@ class NcclCommunicator final : public Communicator, public std::enable_shared_fr
       changed_.notify_all();
     }
     thread_.join();
+  }
+
+  /// `flight`: of a record in this rank's stream of kernels, with collectives of this communicator or others.
+  void watch_replay(std::shared_ptr<Flight> flight) {
+    const std::scoped_lock lock(mutex_);
+    flights_.push_back(std::move(flight));
+    changed_.notify_all();
   }
 
   void adopt(std::shared_ptr<void> memory, std::size_t bytes) override { main_->adopt(std::move(memory), bytes); }
@@ -240,6 +254,11 @@ class NcclCommunicator final : public Communicator, public std::enable_shared_fr
     job_->bind(place);
     auto flight = std::make_shared<Flight>();
     flight->collective = collective, flight->bytes = bytes;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    unsigned long long record = 0;
+    check_cuda(cudaStreamGetCaptureInfo(job_->compute, &status, &record), place);
+    flight->recorded = status != cudaStreamCaptureStatusNone;
+    if (flight->recorded && job_->record != record) job_->record = record, job_->last_recorded.reset();
     check_cuda(cudaEventCreateWithFlags(&flight->ready, cudaEventDisableTiming), place);
     check_cuda(cudaEventCreate(&flight->start), place);
     check_cuda(cudaEventCreate(&flight->end), place);
@@ -252,14 +271,19 @@ class NcclCommunicator final : public Communicator, public std::enable_shared_fr
     const std::string place = where(flight->collective);
     flight->link = &link;
     check_cuda(cudaStreamWaitEvent(link.stream(), flight->ready, 0), place);
-    check_cuda(cudaEventRecord(flight->start, link.stream()), place);
+    if (!flight->recorded) check_cuda(cudaEventRecord(flight->start, link.stream()), place);
+    else if (job_->last_recorded) check_cuda(cudaStreamWaitEvent(link.stream(), job_->last_recorded->end, 0), place);
     {
       const auto in_use = link.use(place);
       const ncclResult_t code = body(static_cast<const Link&>(link));
       link.check(code, place);
-      if (code == ncclInProgress) link.settle(place);
+      if (code == ncclInProgress || flight->recorded) link.settle(place);  // what comes late would be no part of the record
     }
     check_cuda(cudaEventRecord(flight->end, link.stream()), place);
+    if (flight->recorded) {
+      job_->last_recorded = flight;
+      return;
+    }
     const std::scoped_lock lock(mutex_);
     flights_.push_back(flight);
     changed_.notify_all();
@@ -277,6 +301,8 @@ class NcclCommunicator final : public Communicator, public std::enable_shared_fr
     if (other < 0 || other >= size() || other == rank())
       wrong(collective, fmt::format("peer {} of {} ranks, this is {}", other, size(), rank()));
     auto flight = flight_of(collective, count, bytes);
+    // Its stream is another thread's, and two ranks alone do not order it among the collectives of all.
+    if (flight->recorded) fail(Fault::runtime, where(collective), "it cannot be part of a recorded step; set run.cuda_graphs: off");
     const bool sends = std::string_view(collective) == "send";
     Peer* peer = nullptr;
     {
@@ -357,9 +383,10 @@ class NcclCommunicator final : public Communicator, public std::enable_shared_fr
       std::string problem;
       std::deque<std::shared_ptr<Flight>> left;
       for (const auto& flight : flights) {
-        const cudaError_t state = cudaEventQuery(flight->end);
+        const cudaError_t state = flight->asked ? cudaEventQuery(flight->end) : cudaErrorNotReady;
         if (state == cudaSuccess) {
           float milliseconds = 0;
+          if (flight->link == nullptr) continue;
           cudaEventElapsedTime(&milliseconds, flight->start, flight->end);
           record(flight->collective, 1, flight->bytes, 1e-3 * milliseconds, 0);
           continue;
@@ -369,22 +396,26 @@ class NcclCommunicator final : public Communicator, public std::enable_shared_fr
         if (state != cudaErrorNotReady)
           problem = std::string("CUDA: ") + cudaGetErrorString(state);
         else
-          problem = flight->link->fault();
+          problem = (flight->link != nullptr ? flight->link : main_.get())->fault();
         if (problem.empty() && started(*flight) &&
             std::chrono::duration<double>(Clock::now() - flight->since).count() > job_->control->timeout())
           problem = fmt::format("it has not ended within {:.3g} s: a rank of the group did not come, or a link is down",
                                 job_->control->timeout());
         if (!problem.empty()) problem = fmt::format("{}: {}", where(flight->collective), problem);
       }
-      if (!problem.empty()) job_->control->fail_job(problem);
-      lock.lock();
       if (!problem.empty()) {
-        broken_ = true, failure_ = problem;
+        job_->control->fail_job(problem);
+        std::vector<Link*> links{main_.get()};
+        {
+          const std::scoped_lock breaking(mutex_);
+          broken_ = true, failure_ = problem;
+          for (const auto& [key, peer] : peers_)
+            if (peer->link) links.push_back(peer->link.get());
+        }
         // A host that waits for its GPU would wait for ever: the collective that does not end is before all that is queued.
-        main_->abort();
-        for (const auto& [key, peer] : peers_)
-          if (peer->link) peer->link->abort();
+        for (Link* link : links) link->abort();
       }
+      lock.lock();
       const bool idle = left.size() == flights.size();
       left.insert(left.end(), flights_.begin() + static_cast<std::ptrdiff_t>(flights.size()), flights_.end());
       flights_ = std::move(left);
@@ -413,7 +444,7 @@ class NcclCommunicator final : public Communicator, public std::enable_shared_fr
 
 class NcclWorld final : public World {
  public:
-  explicit NcclWorld(std::shared_ptr<const Job> job) : job_(std::move(job)) {}
+  NcclWorld(std::shared_ptr<const Job> job, int version) : job_(std::move(job)), version_(version) {}
   int rank() const override { return job_->control->rank(); }
   int size() const override { return job_->control->size(); }
   int local_rank() const override { return job_->control->local_rank(); }
@@ -421,7 +452,36 @@ class NcclWorld final : public World {
   std::string_view backend() const override { return "nccl"; }
   std::shared_ptr<Communicator> make(std::string name, std::vector<int> ranks) override {
     if (ranks.size() == 1) return make_gpu_solo(std::move(name), std::move(ranks), job_->device);
-    return std::make_shared<NcclCommunicator>(job_, job_->control->make(std::move(name), std::move(ranks)));
+    auto made = std::make_shared<NcclCommunicator>(job_, job_->control->make(std::move(name), std::move(ranks)));
+    made_.push_back(made);
+    return made;
+  }
+  std::string cannot_record() const override {
+    return version_ >= NCCL_VERSION(2, 28, 0) ? "" : fmt::format("NCCL's collectives are recorded from 2.28 on, this is {}.{}", version_ / 10000, version_ / 100 % 100);
+  }
+  /// Whichever communicator finds that it does not end is ended itself, and so are all: the record waits for each of them.
+  void replay(const std::function<void()>& work) override {
+    const std::string place = "replaying a recorded step";
+    job_->bind(place);
+    struct Flights {
+      cudaStream_t stream;
+      std::vector<std::shared_ptr<Flight>> all;
+      ~Flights() {
+        for (const auto& flight : all) cudaEventRecord(flight->end, stream), flight->asked = true;
+      }
+    } flights{job_->compute, {}};
+    for (const auto& made : made_) {
+      const auto comm = made.lock();
+      if (!comm) continue;
+      const auto flight = std::make_shared<Flight>();
+      flight->collective = "a recorded step", flight->asked = false;
+      check_cuda(cudaEventCreateWithFlags(&flight->start, cudaEventDisableTiming), place);
+      check_cuda(cudaEventCreateWithFlags(&flight->end, cudaEventDisableTiming), place);
+      check_cuda(cudaEventRecord(flight->start, job_->compute), place);
+      flights.all.push_back(flight);
+      comm->watch_replay(flight);
+    }
+    work();
   }
   std::shared_ptr<void> shared_memory(std::size_t bytes) override {
     std::shared_ptr<void> memory = nccl_memory(*job_, bytes);
@@ -437,6 +497,8 @@ class NcclWorld final : public World {
 
  private:
   std::shared_ptr<const Job> job_;
+  int version_;
+  std::vector<std::weak_ptr<NcclCommunicator>> made_;
 };
 
 }  // namespace
@@ -455,7 +517,7 @@ extern "C" __attribute__((visibility("default"))) bool capstan_nccl_open(int int
   int version = 0;
   ncclGetVersion(&version);
   ranks.words = fmt::format("by NCCL {}.{}.{}", version / 10000, version / 100 % 100, version % 100);
-  ranks.world = std::make_shared<comm::NcclWorld>(std::move(job));
+  ranks.world = std::make_shared<comm::NcclWorld>(std::move(job), version);
   return true;
 }
 
