@@ -207,6 +207,13 @@ void Watch::give_up(int missing, const Site& site) {
       if (const RankState s = state(r); local_of(r) < 0 && (s.gone || s.stopped)) worse.push_back({r, leaves.front().in});
     if (!worse.empty()) leaves = worse;
   }
+  // Who waits for all to start knows better which rank has not: it is about to say so.
+  bool unstarted = false;
+  for (int local = 0; local < static_cast<int>(world_of_local_.size()); ++local) unstarted |= segment_.page(local).phase == Phase::absent;
+  if (unstarted) {
+    await_failure(std::min(1.0, timeout_ / 2));
+    throw_if_failed(site);
+  }
   const bool circle = leaves.empty();
   if (circle) leaves = seen;
   std::sort(leaves.begin(), leaves.end(), [](const Edge& a, const Edge& b) { return a.rank < b.rank; });

@@ -114,6 +114,7 @@ QueuedStep StepQueue::run(std::span<const Batch> batches, std::int64_t step, dou
   const bool together = engine_.executor_ || agreed(batches);
   if (!together && recording_ == Recording::required)
     fail(Fault::input, "run.cuda_graphs", "step " + std::to_string(step) + " cannot be recorded: ranks have batches of different kinds (rows, sequences); set it to auto or off");
+  differing_ += !together;
   if (engine_.executor_ || !together) keep(engine_.walk_all(batches, static_cast<std::uint64_t>(step)), queued);
   else
     for (std::size_t i = 0; i < batches.size(); ++i) microbatch(batches[i], static_cast<std::uint64_t>(step), i == 0, queued);

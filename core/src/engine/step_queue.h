@@ -56,6 +56,8 @@ class CAPSTAN_API StepQueue {
   void reopen();
   /// Why nothing is recorded any more; "" otherwise.
   const std::string& why_not() const { return why_not_; }
+  /// Steps that ran unrecorded because ranks had batches of different kinds.
+  std::int64_t differing() const { return differing_; }
   std::int64_t recorded() const;  ///< kinds of batches
   /// A point in the device's work, and the seconds that it took from one to a later one; each is good for one question.
   std::int64_t mark();
@@ -95,6 +97,7 @@ class CAPSTAN_API StepQueue {
 
   Engine& engine_;
   kernels::Queue& queue_;
+  std::int64_t differing_ = 0;
   Recording recording_;
   Tensor results_;  // f64: a Gate, then the losses of a step
   Tensor parts_;    // f64: a GatePart of each rank that has a part of the gradient

@@ -115,7 +115,7 @@ class CAPSTAN_API Trainer {
   std::deque<Flight> flights_;   // in order; of a device that works behind the calls
   data::DataCursor cursor_;      // behind the batches of the step at hand
   bool queued_ = false;          // steps are asked for ahead of their results
-  bool told_why_not_recorded_ = false;
+  bool told_why_not_recorded_ = false, told_kinds_differ_ = false;
 
   std::int64_t step_ = 0, steps_ = 0, tokens_ = 0, saved_step_ = -1, timed_steps_ = 0;
   double clip_ = 0, peak_ = 0, run_seconds_ = 0;

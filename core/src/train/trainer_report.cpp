@@ -63,6 +63,12 @@ void Trainer::report(const StepResult& r) {
     display_.warn(line);
     folder_.log(line);
   }
+  if (queue != nullptr && queue->differing() > 0 && !std::exchange(told_kinds_differ_, true)) {
+    const std::string line = fmt::format("step {} ran unrecorded, with the same results: the ranks' batches differ in kind (rows, sequences); so will others. "
+                                         "data.attend_across_documents: true makes all of one kind", step_);
+    display_.note(line);
+    folder_.log(line);
+  }
 }
 
 void Trainer::watch_spikes(const StepResult& r) {

@@ -28,12 +28,13 @@ std::string meeting() {
 }
 
 /// A rank as the program runs it: an error is told to the world, one rank prints it, all end.
-Ranks start(int size, double timeout, const std::function<void(World&)>& body, int absent = -1) {
+/// Rank 0 waits `more` seconds longer.
+Ranks start(int size, double timeout, const std::function<void(World&)>& body, int absent = -1, double more = 0) {
   Ranks ranks;
   for (int r = 0; r < size; ++r) {
     if (r == absent) continue;
     ranks.push_back(std::make_unique<Forked>([=, name = meeting()] {
-      auto world = make_shared_memory_world(name, r, size, timeout);
+      auto world = make_shared_memory_world(name, r, size, timeout + (r == 0 ? more : 0));
       try {
         body(*world);
       } catch (const std::exception& e) {
@@ -123,6 +124,13 @@ TEST(SharedMemoryWorld, ARankThatDoesNotComeIsNamed) {
   Ranks without_first = start(
       2, 1, [](World& world) { add(world, 1); }, 0);
   EXPECT_THAT(all_said(without_first), HasSubstr("rank 0 did not come"));
+}
+
+// Rank 1 gives up first, on rank 0, which waits for rank 2 to start.
+TEST(SharedMemoryWorld, WhoWaitsForTheStartIsNotBlamed) {
+  Ranks ranks = start(
+      3, 1, [](World& world) { add(world, 1); }, 2, 0.3);
+  EXPECT_THAT(all_said(ranks), HasSubstr("rank 2 did not come"));
 }
 
 TEST(SharedMemoryWorld, TwoOfOneRankAreRefused) {

@@ -149,6 +149,7 @@ struct Recorded {
   Weights weights;
   std::int64_t records = 0;
   std::string why_not;
+  std::int64_t differing = 0;
   long waits = 0;
 };
 
@@ -177,7 +178,7 @@ std::vector<Recorded> train_recorded(const Case& c, const std::string& graphs, s
       ahead.pop_front();
     }
     EXPECT_TRUE(engine.collect(ahead.front()).updated);
-    mine.weights = weights_of(engine), mine.records = engine.queued()->recorded(), mine.why_not = engine.queued()->why_not();
+    mine.weights = weights_of(engine), mine.records = engine.queued()->recorded(), mine.why_not = engine.queued()->why_not(), mine.differing = engine.queued()->differing();
   });
   return ranks;
 }
@@ -223,6 +224,7 @@ TEST_F(RecordedOnGpusToo, KindsThatDifferBetweenRanksRunUnrecorded) {
     EXPECT_EQ(recorded[r].weights, plain[r].weights);
     EXPECT_EQ(recorded[r].records, 2);
     EXPECT_EQ(recorded[r].why_not, "");
+    EXPECT_EQ(recorded[r].differing, 2);
   }
   std::vector<std::string> words = words_of(c);
   words.push_back("run.cuda_graphs=on");
