@@ -2,6 +2,7 @@
 #include "core/ops/harness.h"
 
 #include <gmock/gmock.h>
+#include <sys/resource.h>
 
 #include <cmath>
 #include <numeric>
@@ -43,6 +44,13 @@ Tensor plain_attention(const Place& place, const Tensor& q, const Tensor& k, con
   }
   if (space.used() < q.size(0)) sequences.push_back(Tensor::zeros(Dims{q.size(0) - space.used(), q.size(1)}, q.dtype(), place.device));
   return ops::concat(sequences, 0);
+}
+
+/// The most memory that this process had so far, in bytes.
+std::int64_t most_resident() {
+  rusage usage{};
+  getrusage(RUSAGE_SELF, &usage);
+  return std::int64_t{1024} * usage.ru_maxrss;
 }
 
 struct Layout {
@@ -171,6 +179,20 @@ TEST_P(AttentionWindow, ARowSeesItsWindowAndNoMore) {
 }
 
 // Its own key alone: the output is the value, and nothing comes back to queries and keys.
+// Neither scores nor their gradient are there whole: not among tensors, and not in the kernels' own memory.
+TEST(Attention, HoldsNoMatrixOfAllPairs) {
+  constexpr std::int64_t rows = 8192, matrix = rows * rows * 4;  // of one head, 256 MiB
+  auto device = make_cpu_device(2);
+  const auto leaf = [&](std::uint64_t seed) { return make_leaf(make(*device, random_values(rows * 8, seed), Dims{rows, 8}, DType::f32), false); };
+  const Tensor q = leaf(1), k = leaf(2), v = leaf(3), g = make(*device, random_values(rows * 8, 4), Dims{rows, 8}, DType::f32);
+  const std::int64_t held = device->bytes_held(), resident = most_resident();
+  device->reset_peak();
+  const Tensor roots[] = {ops::attention(q, k, v, space_of({rows}, rows), {1, 1, 8})}, grads[] = {g};
+  backward(roots, grads);
+  EXPECT_LT(device->bytes_peak() - held, matrix / 32);
+  EXPECT_LT(most_resident() - resident, matrix / 2);
+}
+
 TEST(Attention, AWindowOfOneIsTheValueItself) {
   const ops::AttentionShape shape{2, 2, 16, 0, 1};
   auto device = make_cpu_device(2);

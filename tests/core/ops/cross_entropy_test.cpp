@@ -98,6 +98,16 @@ TEST(CrossEntropyObjective, AddsIntoTheWeightsGradient) {
   EXPECT_TRUE(near(doubles(run(*device, DType::f32, 31, 17, 65, true, 3).dw), want, tolerance_of(DType::f32)));
 }
 
+// 4096 rows of 16384 logits in f32 would be 256 MiB: half of that at a time, forward and backward.
+TEST(CrossEntropyObjective, HoldsAChunkOfLogits) {
+  constexpr std::int64_t rows = 4096, vocabulary = 16384, most = std::int64_t{128} << 20;
+  auto device = make_cpu_device(2);
+  device->reset_peak();
+  run(*device, DType::f32, rows, 2, vocabulary, true);
+  EXPECT_GT(device->bytes_peak(), most / 2);
+  EXPECT_LT(device->bytes_peak(), most + (std::int64_t{4} << 20)) << "more than one chunk, beside inputs and gradients";
+}
+
 // The vocabulary is so large that 33 rows take several chunks; the reference is a loop over tokens.
 TEST(CrossEntropyObjective, ChunksMakeTheWhole) {
   constexpr std::int64_t rows = 33, vocabulary = 600001;
