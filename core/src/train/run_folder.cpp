@@ -1,6 +1,7 @@
 #include "train/run_folder.h"
 
 #include "base/look.h"
+#include "checkpoint/files.h"
 
 #include <capstan/error.h>
 
@@ -14,6 +15,7 @@
 #include <cstring>
 #include <ctime>
 #include <filesystem>
+#include <sstream>
 
 namespace capstan::train {
 
@@ -32,6 +34,15 @@ void replace_file(const fs::path& file, const std::string& text) {
   std::error_code error;
   fs::rename(fresh, file, error);
   if (error) fail(Fault::runtime, file.string(), "cannot be replaced: " + reason_and_advice(error) + " with run.dir");
+}
+
+/// Nothing when there is no such file. One that cannot be read may be whole: Unreadable, as of a checkpoint.
+std::string text_of_metrics(const fs::path& file) {
+  try {
+    return is_there(file) ? checkpoint::read_file(file) : "";
+  } catch (const Error& e) {
+    throw checkpoint::Unreadable(e.fault(), std::string(e.what()) + ". The run goes on in this file, which may be good: nothing is replaced");
+  }
 }
 }  // namespace
 
@@ -83,8 +94,8 @@ void RunFolder::rewind_metrics(std::int64_t step) {
   const fs::path file = fs::path(path_) / "metrics.jsonl";
   metrics_.close();
   std::string kept;
-  std::ifstream in(file);
-  for (std::string line; std::getline(in, line);) {
+  std::istringstream all(text_of_metrics(file));
+  for (std::string line; std::getline(all, line);) {
     const nlohmann::json j = nlohmann::json::parse(line, nullptr, false);  // a killed run may have left half a line
     if (!j.is_discarded() && j.is_object() && j.contains("step") && j["step"].is_number_integer() && j["step"].get<std::int64_t>() <= step) kept += line + "\n";
   }

@@ -28,7 +28,8 @@ class CAPSTAN_API RunFolder {
   void write_recipe(const std::string& yaml);
   /// Puts recipe.yaml aside as recipe.until_<step>.yaml; returns that path.
   std::string keep_recipe(std::int64_t step);
-  /// Drops metrics of steps after `step`: the run goes on from there and will write them again.
+  /// Drops metrics of steps after `step`: the run goes on from there and will write them again. Error, with the file as it
+  /// was, when it cannot be read.
   void rewind_metrics(std::int64_t step);
   /// One JSON object, one line, flushed. See docs/runs.md for the schema.
   void metric(const std::string& json);

@@ -189,8 +189,8 @@ void Trainer::resume() {
     if (state.recipe_digest != recipe_digest(session_->options()))
       report("the recipe differs from the one that this run has had so far, which is kept as " + folder_.keep_recipe(step_));
   }
+  folder_.rewind_metrics(step_);  // first: where the metrics cannot be read the run stops and replaces nothing
   folder_.write_recipe(to_yaml(session_->recipe));
-  folder_.rewind_metrics(step_);
   folder_.log(fmt::format("{} at step {}", loaded ? "resumed" : "started", step_));
 }
 

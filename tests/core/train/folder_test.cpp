@@ -1,14 +1,19 @@
 // The run's folder: whose it is, what resume allows, what it holds; and the exit codes of what goes wrong.
 #include "support.h"
+#include "train/run_folder.h"
+
+#include <capstan/error.h>
 
 #include <gmock/gmock.h>
 
-#include <csignal>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
+#include <tuple>
 
 namespace capstan::train::testing {
 namespace {
@@ -239,6 +244,47 @@ TEST(RunFolder, ACheckpointThatCannotBeReadStopsTheRunAndStays) {
   fs::rename(away, shard);
   EXPECT_EQ(weights(project / "run", 20), good);
   EXPECT_EQ(train(project.recipe(), {"train.steps=30", "run.resume=require"}).code, 0);
+}
+
+TEST(RunFolder, MetricsThatCannotBeReadStopTheRunAndStay) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {}).code, 0);
+  const fs::path file = project / "run/metrics.jsonl", away = project / "away.jsonl";
+  const std::string recipe = read_file(project / "run/recipe.yaml"), lines = read_file(file);
+  fs::rename(file, away);
+  // A link to itself cannot be opened; the kernel opens this process's memory, whose page 0 is an I/O error to read.
+  for (const auto& [link, code, why] : {std::tuple("metrics.jsonl", 2, "Too many levels of symbolic links"), std::tuple("/proc/self/mem", 1, "Input/output error")}) {
+    fs::create_symlink(link, file);
+    const Exit exit = train(project.recipe(), {"train.steps=30"});
+    EXPECT_EQ(exit.code, code) << link;
+    EXPECT_THAT(exit.err, AllOf(HasSubstr("run/metrics.jsonl] cannot be"), HasSubstr(why), HasSubstr("nothing is replaced"))) << link;
+    EXPECT_TRUE(fs::is_symlink(file)) << link;
+    EXPECT_EQ(read_file(project / "run/recipe.yaml"), recipe);
+    EXPECT_EQ(latest(project / "run"), 20);
+    fs::remove(file);
+  }
+  fs::rename(away, file);
+  // Without the right to read it. Permissions do not stop root: for the while this process is nobody's.
+  const uid_t me = ::geteuid();
+  {
+    RunFolder folder((project / "run").string());
+    fs::permissions(project / ".", fs::perms(0755));
+    fs::permissions(project / "run", fs::perms(0777));
+    fs::permissions(file, fs::perms::none);
+    if (me == 0) { ASSERT_EQ(::seteuid(65534), 0); }
+    try {
+      folder.rewind_metrics(20);
+      ADD_FAILURE() << "it read what it may not read";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.fault(), Fault::input);
+      EXPECT_THAT(e.what(), AllOf(HasSubstr("run/metrics.jsonl] cannot be opened: Permission denied"), HasSubstr("nothing is replaced")));
+    }
+    ASSERT_EQ(::seteuid(me), 0);
+    fs::permissions(file, fs::perms(0644));
+  }
+  EXPECT_EQ(read_file(file), lines);
+  EXPECT_EQ(train(project.recipe(), {"train.steps=30", "run.resume=require"}).code, 0);
+  EXPECT_EQ(metrics_with(project / "run", "lr").size(), 30u);
 }
 
 TEST(RunFolder, CheckpointsThatCannotBeListedAreBadInput) {
