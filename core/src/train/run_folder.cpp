@@ -57,7 +57,10 @@ RunFolder::RunFolder(std::string path, int rank) : path_(std::move(path)), rank_
   lock_ = ::open((path_ + "/.lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
   if (lock_ < 0) fail(Fault::input, path_, std::string("cannot write to the run's folder: ") + std::strerror(errno) + "; choose another with run.dir=PATH");
   if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
+    const int code = errno;
     ::close(lock_);
+    if (code != EWOULDBLOCK)
+      fail(Fault::input, path_ + "/.lock", std::string("cannot be locked: ") + std::strerror(code) + "; put the run on a file system with locks, with run.dir=PATH");
     fail(Fault::input, path_, "another process is training in this folder: wait for it, or choose another with run.dir=PATH");
   }
   log_.open(path_ + "/log.txt", std::ios::app);

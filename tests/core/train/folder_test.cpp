@@ -1,4 +1,5 @@
 // The run's folder: whose it is, what resume allows, what it holds; and the exit codes of what goes wrong.
+#include "checkpoint/saver.h"
 #include "support.h"
 #include "train/run_folder.h"
 
@@ -6,14 +7,27 @@
 
 #include <gmock/gmock.h>
 
+#include <sys/file.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <cstring>
 #include <tuple>
+
+/// The errno that flock() fails with in this process; 0: it locks.
+static int lock_error = 0;
+/// Found ahead of the C library's, by the core's library too.
+extern "C" __attribute__((visibility("default"))) int flock(int file, int operation) noexcept {
+  if (lock_error == 0) return static_cast<int>(::syscall(SYS_flock, file, operation));
+  errno = lock_error;
+  return -1;
+}
 
 namespace capstan::train::testing {
 namespace {
@@ -151,6 +165,38 @@ TEST(RunFolder, ASecondTrainerIsRefused) {
   EXPECT_THAT(second.err, AllOf(HasSubstr((project / "run").string()), HasSubstr("another process is training")));
   EXPECT_EQ(first.wait().code, 0);
   EXPECT_EQ(metrics_with(project / "run", "lr").size(), 20u);
+}
+
+/// Never asked for anything.
+class NoFormat : public CheckpointFormat {
+ public:
+  std::string_view name() const override { return "none"; }
+  std::string_view extension() const override { return ".none"; }
+  void write_shard(const std::string&, std::span<SavedTensor>, const std::function<void(std::int64_t)>&) override {}
+  void read(const std::string&, const SavedTensor&, void*) override {}
+  void write_index(const std::string&, std::span<const SavedTensor>) override {}
+};
+
+TEST(RunFolder, AFileSystemWithoutLocksIsNoSecondTrainer) {
+  Project project;
+  for (const int code : {ENOLCK, ENOSYS, EOPNOTSUPP}) {
+    for (const char* what : {"run", "checkpoints"}) {
+      const std::string folder = (project / what).string();
+      lock_error = code;
+      try {
+        if (what == std::string("run")) RunFolder run(folder);
+        else checkpoint::Saver saver(folder, std::make_shared<NoFormat>(), {});
+        ADD_FAILURE() << what << " was locked";
+      } catch (const Error& e) {
+        EXPECT_EQ(e.fault(), Fault::input);
+        EXPECT_THAT(e.what(), AllOf(HasSubstr(folder + "/.lock] cannot be locked: "), HasSubstr(std::strerror(code)), HasSubstr("file system with locks"),
+                                    HasSubstr("run.dir"), Not(HasSubstr("another process"))));
+      }
+      lock_error = 0;
+    }
+  }
+  const RunFolder first((project / "run").string());
+  EXPECT_THROW(RunFolder((project / "run").string()), Error);
 }
 
 TEST(ExitCode, UnknownKeyIsTwo) {
