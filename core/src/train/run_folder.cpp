@@ -1,6 +1,7 @@
 #include "train/run_folder.h"
 
 #include "base/look.h"
+#include "checkpoint/commit.h"
 #include "checkpoint/files.h"
 
 #include <capstan/error.h>
@@ -74,7 +75,7 @@ bool RunFolder::has_checkpoints(const std::string& path) {
   std::error_code error;
   fs::directory_iterator entry(path + "/checkpoints", error);
   for (; !error && entry != fs::directory_iterator(); entry.increment(error))
-    if (entry->path().filename().string().starts_with("step_")) return true;
+    if (checkpoint::step_kept_in(entry->path().filename().string())) return true;  // what a killed save left is none
   if (error && error != std::errc::no_such_file_or_directory && error != std::errc::not_a_directory)
     fail(is_of_input(error) ? Fault::input : Fault::runtime, path + "/checkpoints", "cannot be listed: " + reason_and_advice(error) + " with run.dir");
   return false;

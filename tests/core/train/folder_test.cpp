@@ -132,6 +132,26 @@ TEST(RunFolder, ResumeNeverAndRequire) {
   EXPECT_EQ(train(project.recipe(), {"run.resume=require"}).code, 0);
 }
 
+TEST(RunFolder, WhatAKilledSaveLeftIsNoCheckpoint) {
+  Project project;
+  const fs::path rest = project / "run/checkpoints/step_000010.tmp-123-abc";
+  write_file(rest / "shard_00000.h5", "half");
+  Exit exit = train(project.recipe(), {"run.resume=require"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, HasSubstr("no checkpoint to go on from"));
+  EXPECT_FALSE(built_data(project)) << "it was let through to the data";
+  exit = train(project.recipe(), {"run.resume=never"});
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  EXPECT_FALSE(fs::exists(rest));
+  // Set aside by a save that was killed before its own checkpoint had the name: the only one that there is.
+  fs::remove_all(project / "run/checkpoints/step_000010");
+  fs::rename(project / "run/checkpoints/step_000020", project / "run/checkpoints/step_000020.superseded");
+  EXPECT_EQ(train(project.recipe(), {"run.resume=never"}).code, 2);
+  exit = train(project.recipe(), {"run.resume=require"});
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  EXPECT_THAT(exit.out, HasSubstr("at step 20 of 20"));
+}
+
 TEST(RunFolder, FewerStepsThanTheRunHasDoneAreRefused) {
   Project project;
   ASSERT_EQ(train(project.recipe(), {}).code, 0);
