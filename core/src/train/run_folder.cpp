@@ -86,11 +86,11 @@ void RunFolder::write_recipe(const std::string& yaml) {
 }
 
 std::string RunFolder::keep_recipe(std::int64_t step) {
+  if (rank_ != 0) return "";
   const fs::path from = fs::path(path_) / "recipe.yaml", to = fs::path(path_) / fmt::format("recipe.until_{:06}.yaml", step);
-  if (rank_ != 0) return to.string();
-  std::error_code error;  // a folder that lost its recipe can still go on
-  fs::copy_file(from, to, fs::copy_options::overwrite_existing, error);
-  return to.string();
+  if (!is_there(from)) return ", which cannot be kept: the folder has lost its recipe.yaml";
+  replace_file(to, checkpoint::read_file(from));
+  return ", which is kept as " + to.string();
 }
 
 void RunFolder::rewind_metrics(std::int64_t step) {

@@ -26,7 +26,8 @@ class CAPSTAN_API RunFolder {
   /// The same of a folder that need not be there, which nothing is done to. Error when it may not be looked into.
   static bool has_checkpoints(const std::string& path);
   void write_recipe(const std::string& yaml);
-  /// Puts recipe.yaml aside as recipe.until_<step>.yaml; returns that path.
+  /// Puts recipe.yaml aside as recipe.until_<step>.yaml; returns what there is to say of it. Error when there is one that
+  /// cannot be kept.
   std::string keep_recipe(std::int64_t step);
   /// Drops metrics of steps after `step`: the run goes on from there and will write them again. Error, with the file as it
   /// was, when it cannot be read.

@@ -167,6 +167,28 @@ TEST(RunFolder, FewerStepsThanTheRunHasDoneAreRefused) {
   EXPECT_EQ(same.code, 0) << "all steps are done: nothing to do, and no error";
 }
 
+TEST(RunFolder, TheRecipeSoFarIsKeptOrTheRunStops) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {}).code, 0);
+  const fs::path recipe = project / "run/recipe.yaml", kept = project / "run/recipe.until_000020.yaml";
+  const std::string before = read_file(recipe);
+  fs::create_directories(kept / "in the way");
+  Exit exit = train(project.recipe(), {"train.steps=21"});
+  EXPECT_EQ(exit.code, 1);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr(kept.string() + "] cannot be replaced"), HasSubstr("run.dir"), Not(HasSubstr("is kept as"))));
+  EXPECT_EQ(read_file(recipe), before);
+  fs::remove_all(kept);
+  exit = train(project.recipe(), {"train.steps=21"});
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  EXPECT_THAT(exit.err, HasSubstr("which is kept as " + kept.string()));
+  EXPECT_EQ(read_file(kept), before);
+  fs::remove(recipe);
+  exit = train(project.recipe(), {"train.steps=22"});
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("the folder has lost its recipe.yaml"), Not(HasSubstr("is kept as"))));
+  EXPECT_FALSE(fs::exists(project / "run/recipe.until_000021.yaml"));
+}
+
 TEST(RunFolder, AnotherSeedIsRefused) {
   Project project;
   ASSERT_EQ(train(project.recipe(), {}).code, 0);
