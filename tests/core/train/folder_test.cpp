@@ -385,6 +385,44 @@ TEST(RunFolder, CheckpointsThatCannotBeListedAreBadInput) {
   EXPECT_FALSE(built_data(project));
 }
 
+TEST(FullDisk, CostsLinesOfMetricsAndNotTheRun) {
+  Project project;
+  Child child({"train", project.recipe(), "checkpoint.every_steps=0", "train.steps=40"});
+  ASSERT_TRUE(child.read_until("step 6/40")) << child.wait().err;
+  limit_files(child.pid(), 2000);  // some ten lines
+  ASSERT_TRUE(child.read_until("step 30/40")) << child.wait().err;
+  limit_files(child.pid(), RLIM_INFINITY);
+  const Exit exit = child.wait();
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  const std::string words = "run/metrics.jsonl] cannot be written, which does not end the run: File too large";
+  EXPECT_THAT(exit.err, HasSubstr(words));
+  EXPECT_EQ(exit.err.find(words, exit.err.find(words) + 1), std::string::npos) << "said more than once: " << exit.err;
+  EXPECT_THAT(read_file(project / "run/log.txt"), AllOf(HasSubstr(words), HasSubstr("done at step 40")));
+  const auto lines = metrics_with(project / "run", "lr");  // each is a whole one
+  EXPECT_LT(lines.size(), 40u);
+  EXPECT_GT(lines.size(), 5u);
+  EXPECT_EQ(lines.back().at("step"), 40) << "later lines are not tried";
+  EXPECT_TRUE(has_checkpoint(project / "run", 40));
+}
+
+// To the byte, whatever part of a line there was room for.
+TEST(FullDisk, LeavesNoHalfLine) {
+  std::signal(SIGXFSZ, SIG_IGN);
+  for (const rlim_t room : {0, 1, 9, 10}) {
+    Project project;
+    RunFolder folder((project / "run").string());
+    folder.rewind_metrics(0);
+    EXPECT_EQ(folder.metric(R"({"step":1})"), "");  // 11 bytes with the end of the line
+    limit_files(::getpid(), 11 + room);
+    EXPECT_THAT(folder.metric(R"({"step":2})"), HasSubstr("File too large"));
+    EXPECT_EQ(folder.metric(R"({"step":3})"), "") << "said twice";
+    limit_files(::getpid(), RLIM_INFINITY);
+    EXPECT_EQ(read_file(project / "run/metrics.jsonl"), "{\"step\":1}\n");
+    EXPECT_EQ(folder.metric(R"({"step":4})"), "");
+    EXPECT_EQ(read_file(project / "run/metrics.jsonl"), "{\"step\":1}\n{\"step\":4}\n");
+  }
+}
+
 class LastSave : public ::testing::TestWithParam<bool> {};
 
 TEST_P(LastSave, ThatFailsIsAnError) {
