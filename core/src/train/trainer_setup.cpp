@@ -196,6 +196,7 @@ void Trainer::resume() {
 
 void Trainer::roll_back(const std::string& why) {
   saver_->wait();
+  poll_saver();  // while saved_step_ still says which step the error is of
   const data::DataCursor after = cursor_;  // the batch that did it stays behind us
   const auto loaded = load(checkpoint::OnDamage::fall_back, [&](const std::string& line) { display_.warn(line); });
   if (!loaded) fail(Fault::runtime, "train", why + "; there is no checkpoint to roll back to: set checkpoint.every_steps, or lower optimizer.lr");
