@@ -61,6 +61,11 @@ std::optional<std::int64_t> step_of(std::string_view name) {
   return step;
 }
 
+std::optional<std::int64_t> step_kept_in(std::string_view name) {
+  if (name.ends_with(superseded_suffix)) name.remove_suffix(superseded_suffix.size());
+  return step_of(name);
+}
+
 void clean(const Path& root) {
   if (!entry_exists(root)) return;
   bool restored = false;

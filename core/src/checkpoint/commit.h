@@ -23,6 +23,8 @@ CAPSTAN_API std::string step_name(std::int64_t step);
 /// The step of a folder's name; nothing for any other name, temporary and trashed ones included.
 CAPSTAN_API std::optional<std::int64_t> step_of(std::string_view folder_name);
 inline constexpr std::string_view superseded_suffix = ".superseded";
+/// The same, and of a checkpoint that was set aside as superseded, which is one as long as it is there.
+CAPSTAN_API std::optional<std::int64_t> step_kept_in(std::string_view folder_name);
 
 /// Removes what killed saves left (temporary, trashed and superseded folders, LATEST.tmp) and puts a
 /// superseded checkpoint back whose successor was never renamed in. Only for the one process that saves here.

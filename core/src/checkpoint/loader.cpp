@@ -149,12 +149,10 @@ std::vector<Candidate> candidates(const Path& root, const std::function<void(con
   if (error == std::errc::no_such_file_or_directory) return {};
   for (; !error && iterator != fs::directory_iterator(); iterator.increment(error)) {
     const auto& path = iterator->path();
-    auto name = path.filename().string();
-    const bool aside = name.ends_with(superseded_suffix);
-    if (aside) name.resize(name.size() - superseded_suffix.size());
-    const auto step = step_of(name);
+    const auto name = path.filename().string();
+    const auto step = step_kept_in(name);
     if (!step) continue;
-    if (aside)
+    if (name.ends_with(superseded_suffix))
       found.try_emplace(*step, path);
     else
       found[*step] = path;

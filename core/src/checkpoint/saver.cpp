@@ -12,6 +12,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
+#include <cstring>
 #include <map>
 #include <mutex>
 #include <thread>
@@ -38,8 +39,11 @@ class FolderLock {
     const auto path = root / ".lock";
     fd_ = ::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
     if (fd_ < 0) fail_system(path, "be created", errno);
-    if (::flock(fd_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {  // other errors: no locks on this file system
+    if (::flock(fd_, LOCK_EX | LOCK_NB) != 0) {
+      const int code = errno;
       ::close(fd_);
+      if (code != EWOULDBLOCK)
+        fail(Fault::input, path.string(), std::string("cannot be locked: ") + std::strerror(code) + "; put the run on a file system with locks, with run.dir=PATH");
       fail(Fault::input, root.string(), "another process is saving checkpoints here; stop it or choose another run.dir");
     }
   }

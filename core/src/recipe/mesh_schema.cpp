@@ -21,7 +21,7 @@ Schema pipeline_group() {
       .one_of({"1f1b", "gpipe", "interleaved", "zero_bubble"});
   s.integer("microbatches", 0,
             "microbatches of one step that are on their way through the stages; 0: as data.micro_batch cuts them")
-      .at_least(0);
+      .range(0, 1 << 24);
   s.integer("stages_per_rank", 1, "stages that each rank holds; interleaved needs 2 or more").range(1, 1024);
   return s;
 }

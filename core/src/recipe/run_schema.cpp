@@ -12,6 +12,9 @@ namespace {
 
 using Type = OptionSpec::Type;
 
+/// Of what is counted and then multiplied by a batch's size, or kept in an int.
+constexpr double most_count = 1e9;
+
 Schema run_group() {
   Schema s;
   s.path("dir", "", "folder of the run: checkpoints, metrics, samples; empty: runs/<name of the recipe file>");
@@ -102,7 +105,7 @@ Schema train_group() {
   s.required(Type::integer, "steps", "optimizer steps in the whole run").in("steps").range(1, 1e12);
   s.number("clip", 1, "largest global norm of the gradient, larger ones are scaled down to it; 0: no clipping").at_least(0);
   s.integer("validate_every", 0, "steps between validations; 0: never").in("steps").at_least(0);
-  s.integer("validate_batches", 8, "batches in one validation").in("batches").at_least(1);
+  s.integer("validate_batches", 8, "batches in one validation").in("batches").range(1, most_count);
   s.integer("sample_every", 0, "steps between samples of what the model writes; 0: never").in("steps").at_least(0);
   s.text("sample_prompt", "", "what samples continue; empty: the start of a document");
   s.integer("sample_tokens", 128, "length of a sample").in("tokens").range(1, 1 << 20);
@@ -125,7 +128,7 @@ Schema checkpoint_group() {
   s.plugin("checkpoint", "format", "hdf5", "how checkpoints are written");
   s.integer("every_steps", 0, "steps between checkpoints; 0: not by steps").in("steps").at_least(0);
   s.number("every_minutes", 0, "time between checkpoints; 0: not by time").in("minutes").at_least(0);
-  s.integer("keep", 3, "newest checkpoints to keep; 0: all").at_least(0);
+  s.integer("keep", 3, "newest checkpoints to keep; 0: all").range(0, most_count);
   s.flag("asynchronous", true, "write while training goes on, from a copy in memory");
   s.flag("at_end", true, "write one after the last step");
   s.text("on_damage", "fallback",

@@ -144,7 +144,7 @@ bool Trainer::accept(const StepResult& result, std::int64_t step) {
   }
   display_.warn(what + "; the step is skipped");
   step_ = step;  // its data is used up, and the schedule goes on
-  folder_.metric(metric_line(result));
+  metric(metric_line(result));
   return false;
 }
 

@@ -84,6 +84,8 @@ class CAPSTAN_API Trainer {
   int agree(int signal);
   bool accept(const StepResult& result, std::int64_t step);
   void report(const StepResult& result);
+  /// A line of metrics.jsonl. A full disk costs lines, not the run.
+  void metric(const std::string& json);
   void after_step(const StepResult& result);
   void watch_spikes(const StepResult& result);
   void validate();

@@ -40,13 +40,20 @@ std::string Trainer::metric_line(const StepResult& r) const {
   return j.dump();
 }
 
+void Trainer::metric(const std::string& json) {
+  const std::string why = folder_.metric(json);
+  if (why.empty()) return;
+  display_.warn(why);
+  folder_.log(why);
+}
+
 void Trainer::report(const StepResult& r) {
   run_seconds_ += r.seconds;
   ++timed_steps_;
   const double per_step = run_seconds_ / static_cast<double>(timed_steps_);
   const double rate = estimate_.model_flop_per_token * static_cast<double>(r.tokens) / r.seconds;
   const std::int64_t every = session_->options().group("train").integer("log_every");
-  if (step_ % every == 0 || step_ == steps_) folder_.metric(metric_line(r));
+  if (step_ % every == 0 || step_ == steps_) metric(metric_line(r));
   // Without a terminal: the first steps, then about fifty lines in all, or as train.log_every says.
   const std::int64_t stride = every > 1 ? every : std::max<std::int64_t>(1, steps_ / 50);
   const std::string begin = fmt::format("step {}/{}  loss {:.4f}{}", step_, steps_, r.loss, validation_ ? fmt::format("  val {:.4f}", *validation_) : "");
@@ -83,7 +90,7 @@ void Trainer::watch_spikes(const StepResult& r) {
       folder_.log(line);
       nlohmann::ordered_json j;
       j["step"] = step_, j["event"] = "loss_spike", j["loss"] = r.loss, j["deviations"] = z, j["mean"] = spike_mean_;
-      folder_.metric(j.dump());
+      metric(j.dump());
       return;  // a spike does not move the mean that it is measured by
     }
   }
@@ -140,7 +147,7 @@ void Trainer::validate() {
   nlohmann::ordered_json j;
   j["step"] = step_, j["event"] = "validation", j["validation_loss"] = number(loss);
   if (bigram_) j["bigram_loss"] = *bigram_;
-  folder_.metric(j.dump());
+  metric(j.dump());
   if (first || step_ == steps_ || !display_.live())
     display_.note(fmt::format("step {}: validation loss {:.4f} nats a token{}", step_, loss,
                               bigram_ ? fmt::format(", {:.2f} of a bigram model's {:.4f} on the same tokens", loss / *bigram_, *bigram_) : ""));
@@ -234,7 +241,7 @@ void Trainer::report_communication() {
   for (const std::string& line : lines) display_.note(line);
   nlohmann::ordered_json j;
   j["step"] = step_, j["event"] = "communication", j["steps"] = timed_steps_, j["step_seconds"] = run_seconds_, j["collectives"] = std::move(rows);
-  folder_.metric(j.dump());
+  metric(j.dump());
 }
 
 void Trainer::finish(int signal) {

@@ -187,15 +187,16 @@ void Trainer::resume() {
       std::sscanf(it->second.c_str(), "%lf %lf %ld", &spike_mean_, &spike_square_, &spike_count_);
     display_.note(fmt::format("resuming {} at step {} of {}", folder_.path(), step_, steps_));
     if (state.recipe_digest != recipe_digest(session_->options()))
-      report("the recipe differs from the one that this run has had so far, which is kept as " + folder_.keep_recipe(step_));
+      report("the recipe differs from the one that this run has had so far" + folder_.keep_recipe(step_));
   }
+  folder_.rewind_metrics(step_);  // first: where the metrics cannot be read the run stops and replaces nothing
   folder_.write_recipe(to_yaml(session_->recipe));
-  folder_.rewind_metrics(step_);
   folder_.log(fmt::format("{} at step {}", loaded ? "resumed" : "started", step_));
 }
 
 void Trainer::roll_back(const std::string& why) {
   saver_->wait();
+  poll_saver();  // while saved_step_ still says which step the error is of
   const data::DataCursor after = cursor_;  // the batch that did it stays behind us
   const auto loaded = load(checkpoint::OnDamage::fall_back, [&](const std::string& line) { display_.warn(line); });
   if (!loaded) fail(Fault::runtime, "train", why + "; there is no checkpoint to roll back to: set checkpoint.every_steps, or lower optimizer.lr");

@@ -79,6 +79,18 @@ TEST_F(RunSchemaTest, RangesAndWords) {
   }
 }
 
+// What is multiplied or kept in an int ends where that holds it.
+TEST_F(RunSchemaTest, NumbersThatTheirUseCannotHoldAreRefused) {
+  const std::string path = write("r.yaml", minimal());
+  for (const std::string key : {"checkpoint.keep", "train.validate_batches", "mesh.pipeline.microbatches", "data.batch_size", "data.micro_batch", "data.prefetch",
+                                "data.sequence_length", "train.steps", "train.sample_tokens", "run.threads"}) {
+    for (const char* number : {"9223372036854775807", "1000000000001"})
+      EXPECT_THAT(refusal(path, {key + "=" + number}), HasSubstr("command line, " + key + "] out of range")) << number;
+  }
+  EXPECT_THAT(refusal(path, {"checkpoint.keep=4294967297"}), HasSubstr("expected 0 to 1000000000, got 4294967297"));
+  EXPECT_EQ(load(path, {"checkpoint.keep=1000000000"}).options.group("checkpoint").integer("keep"), 1000000000);
+}
+
 TEST_F(RunSchemaTest, Contradictions) {
   EXPECT_THAT(contradiction("", {"data.validation=0", "train.validate_every=5"}), HasSubstr("data.validation = 0"));
   EXPECT_THAT(contradiction("", {"train.on_nonfinite=rollback"}), HasSubstr("rollback needs checkpoints"));

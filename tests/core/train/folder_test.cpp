@@ -1,14 +1,33 @@
 // The run's folder: whose it is, what resume allows, what it holds; and the exit codes of what goes wrong.
+#include "checkpoint/saver.h"
 #include "support.h"
+#include "train/run_folder.h"
+
+#include <capstan/error.h>
 
 #include <gmock/gmock.h>
 
-#include <csignal>
+#include <sys/file.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
+#include <cstring>
+#include <tuple>
+
+/// The errno that flock() fails with in this process; 0: it locks.
+static int lock_error = 0;
+/// Found ahead of the C library's, by the core's library too.
+extern "C" __attribute__((visibility("default"))) int flock(int file, int operation) noexcept {
+  if (lock_error == 0) return static_cast<int>(::syscall(SYS_flock, file, operation));
+  errno = lock_error;
+  return -1;
+}
 
 namespace capstan::train::testing {
 namespace {
@@ -113,6 +132,26 @@ TEST(RunFolder, ResumeNeverAndRequire) {
   EXPECT_EQ(train(project.recipe(), {"run.resume=require"}).code, 0);
 }
 
+TEST(RunFolder, WhatAKilledSaveLeftIsNoCheckpoint) {
+  Project project;
+  const fs::path rest = project / "run/checkpoints/step_000010.tmp-123-abc";
+  write_file(rest / "shard_00000.h5", "half");
+  Exit exit = train(project.recipe(), {"run.resume=require"});
+  EXPECT_EQ(exit.code, 2);
+  EXPECT_THAT(exit.err, HasSubstr("no checkpoint to go on from"));
+  EXPECT_FALSE(built_data(project)) << "it was let through to the data";
+  exit = train(project.recipe(), {"run.resume=never"});
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  EXPECT_FALSE(fs::exists(rest));
+  // Set aside by a save that was killed before its own checkpoint had the name: the only one that there is.
+  fs::remove_all(project / "run/checkpoints/step_000010");
+  fs::rename(project / "run/checkpoints/step_000020", project / "run/checkpoints/step_000020.superseded");
+  EXPECT_EQ(train(project.recipe(), {"run.resume=never"}).code, 2);
+  exit = train(project.recipe(), {"run.resume=require"});
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  EXPECT_THAT(exit.out, HasSubstr("at step 20 of 20"));
+}
+
 TEST(RunFolder, FewerStepsThanTheRunHasDoneAreRefused) {
   Project project;
   ASSERT_EQ(train(project.recipe(), {}).code, 0);
@@ -126,6 +165,28 @@ TEST(RunFolder, FewerStepsThanTheRunHasDoneAreRefused) {
   EXPECT_EQ(metrics(project / "run"), lines);
   const Exit same = train(project.recipe(), {});
   EXPECT_EQ(same.code, 0) << "all steps are done: nothing to do, and no error";
+}
+
+TEST(RunFolder, TheRecipeSoFarIsKeptOrTheRunStops) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {}).code, 0);
+  const fs::path recipe = project / "run/recipe.yaml", kept = project / "run/recipe.until_000020.yaml";
+  const std::string before = read_file(recipe);
+  fs::create_directories(kept / "in the way");
+  Exit exit = train(project.recipe(), {"train.steps=21"});
+  EXPECT_EQ(exit.code, 1);
+  EXPECT_THAT(exit.err, AllOf(HasSubstr(kept.string() + "] cannot be replaced"), HasSubstr("run.dir"), Not(HasSubstr("is kept as"))));
+  EXPECT_EQ(read_file(recipe), before);
+  fs::remove_all(kept);
+  exit = train(project.recipe(), {"train.steps=21"});
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  EXPECT_THAT(exit.err, HasSubstr("which is kept as " + kept.string()));
+  EXPECT_EQ(read_file(kept), before);
+  fs::remove(recipe);
+  exit = train(project.recipe(), {"train.steps=22"});
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  EXPECT_THAT(exit.err, AllOf(HasSubstr("the folder has lost its recipe.yaml"), Not(HasSubstr("is kept as"))));
+  EXPECT_FALSE(fs::exists(project / "run/recipe.until_000021.yaml"));
 }
 
 TEST(RunFolder, AnotherSeedIsRefused) {
@@ -146,6 +207,38 @@ TEST(RunFolder, ASecondTrainerIsRefused) {
   EXPECT_THAT(second.err, AllOf(HasSubstr((project / "run").string()), HasSubstr("another process is training")));
   EXPECT_EQ(first.wait().code, 0);
   EXPECT_EQ(metrics_with(project / "run", "lr").size(), 20u);
+}
+
+/// Never asked for anything.
+class NoFormat : public CheckpointFormat {
+ public:
+  std::string_view name() const override { return "none"; }
+  std::string_view extension() const override { return ".none"; }
+  void write_shard(const std::string&, std::span<SavedTensor>, const std::function<void(std::int64_t)>&) override {}
+  void read(const std::string&, const SavedTensor&, void*) override {}
+  void write_index(const std::string&, std::span<const SavedTensor>) override {}
+};
+
+TEST(RunFolder, AFileSystemWithoutLocksIsNoSecondTrainer) {
+  Project project;
+  for (const int code : {ENOLCK, ENOSYS, EOPNOTSUPP}) {
+    for (const char* what : {"run", "checkpoints"}) {
+      const std::string folder = (project / what).string();
+      lock_error = code;
+      try {
+        if (what == std::string("run")) RunFolder run(folder);
+        else checkpoint::Saver saver(folder, std::make_shared<NoFormat>(), {});
+        ADD_FAILURE() << what << " was locked";
+      } catch (const Error& e) {
+        EXPECT_EQ(e.fault(), Fault::input);
+        EXPECT_THAT(e.what(), AllOf(HasSubstr(folder + "/.lock] cannot be locked: "), HasSubstr(std::strerror(code)), HasSubstr("file system with locks"),
+                                    HasSubstr("run.dir"), Not(HasSubstr("another process"))));
+      }
+      lock_error = 0;
+    }
+  }
+  const RunFolder first((project / "run").string());
+  EXPECT_THROW(RunFolder((project / "run").string()), Error);
 }
 
 TEST(ExitCode, UnknownKeyIsTwo) {
@@ -241,6 +334,47 @@ TEST(RunFolder, ACheckpointThatCannotBeReadStopsTheRunAndStays) {
   EXPECT_EQ(train(project.recipe(), {"train.steps=30", "run.resume=require"}).code, 0);
 }
 
+TEST(RunFolder, MetricsThatCannotBeReadStopTheRunAndStay) {
+  Project project;
+  ASSERT_EQ(train(project.recipe(), {}).code, 0);
+  const fs::path file = project / "run/metrics.jsonl", away = project / "away.jsonl";
+  const std::string recipe = read_file(project / "run/recipe.yaml"), lines = read_file(file);
+  fs::rename(file, away);
+  // A link to itself cannot be opened; the kernel opens this process's memory, whose page 0 is an I/O error to read.
+  for (const auto& [link, code, why] : {std::tuple("metrics.jsonl", 2, "Too many levels of symbolic links"), std::tuple("/proc/self/mem", 1, "Input/output error")}) {
+    fs::create_symlink(link, file);
+    const Exit exit = train(project.recipe(), {"train.steps=30"});
+    EXPECT_EQ(exit.code, code) << link;
+    EXPECT_THAT(exit.err, AllOf(HasSubstr("run/metrics.jsonl] cannot be"), HasSubstr(why), HasSubstr("nothing is replaced"))) << link;
+    EXPECT_TRUE(fs::is_symlink(file)) << link;
+    EXPECT_EQ(read_file(project / "run/recipe.yaml"), recipe);
+    EXPECT_EQ(latest(project / "run"), 20);
+    fs::remove(file);
+  }
+  fs::rename(away, file);
+  // Without the right to read it. Permissions do not stop root: for the while this process is nobody's.
+  const uid_t me = ::geteuid();
+  {
+    RunFolder folder((project / "run").string());
+    fs::permissions(project / ".", fs::perms(0755));
+    fs::permissions(project / "run", fs::perms(0777));
+    fs::permissions(file, fs::perms::none);
+    if (me == 0) { ASSERT_EQ(::seteuid(65534), 0); }
+    try {
+      folder.rewind_metrics(20);
+      ADD_FAILURE() << "it read what it may not read";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.fault(), Fault::input);
+      EXPECT_THAT(e.what(), AllOf(HasSubstr("run/metrics.jsonl] cannot be opened: Permission denied"), HasSubstr("nothing is replaced")));
+    }
+    ASSERT_EQ(::seteuid(me), 0);
+    fs::permissions(file, fs::perms(0644));
+  }
+  EXPECT_EQ(read_file(file), lines);
+  EXPECT_EQ(train(project.recipe(), {"train.steps=30", "run.resume=require"}).code, 0);
+  EXPECT_EQ(metrics_with(project / "run", "lr").size(), 30u);
+}
+
 TEST(RunFolder, CheckpointsThatCannotBeListedAreBadInput) {
   Project project;
   fs::create_directory(project / "run");
@@ -249,6 +383,44 @@ TEST(RunFolder, CheckpointsThatCannotBeListedAreBadInput) {
   EXPECT_EQ(exit.code, 2);
   EXPECT_THAT(exit.err, AllOf(HasSubstr("run/checkpoints] cannot be listed: Too many levels of symbolic links"), Not(HasSubstr("filesystem error"))));
   EXPECT_FALSE(built_data(project));
+}
+
+TEST(FullDisk, CostsLinesOfMetricsAndNotTheRun) {
+  Project project;
+  Child child({"train", project.recipe(), "checkpoint.every_steps=0", "train.steps=40"});
+  ASSERT_TRUE(child.read_until("step 6/40")) << child.wait().err;
+  limit_files(child.pid(), 2000);  // some ten lines
+  ASSERT_TRUE(child.read_until("step 30/40")) << child.wait().err;
+  limit_files(child.pid(), RLIM_INFINITY);
+  const Exit exit = child.wait();
+  EXPECT_EQ(exit.code, 0) << exit.err;
+  const std::string words = "run/metrics.jsonl] cannot be written, which does not end the run: File too large";
+  EXPECT_THAT(exit.err, HasSubstr(words));
+  EXPECT_EQ(exit.err.find(words, exit.err.find(words) + 1), std::string::npos) << "said more than once: " << exit.err;
+  EXPECT_THAT(read_file(project / "run/log.txt"), AllOf(HasSubstr(words), HasSubstr("done at step 40")));
+  const auto lines = metrics_with(project / "run", "lr");  // each is a whole one
+  EXPECT_LT(lines.size(), 40u);
+  EXPECT_GT(lines.size(), 5u);
+  EXPECT_EQ(lines.back().at("step"), 40) << "later lines are not tried";
+  EXPECT_TRUE(has_checkpoint(project / "run", 40));
+}
+
+// To the byte, whatever part of a line there was room for.
+TEST(FullDisk, LeavesNoHalfLine) {
+  std::signal(SIGXFSZ, SIG_IGN);
+  for (const rlim_t room : {0, 1, 9, 10}) {
+    Project project;
+    RunFolder folder((project / "run").string());
+    folder.rewind_metrics(0);
+    EXPECT_EQ(folder.metric(R"({"step":1})"), "");  // 11 bytes with the end of the line
+    limit_files(::getpid(), 11 + room);
+    EXPECT_THAT(folder.metric(R"({"step":2})"), HasSubstr("File too large"));
+    EXPECT_EQ(folder.metric(R"({"step":3})"), "") << "said twice";
+    limit_files(::getpid(), RLIM_INFINITY);
+    EXPECT_EQ(read_file(project / "run/metrics.jsonl"), "{\"step\":1}\n");
+    EXPECT_EQ(folder.metric(R"({"step":4})"), "");
+    EXPECT_EQ(read_file(project / "run/metrics.jsonl"), "{\"step\":1}\n{\"step\":4}\n");
+  }
 }
 
 class LastSave : public ::testing::TestWithParam<bool> {};

@@ -96,6 +96,30 @@ TEST(NonFinite, RollbackReturnsToTheCheckpointAndPassesTheBatch) {
   EXPECT_EQ(state.at("data_cursor").at("sample"), 8 * 4 + 7 * 4);  // eight steps, then seven from there on
 }
 
+std::int64_t times_in(const std::string& text, const std::string& words) {
+  std::int64_t n = 0;
+  for (auto at = text.find(words); at != std::string::npos; at = text.find(words, at + 1)) ++n;
+  return n;
+}
+
+// The save of step 7 fails as on a full disk while step 8 is made: what it was is said ahead of the return to step 6.
+TEST(NonFinite, RollbackBehindAFailedSaveSaysThatItWasNotSaved) {
+  Project project;
+  std::signal(SIGXFSZ, SIG_IGN);
+  const Outcome run = run_trainer(project.recipe(), {project.dir("run"), "train.on_nonfinite=rollback", "checkpoint.every_steps=1", "checkpoint.keep=0", "train.steps=9"},
+                                  [&](const Tensor& h, ForwardContext& context) {
+                                    if (holds_sample(context, 26)) {  // of step 7
+                                      EXPECT_TRUE(wait_for([&] { return latest(project / "run") == 6; }));
+                                      limit_files(::getpid(), 64 << 10);
+                                    }
+                                    return bad_sample(h, context);
+                                  });
+  limit_files(::getpid(), RLIM_INFINITY);
+  EXPECT_THAT(run.err, HasSubstr("rolled back to step 6"));
+  EXPECT_GT(times_in(run.err, "[checkpoint of step 7] not saved"), 0);
+  EXPECT_EQ(times_in(run.err, "[checkpoint of step 7] not saved"), times_in(run.err, "could not be saved, which does not end the run: [checkpoint of step 7] not saved"));
+}
+
 TEST(NonFinite, RollbackWithoutACheckpointSaysSo) {
   Project project;
   const Outcome run = run_trainer(project.recipe(), {project.dir("run"), "train.on_nonfinite=rollback", "checkpoint.every_steps=10"}, bad_sample);
