@@ -121,7 +121,8 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
     s->recipe = load_recipe(recipe, more, run_schema(), *s->host);
   }
   if (s->world->size() > 1) s->mesh = std::make_shared<Mesh>(s->world, mesh_from(s->options(), s->world->size()));
-  else mesh_from(s->options(), 1);  // a mesh that asks for more ranks is refused
+  else if (placement != Placement::weights) mesh_from(s->options(), 1);  // a mesh that asks for more ranks is refused
+  // Weights alone, to write text, are whole on their one rank: the mesh is of how the run was trained.
   const Options& run = s->options().group("run");
   s->device = device_of(run, launch::threads_of_rank(static_cast<int>(run.integer("threads")), s->world->local_size()), *s->world);
   if (s->mesh && s->device->kind() == DeviceKind::cuda) {

@@ -45,7 +45,8 @@ struct CAPSTAN_API Session {
 enum class Placement : unsigned char { none, weights, gradients };
 
 /// Reads the recipe (model.vocabulary 0 becomes the tokenizer's), makes the parts, and places parameters
-/// without values. `world` null: one rank. Throws Error(input) as the recipe's and the plugins' parsers do.
+/// without values. `world` null: one rank, on which Placement::weights takes any `mesh` block for a mesh of one.
+/// Throws Error(input) as the recipe's and the plugins' parsers do.
 CAPSTAN_API std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
                                                   const std::string& executable, Placement placement,
                                                   std::shared_ptr<World> world = nullptr);
