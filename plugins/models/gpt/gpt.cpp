@@ -201,6 +201,12 @@ class Gpt : public Model {
       o.refuse("heads", "expected a divisor of width (" + std::to_string(o.integer("width")) + "), got " +
                             std::to_string(heads) + "; or give head_size");
     }
+    if (const std::int64_t size = head_size != 0 ? head_size : o.integer("width") / heads; o.text("positions") == "rope" && size % 2 != 0) {
+      o.refuse(head_size != 0 ? "head_size" : "heads",
+               "rotary positions turn pairs of elements: expected an even head size, got " + std::to_string(size) +
+                   (head_size != 0 ? "" : " (width " + std::to_string(o.integer("width")) + " / heads " + std::to_string(heads) + ")") +
+                   "; or choose positions=learned");
+    }
     if (o.integer("global_every") != 0 && o.integer("window") == 0) {
       o.refuse("global_every", "without a window every layer is global: give window too, or leave this out");
     }

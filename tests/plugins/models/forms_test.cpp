@@ -227,7 +227,12 @@ TEST_F(GptForms, WhatDoesNotFitIsRefusedByItsKey) {
   EXPECT_THAT(refusal(tiny + Overrides{{"heads", "3"}}),
               AllOf(HasSubstr("heads"), HasSubstr("divisor of width (8)"), HasSubstr("got 3")));
   EXPECT_THAT(refusal(tiny + Overrides{{"kv_heads", "3"}}), AllOf(HasSubstr("kv_heads"), HasSubstr("got 3")));
-  EXPECT_THAT(refusal(tiny + Overrides{{"head_size", "3"}}), AllOf(HasSubstr("rope"), HasSubstr("even")));
+  EXPECT_THAT(refusal(tiny + Overrides{{"head_size", "3"}}), AllOf(HasSubstr("model gpt:1, head_size]"), HasSubstr("an even head size, got 3")));
+  EXPECT_THAT(refusal(tiny + Overrides{{"heads", "8"}}),
+              AllOf(HasSubstr("model gpt:1, heads]"), HasSubstr("an even head size, got 1 (width 8 / heads 8)")));
+  make(tiny + Overrides{{"head_size", "3"}, {"positions", "learned"}});
+  EXPECT_THAT(refusal(patterned + Overrides{{"pattern", "[{plugin: attention, heads: 2, head_size: 3}]"}}),
+              AllOf(HasSubstr("rope"), HasSubstr("even head size, got 3")));
   EXPECT_THAT(refusal(patterned + Overrides{{"pattern", "[{plugin: attention, heads: 3}]"}}),
               AllOf(HasSubstr("heads"), HasSubstr("divisor of 8")));
   EXPECT_THAT(refusal(tiny + Overrides{{"norm", "batch"}}), HasSubstr("norm"));
