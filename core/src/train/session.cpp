@@ -14,6 +14,8 @@
 #include <kernels/backend.h>
 #include <kernels/queue.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <filesystem>
 #include <numeric>
 #include <stdexcept>
@@ -48,6 +50,18 @@ void Session::cut_into_stages(EngineOptions& e) const {
   const std::int64_t micro = data.integer("micro_batch") > 0 ? data.integer("micro_batch") : data.integer("batch_size");
   const std::vector<pipeline::CallCost> costs = pipeline::call_costs(*make_model(), micro, data.integer("sequence_length"), e.compute, e.recompute);
   e.stage_of_call = pipeline::cut_into_stages(costs, e.pipeline.stages());
+}
+
+bool Session::pipeline_cuts_batches() const {
+  return mesh && mesh->size("pp") > 1 && options().group("mesh").group("pipeline").integer("microbatches") > 0;
+}
+
+std::int64_t Session::micro_batch() const {
+  const Options& data = options().group("data");
+  const std::int64_t all = data.integer("batch_size"), given = data.integer("micro_batch");
+  if (!pipeline_cuts_batches()) return given > 0 ? std::min(given, all) : all;
+  const std::int64_t pieces = options().group("mesh").group("pipeline").integer("microbatches") * mesh->data_ranks();
+  return std::max<std::int64_t>(1, (all + pieces - 1) / pieces);
 }
 
 std::shared_ptr<Model> Session::make_model() const { return host->make_as<Model>(options().plugin("model")); }
@@ -147,10 +161,16 @@ void place(Session& s, Placement placement) {
   s.engine = std::make_unique<Engine>(s.model, s.device, std::move(e), s.mesh);
 }
 
-void check_sequence_length(const Session& session) {
+void check_lengths(const Session& session) {
   const Options& data = session.options().group("data");
-  if (session.model->longest() > 0 && data.integer("sequence_length") > session.model->longest())
+  const std::int64_t length = data.integer("sequence_length"), samples = session.micro_batch(), most = INT32_MAX / length;
+  if (session.model->longest() > 0 && length > session.model->longest())
     data.refuse("sequence_length", "the model's context is " + std::to_string(session.model->longest()) + " tokens");
+  if (samples <= most) return;
+  const std::string why = "a microbatch of " + std::to_string(samples) + " samples of " + std::to_string(length) + " tokens has more than 2^31 - 1 rows: ";
+  const Options& pipeline = session.options().group("mesh").group("pipeline");
+  if (session.pipeline_cuts_batches()) pipeline.refuse("microbatches", why + "ask for more microbatches");
+  data.refuse(data.integer("micro_batch") > 0 ? "micro_batch" : "batch_size", why + "set data.micro_batch to at most " + std::to_string(most));
 }
 
 std::string missing_set(const Options& set) {

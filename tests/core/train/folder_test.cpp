@@ -179,6 +179,27 @@ TEST(ExitCode, ContextShorterThanTheSequencesIsTwo) {
   EXPECT_FALSE(built_data(project));
 }
 
+TEST(ExitCode, AMicrobatchOfTooManyRowsIsTwoForTrainAndForCheck) {
+  Project project;
+  const std::vector<std::string> words{"model.context=128", "data.sequence_length=128", "data.batch_size=16777216"};
+  const auto refused = [&](std::vector<std::string> command, const std::vector<std::string>& more, const std::string& what) {
+    command.push_back(project.recipe());
+    command.insert(command.end(), words.begin(), words.end());
+    command.insert(command.end(), more.begin(), more.end());
+    const Exit exit = Child(command).wait();
+    EXPECT_EQ(exit.code, 2) << exit.out;
+    EXPECT_THAT(exit.err, AllOf(HasSubstr(what), HasSubstr("more than 2^31 - 1 rows"), HasSubstr("16777216 samples of 128 tokens")));
+    EXPECT_THAT(exit.out, Not(HasSubstr("is valid")));
+  };
+  for (const char* first : {"train", "recipe"}) {
+    const std::vector<std::string> command = *first == 't' ? std::vector<std::string>{"train"} : std::vector<std::string>{"recipe", "check"};
+    refused(command, {"data.micro_batch=0"}, "[command line, data.batch_size]");
+    refused(command, {"data.micro_batch=16777216"}, "[command line, data.micro_batch]");
+  }
+  EXPECT_FALSE(fs::exists(project / "run"));
+  EXPECT_FALSE(built_data(project));
+}
+
 TEST(ExitCode, CheckpointOfAnotherModelIsTwoAndNamesTensors) {
   Project project;
   ASSERT_EQ(train(project.recipe(), {}).code, 0);
