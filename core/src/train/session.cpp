@@ -72,6 +72,10 @@ std::string Session::run_folder() const {
   return (std::filesystem::path("runs") / std::filesystem::path(recipe.path).stem()).string();
 }
 
+Options Session::kept_options() const {
+  return with_path(options(), "run", "dir", std::filesystem::absolute(run_folder()).lexically_normal().string());
+}
+
 namespace {
 
 /// run.device and run.gpus on this rank. All ranks or none compute on GPUs.

@@ -43,6 +43,8 @@ struct CAPSTAN_API Session {
   std::shared_ptr<Model> make_model() const;
   /// The run's folder: run.dir, or runs/<recipe's name> below the working directory.
   std::string run_folder() const;
+  /// The options as the run's folder keeps them: run.dir is that folder, so that they train this run wherever they are read.
+  Options kept_options() const;
 };
 
 /// What memory a session takes for the model: nothing (to look at it), its weights (to run it), or gradients too.

@@ -184,10 +184,10 @@ void Trainer::resume() {
     if (const auto it = state.more.find("spikes"); it != state.more.end())
       std::sscanf(it->second.c_str(), "%lf %lf %ld", &spike_mean_, &spike_square_, &spike_count_);
     display_.note(fmt::format("resuming {} at step {} of {}", folder_.path(), step_, steps_));
-    if (state.recipe_digest != recipe_digest(session_->options()))
+    if (state.recipe_digest != recipe_digest(session_->kept_options()))
       report("the recipe differs from the one that this run has had so far, which is kept as " + folder_.keep_recipe(step_));
   }
-  folder_.write_recipe(to_yaml(session_->recipe));
+  folder_.write_recipe(to_yaml(session_->kept_options()));
   folder_.rewind_metrics(step_);
   folder_.log(fmt::format("{} at step {}", loaded ? "resumed" : "started", step_));
 }

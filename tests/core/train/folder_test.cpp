@@ -3,6 +3,8 @@
 
 #include <gmock/gmock.h>
 
+#include <unistd.h>
+
 #include <csignal>
 
 #include <algorithm>
@@ -33,6 +35,30 @@ TEST(RunFolder, HoldsWhatTheRunLeaves) {
   ASSERT_EQ(again.code, 0) << again.err;
   EXPECT_EQ(metrics(project / "again"), metrics(run));
   EXPECT_EQ(weights(project / "again", 20), weights(run, 20));
+}
+
+TEST(RunFolder, TheRecipeThatItKeepsGoesOnWithTheRun) {
+  Project project;
+  std::string text = read_file(project.recipe());
+  text.erase(text.find(", dir: run"), 10);
+  write_file(project / "plain.yaml", text);
+  const auto here = [&] { ASSERT_EQ(::chdir((project / ".").c_str()), 0); };
+  const Exit first = Child({"train", "plain.yaml", "train.steps=10"}, here).wait();
+  ASSERT_EQ(first.code, 0) << first.err;
+  EXPECT_THAT(first.out, HasSubstr("try: capstan generate runs/plain "));
+  EXPECT_THAT(read_file(project / "runs/plain/recipe.yaml"), HasSubstr("  dir: " + (project / "runs/plain").string() + "\n"));
+  const Exit same = Child({"train", "runs/plain/recipe.yaml"}, here).wait();
+  EXPECT_EQ(same.code, 0) << same.err;
+  EXPECT_THAT(same.out, HasSubstr("at step 10 of 10"));
+  EXPECT_THAT(read_file(project / "runs/plain/log.txt"), Not(HasSubstr("the recipe differs")));
+  // A copy elsewhere too.
+  fs::create_directory(project / "other");
+  fs::copy_file(project / "runs/plain/recipe.yaml", project / "other/copy.yaml");
+  const Exit more = Child({"train", "other/copy.yaml", "train.steps=12"}, here).wait();
+  EXPECT_EQ(more.code, 0) << more.err;
+  EXPECT_TRUE(has_checkpoint(project / "runs/plain", 12));
+  EXPECT_FALSE(fs::exists(project / "runs/recipe"));
+  EXPECT_FALSE(fs::exists(project / "runs/copy"));
 }
 
 TEST(RunFolder, MetricsHaveTheDocumentedFields) {
