@@ -197,13 +197,16 @@ void check_output(const BuildOptions& options) {
     fail(Fault::input, "output",
          fmt::format("expected a path that ends with a name, as in data/text, got '{}'", options.prefix));
   }
+  std::error_code error;
+  // An index is renamed last. Where it still waits to be, .bin and .json are what a killed build renamed before; without
+  // that sign they may be anybody's.
+  const bool killed = !fs::exists(options.prefix + ".idx", error) && fs::exists(options.prefix + ".idx.partial", error);
   for (const char* suffix : {".idx", ".bin", ".json"}) {
-    std::error_code error;
-    if (!options.force && fs::exists(options.prefix + suffix, error)) {
+    if (!options.force && !killed && fs::exists(options.prefix + suffix, error)) {
       fail(Fault::input, options.prefix + suffix, "the file exists; choose another name, or replace it with --force");
     }
   }
-  std::error_code error;
+  error.clear();
   if (prefix.has_parent_path()) fs::create_directories(prefix.parent_path(), error);
   if (error) fail(Fault::input, prefix.parent_path().string(), fmt::format("cannot make the folder: {}", error.message()));
 }

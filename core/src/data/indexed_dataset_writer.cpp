@@ -1,6 +1,7 @@
 // The writer of .bin/.idx datasets and their .json sidecar.
 #include <capstan/error.h>
 #include <fmt/format.h>
+#include <unistd.h>
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>
@@ -133,15 +134,25 @@ void IndexedDatasetWriter::finish(const std::string& sidecar) {
   w.bin.sync();
   w.index.sync();
   // From here a dataset that this one replaces is gone; without .idx no half of either is taken for a whole.
-  std::error_code ignored;
-  std::filesystem::remove(w.index.path(), ignored);
-  if (!json) std::filesystem::remove(w.prefix + ".json", ignored);
-  sync_folder_of(w.prefix);
-  w.bin.commit();
-  if (json) json->commit();
-  sync_folder_of(w.prefix);
-  w.index.commit();
-  sync_folder_of(w.prefix);
+  std::error_code error;
+  std::filesystem::remove(w.index.path(), error);
+  if (error) {
+    fail(Fault::input, w.index.path(),
+         fmt::format("the old index cannot be removed: {}; nothing was changed", error.message()));
+  }
+  try {
+    if (!json) ::unlink((w.prefix + ".json").c_str());
+    sync_folder_of(w.prefix);
+    w.bin.commit();
+    if (json) json->commit();
+    sync_folder_of(w.prefix);
+    w.index.commit();
+    sync_folder_of(w.prefix);
+  } catch (...) {
+    // What is in place is half a dataset, or one that may not last: it would only block the next build.
+    for (const char* suffix : {".idx", ".bin", ".json"}) ::unlink((w.prefix + suffix).c_str());
+    throw;
+  }
 }
 
 std::string bin_digest(const std::string& prefix) {

@@ -36,7 +36,7 @@ struct Words {
 void plan_step(const Program& program, const Words& words) {
   const auto session = train::open_session(words.recipe, words.overrides, program.executable, train::Placement::none,
                                            plan::make_paper_world(0, words.ranks));
-  train::check_sequence_length(*session);
+  train::check_lengths(*session);
   std::optional<plan::DeviceModel> device;
   if (!words.device.empty()) device = plan::load_device(words.devices.empty() ? plan::devices_file(program.executable) : words.devices, words.device);
   const plan::Setting setting = plan::setting_from(*session, words.ranks);
@@ -78,7 +78,7 @@ void check(const Program& program, const Words& words) {
   const Recipe& recipe = session->recipe;
   const Options& options = session->options();
   const PluginHost& host = *session->host;
-  train::check_sequence_length(*session);
+  train::check_lengths(*session);
   const train::Estimate estimate = train::estimate_step(*session);
   const Options& data = options.group("data");
   const Options& train = options.group("train");

@@ -1,5 +1,6 @@
 // Options: the values that a recipe gave, asked for by name and type.
 #include "recipe/options_impl.h"
+#include "recipe/recipe.h"
 
 #include <fmt/format.h>
 
@@ -95,6 +96,16 @@ std::string Options::where(std::string_view name) const {
 }
 
 void Options::refuse(std::string_view name, const std::string& why) const { fail(Fault::input, where(name), why); }
+
+Options with_path(const Options& options, std::string_view group, std::string_view name, std::string path) {
+  const Options& before = options.group(group);
+  (void)before.path(name);  // that it is one
+  auto inner = std::make_shared<Impl>(before.impl());
+  inner->slots[index_of(*inner, name)].value = std::move(path);
+  auto outer = std::make_shared<Impl>(options.impl());
+  outer->slots[index_of(*outer, group)].value = Options(std::move(inner));
+  return Options(std::move(outer));
+}
 
 std::string join_key(const std::string& path, const std::string& name) { return path.empty() ? name : path + "." + name; }
 

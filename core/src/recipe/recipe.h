@@ -40,6 +40,9 @@ CAPSTAN_API Recipe load_recipe(const std::string& path, const std::vector<std::s
 CAPSTAN_API Options parse_options(const Schema& schema, const std::string& yaml, SchemaSource* source = nullptr,
                                   const std::string& name = "options");
 
+/// The same options but for the path `name` of a group.
+CAPSTAN_API Options with_path(const Options& options, std::string_view group, std::string_view name, std::string path);
+
 enum class Origins : bool { hide, show };
 
 /// The whole resolved recipe as YAML, every default written out, paths absolute. Loading the text gives the same

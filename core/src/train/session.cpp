@@ -14,6 +14,8 @@
 #include <kernels/backend.h>
 #include <kernels/queue.h>
 
+#include <algorithm>
+#include <cstdint>
 #include <filesystem>
 #include <numeric>
 #include <stdexcept>
@@ -50,12 +52,28 @@ void Session::cut_into_stages(EngineOptions& e) const {
   e.stage_of_call = pipeline::cut_into_stages(costs, e.pipeline.stages());
 }
 
+bool Session::pipeline_cuts_batches() const {
+  return mesh && mesh->size("pp") > 1 && options().group("mesh").group("pipeline").integer("microbatches") > 0;
+}
+
+std::int64_t Session::micro_batch() const {
+  const Options& data = options().group("data");
+  const std::int64_t all = data.integer("batch_size"), given = data.integer("micro_batch");
+  if (!pipeline_cuts_batches()) return given > 0 ? std::min(given, all) : all;
+  const std::int64_t pieces = options().group("mesh").group("pipeline").integer("microbatches") * mesh->data_ranks();
+  return std::max<std::int64_t>(1, (all + pieces - 1) / pieces);
+}
+
 std::shared_ptr<Model> Session::make_model() const { return host->make_as<Model>(options().plugin("model")); }
 
 std::string Session::run_folder() const {
   const std::string& dir = options().group("run").path("dir");
   if (!dir.empty()) return dir;
   return (std::filesystem::path("runs") / std::filesystem::path(recipe.path).stem()).string();
+}
+
+Options Session::kept_options() const {
+  return with_path(options(), "run", "dir", std::filesystem::absolute(run_folder()).lexically_normal().string());
 }
 
 namespace {
@@ -121,7 +139,8 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
     s->recipe = load_recipe(recipe, more, run_schema(), *s->host);
   }
   if (s->world->size() > 1) s->mesh = std::make_shared<Mesh>(s->world, mesh_from(s->options(), s->world->size()));
-  else mesh_from(s->options(), 1);  // a mesh that asks for more ranks is refused
+  else if (placement != Placement::weights) mesh_from(s->options(), 1);  // a mesh that asks for more ranks is refused
+  // Weights alone, to write text, are whole on their one rank: the mesh is of how the run was trained.
   const Options& run = s->options().group("run");
   s->device = device_of(run, launch::threads_of_rank(static_cast<int>(run.integer("threads")), s->world->local_size()), *s->world);
   if (s->mesh && s->device->kind() == DeviceKind::cuda) {
@@ -146,10 +165,16 @@ void place(Session& s, Placement placement) {
   s.engine = std::make_unique<Engine>(s.model, s.device, std::move(e), s.mesh);
 }
 
-void check_sequence_length(const Session& session) {
+void check_lengths(const Session& session) {
   const Options& data = session.options().group("data");
-  if (session.model->longest() > 0 && data.integer("sequence_length") > session.model->longest())
+  const std::int64_t length = data.integer("sequence_length"), samples = session.micro_batch(), most = INT32_MAX / length;
+  if (session.model->longest() > 0 && length > session.model->longest())
     data.refuse("sequence_length", "the model's context is " + std::to_string(session.model->longest()) + " tokens");
+  if (samples <= most) return;
+  const std::string why = "a microbatch of " + std::to_string(samples) + " samples of " + std::to_string(length) + " tokens has more than 2^31 - 1 rows: ";
+  const Options& pipeline = session.options().group("mesh").group("pipeline");
+  if (session.pipeline_cuts_batches()) pipeline.refuse("microbatches", why + "ask for more microbatches");
+  data.refuse(data.integer("micro_batch") > 0 ? "micro_batch" : "batch_size", why + "set data.micro_batch to at most " + std::to_string(most));
 }
 
 std::string missing_set(const Options& set) {

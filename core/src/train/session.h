@@ -35,25 +35,32 @@ struct CAPSTAN_API Session {
   EngineOptions engine_options(bool gradients) const;
   /// Says in `e` which of the model's calls are on which pipeline stage: as even as their costs allow.
   void cut_into_stages(EngineOptions& e) const;
+  /// Whether mesh.pipeline.microbatches says how many microbatches there are, and not data.micro_batch.
+  bool pipeline_cuts_batches() const;
+  /// Samples of a microbatch on one rank, at most.
+  std::int64_t micro_batch() const;
   /// A second model of the same recipe, for the meta device.
   std::shared_ptr<Model> make_model() const;
   /// The run's folder: run.dir, or runs/<recipe's name> below the working directory.
   std::string run_folder() const;
+  /// The options as the run's folder keeps them: run.dir is that folder, so that they train this run wherever they are read.
+  Options kept_options() const;
 };
 
 /// What memory a session takes for the model: nothing (to look at it), its weights (to run it), or gradients too.
 enum class Placement : unsigned char { none, weights, gradients };
 
 /// Reads the recipe (model.vocabulary 0 becomes the tokenizer's), makes the parts, and places parameters
-/// without values. `world` null: one rank. Throws Error(input) as the recipe's and the plugins' parsers do.
+/// without values. `world` null: one rank, on which Placement::weights takes any `mesh` block for a mesh of one.
+/// Throws Error(input) as the recipe's and the plugins' parsers do.
 CAPSTAN_API std::unique_ptr<Session> open_session(const std::string& recipe, const std::vector<std::string>& overrides,
                                                   const std::string& executable, Placement placement,
                                                   std::shared_ptr<World> world = nullptr);
 
 /// Takes the memory that Placement::none left out: the trainer's, once its header stands.
 CAPSTAN_API void place(Session& session, Placement placement);
-/// Error(input) when sequences are longer than the model's context.
-CAPSTAN_API void check_sequence_length(const Session& session);
+/// Error(input) when sequences are longer than the model's context, or a microbatch has more rows than can be counted.
+CAPSTAN_API void check_lengths(const Session& session);
 /// Why a data set can neither be read nor built from its text; "" when one of the two can be.
 CAPSTAN_API std::string missing_set(const Options& set);
 

@@ -197,7 +197,8 @@ void Trainer::save() {
   checkpoint::RunState state;
   state.step = step_, state.tokens = tokens_, state.seed = session_->engine->options().seed;
   state.data_cursor = cursor_.to_json();
-  state.recipe = to_yaml(session_->recipe), state.recipe_digest = recipe_digest(session_->options());
+  const Options kept = session_->kept_options();
+  state.recipe = to_yaml(kept), state.recipe_digest = recipe_digest(kept);
   for (const LoadedPlugin& p : session_->host->loaded()) state.plugins.push_back({p.kind, p.name, p.version});
   state.more["spikes"] = fmt::format("{:.17g} {:.17g} {}", spike_mean_, spike_square_, spike_count_);
   checkpoint::Snapshot snapshot;

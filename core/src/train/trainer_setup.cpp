@@ -28,7 +28,7 @@ namespace {
 /// The run's folder, after what needs no data is seen to be right: a run that is refused builds no data sets and
 /// leaves no folder.
 std::string checked_folder(const Session& session) {
-  check_sequence_length(session);
+  check_lengths(session);
   for (const Options& set : session.options().group("data").groups("sets"))
     if (const std::string missing = missing_set(set); !missing.empty()) set.refuse("path", missing);
   const Options& run = session.options().group("run");
@@ -79,14 +79,12 @@ data::DataOptions data_options(const Session& session) {
   data::DataOptions o;
   for (const Options& set : d.groups("sets")) o.sets.push_back({set.path("path"), set.number("weight")});
   o.sequence_length = d.integer("sequence_length"), o.batch_size = d.integer("batch_size");
-  o.micro_batch = d.integer("micro_batch") > 0 ? std::min(d.integer("micro_batch"), o.batch_size) : o.batch_size;
+  o.micro_batch = session.micro_batch();
   o.validation = d.number("validation"), o.attend_across_documents = d.flag("attend_across_documents");
   o.prefetch = static_cast<int>(d.integer("prefetch"));
   o.seed = static_cast<std::uint64_t>(options.group("run").integer("seed"));
   if (const std::shared_ptr<Mesh> mesh = session.mesh) {
     o.ranks = mesh->data_ranks(), o.rank = mesh->data_rank();
-    const std::int64_t microbatches = options.group("mesh").group("pipeline").integer("microbatches");
-    if (mesh->size("pp") > 1 && microbatches > 0) o.micro_batch = std::max<std::int64_t>(1, (o.batch_size + microbatches * o.ranks - 1) / (microbatches * o.ranks));
     o.sum_over_ranks = [mesh](double x) {
       mesh->host("replicate+shard", "control").all_reduce(&x, 1, DType::f64).wait();
       return x;
@@ -186,11 +184,11 @@ void Trainer::resume() {
     if (const auto it = state.more.find("spikes"); it != state.more.end())
       std::sscanf(it->second.c_str(), "%lf %lf %ld", &spike_mean_, &spike_square_, &spike_count_);
     display_.note(fmt::format("resuming {} at step {} of {}", folder_.path(), step_, steps_));
-    if (state.recipe_digest != recipe_digest(session_->options()))
+    if (state.recipe_digest != recipe_digest(session_->kept_options()))
       report("the recipe differs from the one that this run has had so far" + folder_.keep_recipe(step_));
   }
   folder_.rewind_metrics(step_);  // first: where the metrics cannot be read the run stops and replaces nothing
-  folder_.write_recipe(to_yaml(session_->recipe));
+  folder_.write_recipe(to_yaml(session_->kept_options()));
   folder_.log(fmt::format("{} at step {}", loaded ? "resumed" : "started", step_));
 }
 

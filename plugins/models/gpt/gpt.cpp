@@ -77,6 +77,25 @@ std::string yaml_number(double v) {
 
 const char* yaml_flag(bool v) { return v ? "true" : "false"; }
 
+/// Options of the attention and MLP that a model without a pattern has.
+constexpr const char* layer_options[] = {"heads",      "kv_heads", "head_size", "ffn",         "activation",
+                                         "rope_theta", "qk_norm",  "window",    "global_every"};
+
+/// Whether an option is another than its default. One that was set to its default counts as left out: the recipe that a run
+/// keeps writes all of them out.
+bool is_set(const Options& o, const OptionSpec& spec) {
+  switch (spec.type) {
+    case OptionSpec::Type::flag:
+      return yaml_flag(o.flag(spec.name)) != spec.default_text;
+    case OptionSpec::Type::integer:
+      return o.integer(spec.name) != std::stoll(spec.default_text);
+    case OptionSpec::Type::number:
+      return o.number(spec.name) != std::stod(spec.default_text);
+    default:
+      return o.text(spec.name) != spec.default_text;
+  }
+}
+
 /// A pattern entry's name within its block: the plugin's own, without the folder, kind and ending of a path.
 std::string leaf_name(std::string name) {
   if (const auto slash = name.rfind('/'); slash != std::string::npos) name.erase(0, slash + 1);
@@ -87,7 +106,7 @@ std::string leaf_name(std::string name) {
 
 class Gpt : public Model {
  public:
-  Gpt(const Options& o, Registrar& registrar)
+  Gpt(const Options& o, Registrar& registrar, const Schema& schema)
       : vocabulary_(o.integer("vocabulary")), hidden_(o.integer("width")), longest_(o.integer("context")) {
     if (vocabulary_ == 0) {
       o.refuse("vocabulary", "0 stands for the tokenizer's vocabulary, but no tokenizer has set it; give a number");
@@ -96,7 +115,7 @@ class Gpt : public Model {
     const double init_std = o.number("init_std"), epsilon = o.number("norm_epsilon"), dropout = o.number("dropout");
     const std::string& norm = o.text("norm");
     const bool bias = o.flag("bias");
-    const std::vector<PluginChoice> pattern = pattern_of(o, registrar);
+    const std::vector<PluginChoice> pattern = pattern_of(o, registrar, schema);
     std::vector<std::shared_ptr<LayerMaker>> makers;
     std::vector<std::string> names;
     std::set<std::string> taken;
@@ -163,8 +182,15 @@ class Gpt : public Model {
 
  private:
   /// What the recipe names, or attention and MLP as the model's own options describe them.
-  static std::vector<PluginChoice> pattern_of(const Options& o, Registrar& registrar) {
-    if (!o.plugins("pattern").empty()) return o.plugins("pattern");
+  static std::vector<PluginChoice> pattern_of(const Options& o, Registrar& registrar, const Schema& schema) {
+    if (!o.plugins("pattern").empty()) {
+      for (const char* name : layer_options) {
+        if (is_set(o, *schema.find(name))) {
+          o.refuse(name, std::string("model.pattern says what each layer is: give ") + name + " to the layers in it, not beside it");
+        }
+      }
+      return o.plugins("pattern");
+    }
     using Overrides = std::vector<std::pair<std::string, std::string>>;
     const std::int64_t heads = o.integer("heads"), kv_heads = o.integer("kv_heads"), head_size = o.integer("head_size");
     // Checked here too, so that the message names the key that the person wrote.
@@ -174,6 +200,12 @@ class Gpt : public Model {
     if (head_size == 0 && o.integer("width") % heads != 0) {
       o.refuse("heads", "expected a divisor of width (" + std::to_string(o.integer("width")) + "), got " +
                             std::to_string(heads) + "; or give head_size");
+    }
+    if (const std::int64_t size = head_size != 0 ? head_size : o.integer("width") / heads; o.text("positions") == "rope" && size % 2 != 0) {
+      o.refuse(head_size != 0 ? "head_size" : "heads",
+               "rotary positions turn pairs of elements: expected an even head size, got " + std::to_string(size) +
+                   (head_size != 0 ? "" : " (width " + std::to_string(o.integer("width")) + " / heads " + std::to_string(heads) + ")") +
+                   "; or choose positions=learned");
     }
     if (o.integer("global_every") != 0 && o.integer("window") == 0) {
       o.refuse("global_every", "without a window every layer is global: give window too, or leave this out");
@@ -228,8 +260,9 @@ CAPSTAN_PLUGIN("model", "gpt", "1.0.0") {
   schema.number("dropout", 0, "of the embedding and of each layer's output").range(0, 0.99);
   schema.number("init_std", 0.02, "standard deviation of the initial weights; over sqrt(layers * pattern) into the residual")
       .above(0);
-  schema.plugins("layer", "pattern", "what one layer consists of, in order; absent: attention and mlp by the options above");
-  registrar.add("model", "gpt", schema, [](const capstan::Options& o, capstan::Registrar& r) {
-    return capstan::as_interface<capstan::Model>(std::make_shared<capstan::Gpt>(o, r));
+  schema.plugins("layer", "pattern", "what one layer consists of, in order; absent: attention and mlp by the options above, which go into "
+                          "the layers of a pattern instead");
+  registrar.add("model", "gpt", schema, [schema](const capstan::Options& o, capstan::Registrar& r) {
+    return capstan::as_interface<capstan::Model>(std::make_shared<capstan::Gpt>(o, r, schema));
   });
 }

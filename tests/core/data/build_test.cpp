@@ -329,6 +329,51 @@ TEST_F(Build, AKilledBuildLeavesNothingVisible) {
   EXPECT_EQ(left(), (std::set<std::string>{"set.bin", "set.idx", "set.json"}));
 }
 
+// Between the renames the index waits under its temporary name while .bin, or .bin and .json, have theirs.
+TEST_F(Build, AKillBetweenTheRenamesIsTakenOverWithoutForce) {
+  write_file(folder_ / "in/a", "first");
+  build_dataset(options(folder_ / "in"));
+  const std::string whole = outputs("out/set");
+  for (const bool json : {false, true}) {
+    fs::rename(folder_ / "out/set.idx", folder_ / "out/set.idx.partial");
+    if (!json) fs::rename(folder_ / "out/set.json", folder_ / "out/set.json.partial");
+    EXPECT_THROW(IndexedDataset(folder_ / "out/set"), Error);
+    build_dataset(options(folder_ / "in"));
+    EXPECT_EQ(outputs("out/set"), whole);
+    EXPECT_EQ(left(), (std::set<std::string>{"set.bin", "set.idx", "set.json"}));
+  }
+  // Files that no killed build left are kept, and a dataset is, whatever lies beside it.
+  fs::remove(folder_ / "out/set.idx");
+  for (const char* name : {"out/set.bin", "out/set.json"}) {
+    EXPECT_THAT(error_of(Fault::input, [&] { build_dataset(options(folder_ / "in")); }), HasSubstr(folder_ / name));
+    fs::remove(folder_ / name);
+  }
+  build_dataset(options(folder_ / "in"));
+  write_file(folder_ / "out/set.idx.partial", "");
+  EXPECT_THAT(error_of(Fault::input, [&] { build_dataset(options(folder_ / "in")); }), HasSubstr(folder_ / "out/set.idx]"));
+  EXPECT_EQ(outputs("out/set"), whole);
+}
+
+TEST_F(Build, ARenameThatFailsLeavesNothingThatBlocks) {
+  write_file(folder_ / "in/a", "first");
+  build_dataset(options(folder_ / "in"));
+  fs::remove(folder_ / "out/set.json");
+  write_file(folder_ / "out/set.json/file", "");  // a folder: nothing can be renamed to it
+  BuildOptions o = options(folder_ / "in");
+  o.force = true;
+  EXPECT_THAT(error_of(Fault::input, [&] { build_dataset(o); }), HasSubstr("set.json] cannot rename"));
+  EXPECT_EQ(left(), (std::set<std::string>{"set.json"}));
+  fs::remove_all(folder_ / "out/set.json");
+  EXPECT_EQ(build_dataset(options(folder_ / "in")).documents, 1);
+  // An index that cannot go: the old dataset stays as it is.
+  const std::string bin = read_file(folder_ / "out/set.bin");
+  fs::remove(folder_ / "out/set.idx");
+  write_file(folder_ / "out/set.idx/file", "");
+  write_file(folder_ / "in/a", "second");
+  EXPECT_THAT(error_of(Fault::input, [&] { build_dataset(o); }), HasSubstr("the old index cannot be removed"));
+  EXPECT_EQ(read_file(folder_ / "out/set.bin"), bin);
+}
+
 // A child replaces a dataset by another again and again and is killed at any moment: what is there is one of the two,
 // whole, or visibly nothing.
 TEST_F(Build, KilledAtAnyMomentADatasetIsWholeOrAbsent) {

@@ -129,6 +129,17 @@ TEST_F(Ranks, BadInputIsToldOnce) {
   EXPECT_THAT(restarted.err, Not(HasSubstr("restart")));
 }
 
+TEST_F(Ranks, ARunOfSeveralRanksWritesTextOnOne) {
+  for (const char* axis : {"tensor", "shard", "pp", "context"}) {
+    const Exit trained = train_on(2, words(axis, {"train.steps=2", std::string("mesh.") + axis + "=2"}));
+    ASSERT_EQ(trained.code, 0) << axis << ": " << trained.err;
+    const Exit text = Child({"generate", (project_ / axis).string(), "--prompt", "the", "--max-tokens", "4"}).wait();
+    EXPECT_EQ(text.code, 0) << axis << ": " << text.err;
+    EXPECT_THAT(text.out, StartsWith("the")) << axis;
+    EXPECT_THAT(text.err, HasSubstr("weights of step 2")) << axis;
+  }
+}
+
 struct Accident {
   const char* fault;
   int rank;

@@ -117,6 +117,7 @@ TEST(PluginNew, WritesAStart) {
       EXPECT_THAT(read_bytes(made / file), AllOf(HasSubstr("my_thing"), Not(HasSubstr("@name@")), Not(HasSubstr("@Name@")), Not(HasSubstr("@kind@"))));
     }
     EXPECT_EQ(std::distance(fs::directory_iterator(made), {}), 4);
+    EXPECT_THAT(read_bytes(made / "recipe.yaml"), HasSubstr("\nrun:\n  dir: runs/my_thing\n"));  // not that of another start
     EXPECT_THAT(read_bytes(made / "CMakeLists.txt"), HasSubstr("capstan_add_plugin(my_thing KIND " + kind + " SOURCES my_thing.cpp)"));
     const std::string source = read_bytes(made / "my_thing.cpp");
     EXPECT_THAT(source, AllOf(HasSubstr("CAPSTAN_PLUGIN(\"" + kind + "\", \"my_thing\""), HasSubstr("class MyThing")));

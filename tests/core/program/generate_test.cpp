@@ -82,8 +82,13 @@ TEST_F(Generate, ContinuesThePromptTheSameWayForTheSameSeed) {
 }
 
 TEST_F(Generate, LearnsTheText) {
-  // Thirty steps on one sentence: the likeliest continuation holds its most frequent word.
-  EXPECT_THAT(generate("--prompt 'the cat sat on ' --max-tokens 40 --temperature 0").out, HasSubstr("the "));
+  // Some hundred steps on one sentence: what comes after the prompt is that sentence.
+  const Result longer = run("train " + (folder / "recipe.yaml").string() + " run.threads=1 train.steps=400 run.dir=" + (folder / "longer").string());
+  ASSERT_EQ(longer.code, 0) << longer.err;
+  const std::string prompt = "the cat sat on ";
+  const Result r = run("generate " + (folder / "longer").string() + " --prompt '" + prompt + "' --max-tokens 40 --temperature 0");
+  ASSERT_THAT(r.out, StartsWith(prompt));
+  EXPECT_THAT(r.out.substr(prompt.size()), AllOf(StartsWith("the "), HasSubstr(" sat on the ")));
 }
 
 TEST_F(Generate, CompletionsDoNotDependOnHowManyThereAre) {

@@ -54,6 +54,30 @@ TEST(RunFolder, HoldsWhatTheRunLeaves) {
   EXPECT_EQ(weights(project / "again", 20), weights(run, 20));
 }
 
+TEST(RunFolder, TheRecipeThatItKeepsGoesOnWithTheRun) {
+  Project project;
+  std::string text = read_file(project.recipe());
+  text.erase(text.find(", dir: run"), 10);
+  write_file(project / "plain.yaml", text);
+  const auto here = [&] { ASSERT_EQ(::chdir((project / ".").c_str()), 0); };
+  const Exit first = Child({"train", "plain.yaml", "train.steps=10"}, here).wait();
+  ASSERT_EQ(first.code, 0) << first.err;
+  EXPECT_THAT(first.out, HasSubstr("try: capstan generate runs/plain "));
+  EXPECT_THAT(read_file(project / "runs/plain/recipe.yaml"), HasSubstr("  dir: " + (project / "runs/plain").string() + "\n"));
+  const Exit same = Child({"train", "runs/plain/recipe.yaml"}, here).wait();
+  EXPECT_EQ(same.code, 0) << same.err;
+  EXPECT_THAT(same.out, HasSubstr("at step 10 of 10"));
+  EXPECT_THAT(read_file(project / "runs/plain/log.txt"), Not(HasSubstr("the recipe differs")));
+  // A copy elsewhere too.
+  fs::create_directory(project / "other");
+  fs::copy_file(project / "runs/plain/recipe.yaml", project / "other/copy.yaml");
+  const Exit more = Child({"train", "other/copy.yaml", "train.steps=12"}, here).wait();
+  EXPECT_EQ(more.code, 0) << more.err;
+  EXPECT_TRUE(has_checkpoint(project / "runs/plain", 12));
+  EXPECT_FALSE(fs::exists(project / "runs/recipe"));
+  EXPECT_FALSE(fs::exists(project / "runs/copy"));
+}
+
 TEST(RunFolder, MetricsHaveTheDocumentedFields) {
   Project project;
   ASSERT_EQ(train(project.recipe(), {}).code, 0);
@@ -268,6 +292,27 @@ TEST(ExitCode, ContextShorterThanTheSequencesIsTwo) {
   const Exit exit = train(project.recipe(), {"data.sequence_length=64"});
   EXPECT_EQ(exit.code, 2);
   EXPECT_THAT(exit.err, AllOf(HasSubstr("data.sequence_length"), HasSubstr("32 tokens")));
+  EXPECT_FALSE(fs::exists(project / "run"));
+  EXPECT_FALSE(built_data(project));
+}
+
+TEST(ExitCode, AMicrobatchOfTooManyRowsIsTwoForTrainAndForCheck) {
+  Project project;
+  const std::vector<std::string> words{"model.context=128", "data.sequence_length=128", "data.batch_size=16777216"};
+  const auto refused = [&](std::vector<std::string> command, const std::vector<std::string>& more, const std::string& what) {
+    command.push_back(project.recipe());
+    command.insert(command.end(), words.begin(), words.end());
+    command.insert(command.end(), more.begin(), more.end());
+    const Exit exit = Child(command).wait();
+    EXPECT_EQ(exit.code, 2) << exit.out;
+    EXPECT_THAT(exit.err, AllOf(HasSubstr(what), HasSubstr("more than 2^31 - 1 rows"), HasSubstr("16777216 samples of 128 tokens")));
+    EXPECT_THAT(exit.out, Not(HasSubstr("is valid")));
+  };
+  for (const char* first : {"train", "recipe"}) {
+    const std::vector<std::string> command = *first == 't' ? std::vector<std::string>{"train"} : std::vector<std::string>{"recipe", "check"};
+    refused(command, {"data.micro_batch=0"}, "[command line, data.batch_size]");
+    refused(command, {"data.micro_batch=16777216"}, "[command line, data.micro_batch]");
+  }
   EXPECT_FALSE(fs::exists(project / "run"));
   EXPECT_FALSE(built_data(project));
 }

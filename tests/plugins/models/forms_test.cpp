@@ -35,6 +35,9 @@ class GptForms : public GptFixture {
 
 const Overrides tiny{{"layers", "1"}, {"width", "8"}, {"heads", "2"}, {"context", "16"}, {"vocabulary", "11"}};
 
+/// The same without what is said of a pattern's layers.
+const Overrides patterned{{"layers", "1"}, {"width", "8"}, {"context", "16"}, {"vocabulary", "11"}};
+
 TEST_F(GptForms, Gpt2Parameters) {
   EXPECT_EQ(
       listing(*make(tiny + gpt2_form)),
@@ -155,12 +158,35 @@ TEST_F(GptForms, CallsAreTheEmbeddingOneForEachLayerAndTheHead) {
 
 TEST_F(GptForms, APatternNamesTheLayers) {
   const auto model =
-      make(tiny + Overrides{{"pattern", "[mlp, {plugin: attention, heads: 4}, {plugin: mlp, ffn: 5, activation: gelu}]"}});
+      make(patterned + Overrides{{"pattern", "[mlp, {plugin: attention, heads: 4}, {plugin: mlp, ffn: 5, activation: gelu}]"}});
   std::set<std::string> names;
   for (const Parameter* p : model->parameters()) names.insert(p->name() + " " + to_string(p->shape()));
   EXPECT_THAT(names, testing::IsSupersetOf({"layers.0.mlp.gate_up.weight [128, 8]", "layers.0.attention.qkv.weight [24, 8]",
                                             "layers.0.mlp2.up.weight [5, 8]"}));
   EXPECT_THAT(model->describe(), testing::HasSubstr("mlp + attention + mlp2"));
+}
+
+TEST_F(GptForms, WhatAPatternsLayersSayIsRefusedBesideIt) {
+  using testing::AllOf;
+  using testing::HasSubstr;
+  const Overrides given{{"pattern", "[{plugin: attention, heads: 2}, mlp]"}};
+  for (const auto& [name, value] : Overrides{{"heads", "2"},
+                                             {"kv_heads", "1"},
+                                             {"head_size", "4"},
+                                             {"ffn", "20"},
+                                             {"activation", "gelu"},
+                                             {"rope_theta", "500"},
+                                             {"qk_norm", "true"},
+                                             {"window", "4"},
+                                             {"global_every", "2"}}) {
+    EXPECT_THAT(refusal(patterned + given + Overrides{{name, value}}),
+                AllOf(HasSubstr("model gpt:1, " + name + "]"), HasSubstr("give " + name + " to the layers")));
+  }
+  // A run's own recipe.yaml holds every default, and the table of learned positions is the model's.
+  make(patterned + given +
+       Overrides{{"heads", "6"}, {"kv_heads", "0"}, {"head_size", "0"}, {"ffn", "0"}, {"activation", "swiglu"}, {"rope_theta", "10000"},
+                 {"qk_norm", "false"}, {"window", "0"}, {"global_every", "0"}});
+  make(patterned + given + Overrides{{"positions", "learned"}});
 }
 
 // What a layer's attention costs on the meta device tells which window it has.
@@ -188,7 +214,7 @@ TEST_F(GptForms, WindowsAreThoseOfTheLayersAskedFor) {
   EXPECT_EQ(pairs_by_layer({}), std::vector<double>(6, all));
   EXPECT_EQ(pairs_by_layer({{"window", "4"}}), std::vector<double>(6, four));
   EXPECT_EQ(pairs_by_layer({{"window", "4"}, {"global_every", "3"}}), (std::vector<double>{four, four, all, four, four, all}));
-  EXPECT_EQ(pairs_by_layer({{"pattern", "[{plugin: attention, heads: 2, window: 4, global_every: 2}]"}}),
+  EXPECT_EQ(pairs_by_layer({{"heads", "6"}, {"pattern", "[{plugin: attention, heads: 2, window: 4, global_every: 2}]"}}),
             (std::vector<double>{four, all, four, all, four, all}));
   EXPECT_THAT(make(tiny + Overrides{{"window", "4"}, {"global_every", "2"}})->describe(),
               testing::HasSubstr("window 4 but in every 2nd layer"));
@@ -201,8 +227,13 @@ TEST_F(GptForms, WhatDoesNotFitIsRefusedByItsKey) {
   EXPECT_THAT(refusal(tiny + Overrides{{"heads", "3"}}),
               AllOf(HasSubstr("heads"), HasSubstr("divisor of width (8)"), HasSubstr("got 3")));
   EXPECT_THAT(refusal(tiny + Overrides{{"kv_heads", "3"}}), AllOf(HasSubstr("kv_heads"), HasSubstr("got 3")));
-  EXPECT_THAT(refusal(tiny + Overrides{{"head_size", "3"}}), AllOf(HasSubstr("rope"), HasSubstr("even")));
-  EXPECT_THAT(refusal(tiny + Overrides{{"pattern", "[{plugin: attention, heads: 3}]"}}),
+  EXPECT_THAT(refusal(tiny + Overrides{{"head_size", "3"}}), AllOf(HasSubstr("model gpt:1, head_size]"), HasSubstr("an even head size, got 3")));
+  EXPECT_THAT(refusal(tiny + Overrides{{"heads", "8"}}),
+              AllOf(HasSubstr("model gpt:1, heads]"), HasSubstr("an even head size, got 1 (width 8 / heads 8)")));
+  make(tiny + Overrides{{"head_size", "3"}, {"positions", "learned"}});
+  EXPECT_THAT(refusal(patterned + Overrides{{"pattern", "[{plugin: attention, heads: 2, head_size: 3}]"}}),
+              AllOf(HasSubstr("rope"), HasSubstr("even head size, got 3")));
+  EXPECT_THAT(refusal(patterned + Overrides{{"pattern", "[{plugin: attention, heads: 3}]"}}),
               AllOf(HasSubstr("heads"), HasSubstr("divisor of 8")));
   EXPECT_THAT(refusal(tiny + Overrides{{"norm", "batch"}}), HasSubstr("norm"));
   EXPECT_THAT(refusal(tiny + Overrides{{"dropout", "1"}}), HasSubstr("dropout"));
