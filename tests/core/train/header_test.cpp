@@ -45,7 +45,7 @@ TEST(Header, SizesThatFitNothingAreRefusedByTheirKey) {
     EXPECT_THAT(e.err, AllOf(HasSubstr(std::string(word).substr(0, std::string(word).find('='))), HasSubstr("expected"))) << word;
   }
   // Each size in its range, their product in none.
-  const Exit e = run({"recipe", "check", project.recipe(), "model.width=1048576", "model.heads=16", "model.context=16777216", "data.sequence_length=16777216", "data.batch_size=65536", "data.micro_batch=65536"});
+  const Exit e = run({"recipe", "check", project.recipe(), "model.width=1048576", "model.heads=65536", "model.head_size=65536", "model.context=16777216", "data.sequence_length=16777216", "data.batch_size=65536", "data.micro_batch=127"});
   EXPECT_EQ(e.code, 2);
   EXPECT_THAT(e.err, HasSubstr("a tensor of shape ["));
 }
