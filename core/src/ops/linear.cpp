@@ -96,7 +96,8 @@ class LinearNode final : public Node {
   /// slope: what g makes is then the gradient of what GELU was taken of.
   LinearNode* gelu_before(const Gemm& g, Backend* backend) const {
     auto* const node = dynamic_cast<LinearNode*>(inputs[0].node.get());
-    const bool takes = node != nullptr && node->before.defined() && node->readers == 1 && !shared.scatter && g.k > 0 && backend != nullptr && backend->takes_gelu_slope(g);
+    const bool takes = node != nullptr && node->before.defined() && node->readers == 1 && num(node->before) == g.c && !shared.scatter && g.k > 0 && backend != nullptr &&
+                       backend->takes_gelu_slope(g);
     return takes ? node : nullptr;
   }
 
