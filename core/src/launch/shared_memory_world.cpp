@@ -44,11 +44,6 @@ steady_clock::time_point after(double seconds) {
   return steady_clock::now() + std::chrono::duration_cast<steady_clock::duration>(std::chrono::duration<double>(seconds));
 }
 
-std::string shm_file(const std::string& name) {
-  return fmt::format("/dev/shm/capstan-{}-{:016x}", getuid(),
-                     static_cast<std::uint64_t>(XXH3_64bits(name.data(), name.size())));
-}
-
 [[noreturn]] void no_memory(const std::string& what) {
   fail(Fault::runtime, "launch",
        fmt::format("{}: {}; the ranks of a host meet in /dev/shm, make it larger or free it", what, std::strerror(errno)));
@@ -162,11 +157,16 @@ class SharedMemoryWorld final : public comm::SharedWorld {
 
 }  // namespace
 
+std::string shared_memory_file(const std::string& name) {
+  return fmt::format("/dev/shm/capstan-{}-{:016x}", getuid(),
+                     static_cast<std::uint64_t>(XXH3_64bits(name.data(), name.size())));
+}
+
 std::shared_ptr<World> make_shared_memory_world(const std::string& name, int rank, int size, double timeout_seconds) {
   if (size < 1 || rank < 0 || rank >= size)
     fail(Fault::programming, "launch", fmt::format("rank {} of {} ranks", rank, size));
   if (size == 1) return make_single_world();
-  const std::string file = shm_file(name);
+  const std::string file = shared_memory_file(name);
   Segment segment = rank == 0 ? lay_out(file, size) : find(file, name, rank, size, timeout_seconds);
   std::vector<int> ranks(static_cast<std::size_t>(size));
   std::iota(ranks.begin(), ranks.end(), 0);

@@ -1,4 +1,4 @@
-// defines: make_shared_memory_world(): ranks that are processes of one host, started by anything, without MPI.
+// defines: make_shared_memory_world(), shared_memory_file(): ranks that are processes of one host, started by anything, without MPI.
 #pragma once
 #include "comm/communicator.h"
 
@@ -14,5 +14,8 @@ namespace capstan::launch {
 /// Error(runtime) naming the rank that did not come within `timeout_seconds`, or when /dev/shm has no room.
 CAPSTAN_API std::shared_ptr<World> make_shared_memory_world(const std::string& name, int rank, int size,
                                                             double timeout_seconds);
+/// The file in /dev/shm that holds the name until all ranks are there; beside it, while rank 0 lays it out, one whose name
+/// begins with it.
+CAPSTAN_API std::string shared_memory_file(const std::string& name);
 
 }  // namespace capstan::launch

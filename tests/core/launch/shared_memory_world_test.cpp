@@ -9,6 +9,7 @@
 #include <gmock/gmock.h>
 
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <filesystem>
 #include <memory>
@@ -21,6 +22,8 @@ namespace {
 using capstan::testing::Forked;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
+using ::testing::StartsWith;
 using Ranks = std::vector<std::unique_ptr<Forked>>;
 
 std::string meeting() {
@@ -81,26 +84,33 @@ TEST(SharedMemoryWorld, RanksMeetAndAdd) {
 }
 
 TEST(SharedMemoryWorld, TheNameIsFreeOnceAllHaveCome) {
-  // The same name twice, one job after the other and a third beside, while rank 0 of the first still runs.
-  Ranks first = start(2, 20, [](World& world) {
+  // The same name twice, one job beside the other.
+  int gate[2];  // closed to the first job until its file is gone and the second has ended
+  ASSERT_EQ(pipe(gate), 0);
+  Ranks first = start(2, 60, [&](World& world) {
     add(world, 1);
-    usleep(300000);
+    std::puts("all have come"), std::fflush(stdout);
+    char token;
+    if (read(gate[0], &token, 1) != 1) throw std::runtime_error("no token");
     add(world, 1);
   });
-  usleep(150000);
-  Ranks second = start(2, 20, [](World& world) { add(world, 3); });
-  for (auto& rank : first) EXPECT_EQ(rank->wait(), 0) << rank->out();
+  for (auto& rank : first) ASSERT_TRUE(rank->read_until("all have come")) << rank->out();
+  const std::filesystem::path file = shared_memory_file(meeting());
+  for (const auto& entry : std::filesystem::directory_iterator(file.parent_path()))  // other tests have files there too
+    EXPECT_THAT(entry.path().string(), Not(StartsWith(file.string())));
+  Ranks second = start(2, 60, [](World& world) { add(world, 3); });
   for (auto& rank : second) EXPECT_EQ(rank->wait(), 0) << rank->out();
-  for (const auto& entry : std::filesystem::directory_iterator("/dev/shm"))
-    EXPECT_EQ(entry.path().filename().string().find("capstan-" + std::to_string(getuid())), std::string::npos)
-        << entry.path();
+  EXPECT_EQ(write(gate[1], "12", 2), 2);
+  for (auto& rank : first) EXPECT_EQ(rank->wait(), 0) << rank->out();
+  EXPECT_FALSE(exists(file));
+  close(gate[0]), close(gate[1]);
 }
 
 TEST(SharedMemoryWorld, WhatADeadJobLeftIsNotJoined) {
   {
     Ranks dead = start(
         2, 20, [](World&) {}, 1);  // rank 1 never comes; rank 0 has laid out the memory by then
-    usleep(200000);
+    while (!std::filesystem::exists(shared_memory_file(meeting()))) usleep(1000);
     kill(dead[0]->pid(), SIGKILL);
     dead[0]->wait();
   }
