@@ -91,8 +91,10 @@ TEST(RunFolder, MetricsHaveTheDocumentedFields) {
     EXPECT_GT(line.at("seconds").get<double>(), 0);
     EXPECT_NEAR(line.at("tokens_per_second").get<double>() * line.at("seconds").get<double>(), 128, 1e-6);
     EXPECT_GT(line.at("flops").get<double>(), 0);
-    EXPECT_GT(line.at("peak_share").get<double>(), 0);
-    EXPECT_LT(line.at("peak_share").get<double>(), 1.05);
+    // A share of what was measured once, at the start; other work on the machine may have held that measurement back.
+    const auto peak = [](const auto& of) { return of.at("flops").template get<double>() / of.at("peak_share").template get<double>(); };
+    EXPECT_GT(peak(line), 0);
+    EXPECT_NEAR(peak(line) / peak(lines[0]), 1, 1e-6);
     EXPECT_GT(line.at("grad_norm").get<double>(), 0);
   }
   EXPECT_NEAR(lines[0].at("loss").get<double>(), std::log(256), 0.1);
