@@ -7,7 +7,7 @@
 
 #include <algorithm>
 #include <array>
-#include <chrono>
+#include <ctime>
 #include <functional>
 #include <numeric>
 #include <set>
@@ -323,7 +323,7 @@ TEST(LayoutRefusals, RanksOutside) {
 // ---- size ------------------------------------------------------------------------------------------------------------
 
 TEST(Layout, AHundredThousandRanksTakeMilliseconds) {
-  const auto begin = std::chrono::steady_clock::now();
+  const std::clock_t begin = std::clock();
   const MeshLayout m =
       MeshLayout::make({{"pp", 10}, {"replicate", 5}, {"shard", -1}, {"context", 5}, {"tensor", 8}}, 100000);
   const auto tensor = m.groups(Names{"tensor"});
@@ -332,7 +332,7 @@ TEST(Layout, AHundredThousandRanksTakeMilliseconds) {
   for (int rank = 0; rank < m.world(); ++rank) sum += m.coordinate(rank, "shard");
   const auto fault = MeshLayout::check({{"pp", 7}, {"shard", -1}, {"tensor", 8}}, 100000);
   const MeshLayout view = m.expert_view(40);
-  const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+  const double seconds = double(std::clock() - begin) / CLOCKS_PER_SEC;  // of the processor: others may have it meanwhile
   EXPECT_EQ(m.size("shard"), 50);
   EXPECT_EQ(tensor.size(), 12500u);
   EXPECT_EQ(state.size(), 400u);
