@@ -45,7 +45,7 @@ INSTANTIATE_TEST_SUITE_P(Layouts, Overlap,
 
 TEST_P(Overlap, SumsBeginBesideTheLastBackward) {
   const Case& c = GetParam();
-  on_ranks(c.layout, {"model={plugin: gpt, layers: 8, heads: 2, width: 32, context: 16, vocabulary: 64, tied: false}", std::string("mesh.reduce=") + c.reduce}, [&](train::Session& session) {
+  on_ranks(c.layout, {"model={plugin: gpt, layers: 8, heads: 2, width: 32, context: 16, vocabulary: 512, tied: false}", std::string("mesh.reduce=") + c.reduce}, [&](train::Session& session) {
     Engine& engine = *session.engine;
     engine.initialize();
     const Communicator& sums = session.mesh->comm(c.axes, "reduce");
@@ -73,7 +73,7 @@ TEST_P(Overlap, SumsBeginBesideTheLastBackward) {
 }
 
 TEST(Overlap, MicrobatchesAfterTheSumAreRefused) {
-  on_ranks({1, 1, 2, 1, 1, "ddp"}, {"model={plugin: gpt, layers: 2, heads: 2, width: 32, context: 16, vocabulary: 64}"}, [](train::Session& session) {
+  on_ranks({1, 1, 2, 1, 1, "ddp"}, {"model={plugin: gpt, layers: 2, heads: 2, width: 32, context: 16, vocabulary: 512}"}, [](train::Session& session) {
     Engine& engine = *session.engine;
     engine.initialize();
     const std::vector<Batch> batches{batch_of(session)};
