@@ -21,7 +21,7 @@ Tensor rebindable(std::int64_t size, DType dtype, Device& device) { return Tenso
 
 Engine::~Engine() {
   queue_.reset();
-  reducing_.clear();  // handles wait
+  reducing_.clear(), summing_.clear();  // handles wait
   if (model_ && model_->runtime() != nullptr) model_->set_runtime(nullptr);
 }
 
@@ -213,7 +213,7 @@ Batch Engine::localize(const Batch& batch) const {
 
 WalkHooks Engine::hooks() {
   WalkHooks hooks;
-  if (options_.sharding.parameter || options_.sharding.gradient) {
+  if (in_pieces() || replicas()) {
     hooks.before = [this](const Call& call, WalkStep::Kind step) { before(call, step); };
     hooks.after = [this](const Call& call, WalkStep::Kind step) { after(call, step); };
   }
@@ -234,16 +234,27 @@ std::vector<LossEntry> Engine::on_stages(std::span<const Batch> batches, Walk&& 
   return walk(std::span<ForwardContext* const>(pointers));
 }
 
-std::vector<LossEntry> Engine::forward_backward(const Batch& batch, std::uint64_t step) { return forward_backward(std::span<const Batch>(&batch, 1), step); }
+std::vector<LossEntry> Engine::forward_backward(const Batch& batch, std::uint64_t step) { return forward_backward_of(std::span<const Batch>(&batch, 1), step, false); }
+std::vector<LossEntry> Engine::forward_backward(std::span<const Batch> batches, std::uint64_t step) { return forward_backward_of(batches, step, true); }
 
-std::vector<LossEntry> Engine::forward_backward(std::span<const Batch> batches, std::uint64_t step) {
+std::vector<LossEntry> Engine::forward_backward_of(std::span<const Batch> batches, std::uint64_t step, bool whole_step) {
+  for (const Gradient& g : gradient_)
+    if (mesh_ && g.state.summed) fail(Fault::programming, "engine", "gradients of this step have been summed over the ranks: give all of a step's microbatches in one call, and update() or discard() before the next step");
   finished_ = false;
   walking_back_ = true;
   struct Walking { bool& flag; ~Walking() { flag = false; } } walking{walking_back_};
-  return walk_all(batches, step);
+  return walk_all(batches, step, whole_step);
 }
 
-std::vector<LossEntry> Engine::walk_all(std::span<const Batch> batches, std::uint64_t step) {
+/// Counts what is left of a step, so that a unit's gradient is known to be whole when its last backward has run.
+void Engine::expect_walks(std::int64_t microbatches) {
+  for (Gradient& g : gradient_) g.uses_left = 0;
+  for (const std::vector<std::size_t>& units : call_units_)
+    for (const std::size_t u : units) gradient_[u].uses_left += microbatches;
+}
+
+std::vector<LossEntry> Engine::walk_all(std::span<const Batch> batches, std::uint64_t step, bool whole_step) {
+  if (executor_) expect_walks(whole_step ? static_cast<std::int64_t>(batches.size()) : 0);
   if (executor_)
     return on_stages(batches, [&](std::span<ForwardContext* const> contexts) {
       for (ForwardContext* c : contexts) c->grad = c->training = true, c->step = step;
@@ -251,11 +262,12 @@ std::vector<LossEntry> Engine::walk_all(std::span<const Batch> batches, std::uin
     });
   std::vector<LossEntry> all;
   for (const Batch& batch : batches)
-    for (LossEntry& entry : walk(batch, step)) all.push_back(std::move(entry));
+    for (LossEntry& entry : walk(batch, step, whole_step && &batch == &batches.back())) all.push_back(std::move(entry));
   return all;
 }
 
-std::vector<LossEntry> Engine::walk(const Batch& batch, std::uint64_t step) {
+std::vector<LossEntry> Engine::walk(const Batch& batch, std::uint64_t step, bool last) {
+  expect_walks(last ? 1 : 0);
   const Batch local = localize(batch);
   ForwardContext c = context(local);
   c.grad = c.training = true;

@@ -80,8 +80,8 @@ class CAPSTAN_API Engine {
   /// Makes the optimizer's state, zeroed.
   void attach(std::shared_ptr<Optimizer> optimizer);
 
-  /// One microbatch, or all of a step's; gradients add up until update() or discard(). The losses are this rank's part:
-  /// those of all ranks add up. All ranks.
+  /// One microbatch, or all of a step's; gradients add up until update() or discard(). Of all of a step's the last one's backward
+  /// runs beside the sums over ranks. The losses are this rank's part: those of all ranks add up. All ranks.
   std::vector<LossEntry> forward_backward(const Batch& batch, std::uint64_t step);
   std::vector<LossEntry> forward_backward(std::span<const Batch> batches, std::uint64_t step);
   /// The losses of a batch without gradients; sums are divided by the batch's step_weight. All ranks.
@@ -129,8 +129,10 @@ class CAPSTAN_API Engine {
  private:
   friend class StepQueue;
   struct Reducing;
-  std::vector<LossEntry> walk(const Batch& batch, std::uint64_t step);
-  std::vector<LossEntry> walk_all(std::span<const Batch> batches, std::uint64_t step);
+  struct Summing;
+  std::vector<LossEntry> walk(const Batch& batch, std::uint64_t step, bool last);
+  std::vector<LossEntry> walk_all(std::span<const Batch> batches, std::uint64_t step, bool whole_step);
+  std::vector<LossEntry> forward_backward_of(std::span<const Batch> batches, std::uint64_t step, bool whole_step);
   std::vector<kernels::Piece> gradient_pieces();
   /// update() but for forgetting the gradients.
   void apply(std::int64_t step, double lr_scale, double grad_scale);
@@ -156,17 +158,24 @@ class CAPSTAN_API Engine {
   void drop(std::size_t u);
   void bind_gradient(std::size_t u);
   void add_replicas(Unit& unit);
-  void start_reduce(std::size_t u);
+  void start_reduce(std::size_t u, bool last);
   void settle_oldest();
   bool adds_narrow_itself() const;
   void add_narrow(const void* received, const Tensor& sum);
   void clear_unused(Unit& unit);
+  bool replicas() const { return mesh_ && mesh_->size("replicate") > 1; }
+  void expect_walks(std::int64_t microbatches);
+  void start_sum(std::size_t u);
+  void end_pieces(Summing& sum);
+  void start_replicas(Summing& sum);
+  void end_sums();
   void finish_gradients();
-  /// Waits, on the device, for the reductions under way.
-  void settle() { while (!reducing_.empty()) settle_oldest(); }
-  /// Between walks, after settle(): which units' pieces hold something; and what a walk that did not end, or did not run, left.
-  std::vector<bool> filled_units() const;
-  void abandon_walk(const std::vector<bool>& filled);
+  /// Waits, on the device, for the reductions and sums under way.
+  void settle();
+  /// Of the units, between walks, after settle().
+  std::vector<GradientState> gradient_states() const;
+  /// Forgets a walk that did not end, or did not run.
+  void abandon_walk(const std::vector<GradientState>& states);
   bool whole_rule(const Unit& unit, std::size_t parameter) const;
   void update_whole(UpdateContext& u, Unit& unit);
   Tensor assemble(const Unit& unit, std::size_t parameter, const Tensor& flat) const;
@@ -185,9 +194,14 @@ class CAPSTAN_API Engine {
   std::optional<Pool> gather_pool_, gradient_pool_;
   struct Gathered { std::optional<std::int64_t> at; Handle handle; bool pending = false; };
   std::vector<Gathered> gathered_;                   // per unit
-  struct Gradient { std::optional<std::int64_t> at; bool filled = false; };
-  std::vector<Gradient> gradient_;                   // per unit: where its whole gradient is; its piece holds something
+  struct Gradient {
+    std::optional<std::int64_t> at;  // of the whole one
+    GradientState state;
+    std::int64_t uses_left = 0;      // backwards of calls until it is the step's; 0: nobody knows
+  };
+  std::vector<Gradient> gradient_;                   // per unit
   std::vector<std::unique_ptr<Reducing>> reducing_;  // oldest first
+  std::vector<std::unique_ptr<Summing>> summing_;    // likewise
   std::unique_ptr<pipeline::Executor> executor_;
   std::unique_ptr<StepQueue> queue_;
 };

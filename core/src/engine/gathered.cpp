@@ -108,8 +108,12 @@ void Engine::after(const Call& call, WalkStep::Kind step) {
       if (!next && !keep_all) drop(u);
     }
   }
-  if (options_.sharding.gradient && (step == WalkStep::backward || step == WalkStep::weight))
-    for (const std::size_t u : call_units_[c]) start_reduce(u);
+  if (step != WalkStep::backward && step != WalkStep::weight) return;
+  for (const std::size_t u : call_units_[c]) {
+    const bool last = gradient_[u].uses_left > 0 && --gradient_[u].uses_left == 0 && !units_[u]->across_stages;
+    if (options_.sharding.gradient) start_reduce(u, last);
+    else if (last) start_sum(u);
+  }
 }
 
 }  // namespace capstan

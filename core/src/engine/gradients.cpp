@@ -1,4 +1,5 @@
-// Gradients: from the leaves of a backward to the piece that this rank keeps, summed over all ranks that hold a copy.
+// Gradients: from the leaves of a backward to the piece that this rank keeps, and what is asked of them. Sums of whole gradients
+// and over replicas are in sums.cpp.
 #include "engine/internal.h"
 
 #include "engine/reductions.h"
@@ -69,14 +70,14 @@ void Engine::add_replicas(Unit& unit) {
   }
 }
 
-void Engine::start_reduce(std::size_t u) {
+void Engine::start_reduce(std::size_t u, bool last) {
   Unit& unit = *units_[u];
   Gradient& g = gradient_[u];
   if (!g.at) return;
   clear_unused(unit);
   add_replicas(unit);
   auto reducing = std::make_unique<Reducing>();
-  reducing->unit = u, reducing->at = *g.at;
+  reducing->unit = u, reducing->at = *g.at, reducing->last = last;
   Tensor message = unit.whole_grad;
   const auto room = [&] {
     std::optional<std::int64_t> at;
@@ -118,7 +119,7 @@ void Engine::settle_oldest() {
       mine = Tensor::wrap(gradient_pool_->at(r->at), Dims{unit.piece}, unit.grad.dtype(), *device_, nullptr);
       add_narrow(gradient_pool_->at(*r->received), mine);
     }
-    if (!gradient_[r->unit].filled) {
+    if (!gradient_[r->unit].state.filled) {
       unit.grad.copy_from(mine);
     } else {
       if (r->message && !r->received) {  // what was sent is summed in the master's type, where the whole gradient was
@@ -129,10 +130,11 @@ void Engine::settle_oldest() {
       accumulate(unit.grad, mine);
     }
   }
-  gradient_[r->unit].filled = true;
+  gradient_[r->unit].state.filled = true;
   if (r->message) gradient_pool_->give(*r->message);
   if (r->received) gradient_pool_->give(*r->received);
   gradient_pool_->give(r->at);
+  if (r->last && replicas()) start_sum(r->unit);
 }
 
 /// Libraries of GPUs round a narrow sum at every hop: there pieces are sent as they are, and added here.
@@ -141,94 +143,6 @@ bool Engine::adds_narrow_itself() const { return device_->kind() == DeviceKind::
 void Engine::add_narrow(const void* received, const Tensor& sum) {
   const auto num = [](DType d) { return static_cast<kernels::Num>(d); };
   device_->backend().sum_middle(num(options_.reduce), 1, pieces_, sum.numel(), received, 1.0, num(sum.dtype()), sum.raw());
-}
-
-void Engine::finish_gradients() {
-  if (finished_) return;
-  finished_ = true;
-  std::vector<Handle> handles;
-  const auto wait_all = [&] {
-    for (Handle& h : handles) h.wait();
-    handles.clear();
-  };
-  if (options_.sharding.gradient) {
-    settle();
-    for (std::size_t u = 0; u < units_.size(); ++u)
-      if (!std::exchange(gradient_[u].filled, true)) units_[u]->grad.fill(0);
-  } else {
-    for (auto& unit : units_) {
-      clear_unused(*unit);
-      add_replicas(*unit);
-      if (!in_pieces() || unit->grad.is_meta()) continue;
-      Communicator& c = comm("shard+context", "reduce");
-      if (narrow_messages()) {
-        const Tensor message = unit->grad.to(options_.reduce);
-        if (adds_narrow_itself()) {
-          const Tensor received = Tensor::empty(message.shape(), message.dtype(), *device_), mine = unit->piece_grad();
-          c.all_to_all(message.raw(), received.raw(), unit->piece, message.dtype()).wait();
-          add_narrow(received.raw(), mine);
-          if (options_.sharding.optimizer) continue;
-          const Tensor sum = mine.to(message.dtype());
-          c.all_gather(sum.raw(), message.raw(), unit->piece, message.dtype()).wait();
-          unit->grad.copy_from(message);
-        } else if (options_.sharding.optimizer) {
-          const Tensor mine = message.narrow(0, unit->piece_begin, unit->piece);
-          c.reduce_scatter(message.raw(), mine.raw(), unit->piece, message.dtype()).wait();
-          unit->piece_grad().copy_from(mine);
-        } else {
-          c.all_reduce(message.raw(), unit->size, message.dtype()).wait();
-          unit->grad.copy_from(message);
-        }
-        continue;
-      }
-      if (options_.sharding.optimizer) handles.push_back(c.reduce_scatter(unit->grad.raw(), unit->piece_grad().raw(), unit->piece, unit->grad.dtype()));
-      else handles.push_back(c.all_reduce(unit->grad.raw(), unit->size, unit->grad.dtype()));
-    }
-    wait_all();
-  }
-  for (auto& unit : units_) {  // every stage that uses a tied parameter has a part of its gradient
-    const Tensor g = unit->region_grad();
-    if (unit->across_stages && !g.is_meta()) handles.push_back(unit->across_stages->all_reduce(g.raw(), g.numel(), g.dtype()));
-  }
-  wait_all();
-  if (mesh_ && mesh_->size("replicate") > 1) {
-    for (auto& unit : units_) {
-      const Tensor g = unit->region_grad();
-      if (!g.is_meta()) handles.push_back(comm("replicate", "reduce").all_reduce(g.raw(), g.numel(), g.dtype()));
-    }
-    wait_all();
-  }
-}
-
-std::vector<bool> Engine::filled_units() const {
-  std::vector<bool> filled;
-  for (const Gradient& g : gradient_) filled.push_back(g.filled);
-  return filled;
-}
-
-void Engine::abandon_walk(const std::vector<bool>& filled) {
-  reducing_.clear();  // handles wait
-  for (std::size_t u = 0; u < units_.size(); ++u) {
-    if (options_.sharding.parameter) {
-      gathered_[u] = {};
-      for (const UnitParameter& p : units_[u]->parameters) p.parameter->forget_derived();
-      units_[u]->whole.storage()->data = nullptr;
-    }
-    if (options_.sharding.gradient) units_[u]->whole_grad.storage()->data = nullptr;
-    gradient_[u] = {std::nullopt, filled[u]};
-  }
-  if (gather_pool_) gather_pool_->give_all();
-  if (gradient_pool_) gradient_pool_->give_all();
-}
-
-void Engine::discard() {
-  settle();
-  for (std::size_t u = 0; u < units_.size(); ++u) {
-    gradient_[u].filled = false;
-    for (const UnitParameter& p : units_[u]->parameters)
-      if (p.parameter->trainable()) p.parameter->leaf()->clear();
-  }
-  finished_ = false;  // what is reduced next is nothing: zeros
 }
 
 double Engine::gradient_norm() {

@@ -1,4 +1,4 @@
-// defines: Engine::Reducing, held_type(): what the engine's own source files share.
+// defines: Engine::Reducing, Engine::Summing, held_type(): what the engine's own source files share.
 #pragma once
 #include "engine/engine.h"
 
@@ -12,7 +12,16 @@ struct Engine::Reducing {
   std::int64_t at;                        // of the whole gradient in the pool
   std::optional<std::int64_t> message;    // of its narrow copy
   std::optional<std::int64_t> received;   // of everybody's narrow copies of this rank's piece, where they are added here
+  bool last;                              // nothing more comes in this step
   Handle handle;
+};
+
+/// The sum of a step's gradient over ranks under way: over the pieces where it was kept whole, then over replicas.
+struct Engine::Summing {
+  std::size_t unit;
+  Tensor message, received;  // narrow copies, as in Reducing
+  Handle pieces, replicas;
+  bool pieces_ended = false, replicas_started = false;
 };
 
 /// Of Unit::master.

@@ -1,4 +1,4 @@
-// defines: Strategy, Sharding: what is kept in pieces over the shard and context axes.
+// defines: Strategy, Sharding, GradientState: what is kept in pieces over the shard and context axes.
 #pragma once
 #include <cstdint>
 
@@ -12,6 +12,12 @@ enum class Strategy : std::uint8_t { ddp, zero1, zero2, fsdp };
 struct Sharding {
   bool parameter = false, gradient = false, optimizer = false;
   static constexpr Sharding of(Strategy s) { return {s == Strategy::fsdp, s >= Strategy::zero2, s >= Strategy::zero1}; }
+};
+
+/// Of a unit's gradient between walks.
+struct GradientState {
+  bool filled = false;  ///< its piece holds something
+  bool summed = false;  ///< over all ranks: nothing more comes in this step
 };
 
 }  // namespace capstan

@@ -115,9 +115,9 @@ QueuedStep StepQueue::run(std::span<const Batch> batches, std::int64_t step, dou
   if (!together && recording_ == Recording::required)
     fail(Fault::input, "run.cuda_graphs", "step " + std::to_string(step) + " cannot be recorded: ranks have batches of different kinds (rows, sequences); set it to auto or off");
   differing_ += !together;
-  if (engine_.executor_ || !together) keep(engine_.walk_all(batches, static_cast<std::uint64_t>(step)), queued);
+  if (engine_.executor_ || !together) keep(engine_.walk_all(batches, static_cast<std::uint64_t>(step), true), queued);
   else
-    for (std::size_t i = 0; i < batches.size(); ++i) microbatch(batches[i], static_cast<std::uint64_t>(step), i == 0, queued);
+    for (std::size_t i = 0; i < batches.size(); ++i) microbatch(batches[i], static_cast<std::uint64_t>(step), {i == 0, i + 1 == batches.size()}, queued);
   auto* gate = static_cast<kernels::Gate*>(results_.raw());
   const auto count = static_cast<std::int64_t>(queued.weights.size());
   shut_together(count, clip);
@@ -202,8 +202,8 @@ void StepQueue::release() { queue_.release(); }
 
 void StepQueue::reopen() { queue_.open_gate(static_cast<kernels::Gate*>(results_.raw())); }
 
-void StepQueue::plain(const Batch& batch, std::uint64_t step, QueuedStep& queued, std::vector<double>* weights) {
-  keep(engine_.walk(batch, step), queued, weights);
+void StepQueue::plain(const Batch& batch, std::uint64_t step, bool last, QueuedStep& queued, std::vector<double>* weights) {
+  keep(engine_.walk(batch, step, last), queued, weights);
 }
 
 void StepQueue::keep(const std::vector<LossEntry>& entries, QueuedStep& queued, std::vector<double>* weights) {
@@ -216,12 +216,12 @@ void StepQueue::keep(const std::vector<LossEntry>& entries, QueuedStep& queued, 
   }
 }
 
-StepQueue::Kind StepQueue::kind_of(const Batch& local, bool first) const {
+StepQueue::Kind StepQueue::kind_of(const Batch& local, Place place) const {
   Kind kind{{}, refusal(local)};
   if (!kind.refusal.empty()) return kind;
   const Space& space = local.spaces[0];
   const bool equal = equal_lengths(space);
-  kind.key = {space.capacity, equal ? space.sequences() : power_of_two(space.sequences()), equal, first};
+  kind.key = {space.capacity, equal ? space.sequences() : power_of_two(space.sequences()), equal, place.first, place.last && engine_.mesh_ != nullptr};
   return kind;
 }
 
@@ -231,9 +231,9 @@ bool StepQueue::agreed(std::span<const Batch> batches) const {
   std::uint64_t all = batches.size();
   const auto mix = [&](std::int64_t n) { all = (all ^ static_cast<std::uint64_t>(n)) * 0x9e3779b97f4a7c15u, all ^= all >> 29; };
   for (std::size_t i = 0; i < batches.size(); ++i) {
-    const Kind kind = kind_of(engine_.localize(batches[i]), i == 0);
-    const auto& [rows, sequences, equal, first] = kind.key;
-    for (const std::int64_t n : {rows, sequences, std::int64_t{equal}, std::int64_t{first}, std::int64_t{kind.refusal.empty()}}) mix(n);
+    const Kind kind = kind_of(engine_.localize(batches[i]), {i == 0, i + 1 == batches.size()});
+    const auto& [rows, sequences, equal, first, last] = kind.key;
+    for (const std::int64_t n : {rows, sequences, std::int64_t{equal}, std::int64_t{first}, std::int64_t{last}, std::int64_t{kind.refusal.empty()}}) mix(n);
   }
   const auto mine = static_cast<std::int64_t>(all >> 1);
   std::int64_t most[] = {mine, -mine};
@@ -256,19 +256,19 @@ void StepQueue::replay(Walk& walk, std::uint64_t step) {
   engine_.abandon_walk(walk.units);
 }
 
-void StepQueue::microbatch(const Batch& whole, std::uint64_t step, bool first, QueuedStep& queued) {
-  if (recording_ == Recording::off) return plain(whole, step, queued);
+void StepQueue::microbatch(const Batch& whole, std::uint64_t step, Place place, QueuedStep& queued) {
+  if (recording_ == Recording::off) return plain(whole, step, place.last, queued);
   const Batch batch = engine_.localize(whole);
-  const Kind kind = kind_of(batch, first);
+  const Kind kind = kind_of(batch, place);
   if (!kind.refusal.empty()) {
     if (recording_ == Recording::required) fail(Fault::input, "run.cuda_graphs", "step " + std::to_string(step) + " cannot be recorded: " + kind.refusal + "; set it to auto or off");
-    return plain(whole, step, queued);
+    return plain(whole, step, place.last, queued);
   }
   Walk& walk = walks_[kind.key];
   if (walk.batch.spaces.empty()) walk.batch = like(batch, std::get<1>(kind.key), engine_.device());
   load(walk.batch, batch);
-  if (!std::exchange(walk.warm, true)) return plain(walk.batch, step, queued, &walk.weights);
-  if (walk.record < 0 && !record(walk, step)) return plain(whole, step, queued);
+  if (!std::exchange(walk.warm, true)) return plain(walk.batch, step, place.last, queued, &walk.weights);
+  if (walk.record < 0 && !record(walk, step, place.last)) return plain(whole, step, place.last, queued);
   replay(walk, step);
   for (Leaf* leaf : walk.filled) leaf->mark_filled();
   const auto at = static_cast<std::int64_t>(queued.weights.size()), count = static_cast<std::int64_t>(walk.weights.size());
@@ -278,20 +278,20 @@ void StepQueue::microbatch(const Batch& whole, std::uint64_t step, bool first, Q
 }
 
 /// False, with nothing changed, when it cannot be recorded and need not be.
-bool StepQueue::record(Walk& walk, std::uint64_t step) {
+bool StepQueue::record(Walk& walk, std::uint64_t step, bool last) {
   engine_.settle();  // what a microbatch before it began is not part of it
   const std::vector<Leaf*> all = leaves();
   std::vector<Leaf*> before;
   for (Leaf* leaf : all)
     if (leaf->has_grad()) before.push_back(leaf);
-  const std::vector<bool> units = engine_.filled_units();
+  const std::vector<GradientState> units = engine_.gradient_states();
   const auto count = static_cast<std::int64_t>(walk.weights.size());
   walk.outs = Tensor::empty(Dims{std::max<std::int64_t>(count, 1)}, DType::f64, engine_.device()).narrow(0, 0, count);
   std::string why;
   queue_.begin_record(step);
   try {
     {
-      const std::vector<LossEntry> entries = engine_.walk(walk.batch, step);
+      const std::vector<LossEntry> entries = engine_.walk(walk.batch, step, last);
       engine_.settle();
       if (static_cast<std::int64_t>(entries.size()) != count) throw std::runtime_error("the model has another number of losses than the time before");
       for (std::int64_t i = 0; i < count; ++i) walk.outs.narrow(0, i, 1).copy_from(entries[static_cast<std::size_t>(i)].sum.view(Dims{1}));
@@ -306,7 +306,7 @@ bool StepQueue::record(Walk& walk, std::uint64_t step) {
   if (!failed_anywhere(!why.empty())) {
     for (Leaf* leaf : all)
       if (leaf->has_grad()) walk.filled.push_back(leaf);
-    walk.units = engine_.filled_units();
+    walk.units = engine_.gradient_states();
     return true;
   }
   if (walk.record >= 0) queue_.forget_record(std::exchange(walk.record, -1));

@@ -2,6 +2,8 @@
 // asks for a step, forward to update, and reads later what it came to; forward and backward of a microbatch, and the update, are
 // recorded once and replayed.
 #pragma once
+#include "engine/sharding.h"
+
 #include <capstan/export.h>
 #include <capstan/model.h>
 
@@ -38,8 +40,8 @@ struct StepNumbers {
 
 /// A gate on the device stands between gradient and weights: it shuts when a loss or gradient of any rank is not finite and stays
 /// shut for the steps that were queued behind, until reopen(). All ranks call the same members. Recorded work is keyed by capacities: rows, sequences (rounded up
-/// to a power of two), whether all are of one length, and whether the microbatch is a step's first, which overwrites gradients
-/// where later ones add. A batch of a new kind runs unrecorded once, so that products are chosen and plans made; so does the first
+/// to a power of two), whether all are of one length, whether the microbatch is a step's first, which overwrites gradients
+/// where later ones add, and of several ranks whether it is the last, beside whose backward gradients are summed. A batch of a new kind runs unrecorded once, so that products are chosen and plans made; so does the first
 /// update. Ahead of each replay of the update the optimizer is asked again, nothing runs, and its numbers of this step go along.
 /// Forms made from the weights (fp8) lie outside of records and are made anew once a step, with the update.
 /// Several ranks record and replay the same kinds in the same order, or none: their hosts compare the kinds of a step's batches
@@ -67,13 +69,13 @@ class CAPSTAN_API StepQueue {
   void release();
 
  private:
-  using Key = std::tuple<std::int64_t, std::int64_t, bool, bool>;
+  using Key = std::tuple<std::int64_t, std::int64_t, bool, bool, bool>;
   struct Walk {
     Batch batch;                  // what the records read
     Tensor outs;                  // f64: the losses
     std::vector<double> weights;  // theirs
     std::vector<Leaf*> filled;    // by the walk
-    std::vector<bool> units;      // and which units' pieces hold something behind it
+    std::vector<GradientState> units;  // behind it
     std::int64_t record = -1;
     bool warm = false;
   };
@@ -81,15 +83,17 @@ class CAPSTAN_API StepQueue {
     Key key;
     std::string refusal;  ///< why work on such a batch cannot be recorded; ""
   };
-  Kind kind_of(const Batch& local, bool first) const;
+  /// Where a microbatch stands in its step.
+  struct Place { bool first, last; };
+  Kind kind_of(const Batch& local, Place place) const;
   bool agreed(std::span<const Batch> batches) const;
   bool failed_anywhere(bool here) const;
   void replay(Walk& walk, std::uint64_t step);
-  void microbatch(const Batch& batch, std::uint64_t step, bool first, QueuedStep& queued);
+  void microbatch(const Batch& batch, std::uint64_t step, Place place, QueuedStep& queued);
   void shut_together(std::int64_t losses, double clip);
   void keep(const std::vector<LossEntry>& entries, QueuedStep& queued, std::vector<double>* weights = nullptr);
-  void plain(const Batch& batch, std::uint64_t step, QueuedStep& queued, std::vector<double>* weights = nullptr);
-  bool record(Walk& walk, std::uint64_t step);
+  void plain(const Batch& batch, std::uint64_t step, bool last, QueuedStep& queued, std::vector<double>* weights = nullptr);
+  bool record(Walk& walk, std::uint64_t step, bool last);
   void update(std::int64_t step, double lr_scale);
   void refresh_forms() const;
   Tensor losses(std::int64_t from, std::int64_t count) const;

@@ -19,7 +19,7 @@ namespace capstan::plan {
 /// Where the trainer that is planned for differs from this one: published runs were made by others.
 struct Assumptions {
   bool overlap_tensor = false;      ///< row gathers and scatters run beside the products that they feed
-  bool overlap_gradients = false;   ///< ddp, zero1: gradients are reduced beside the last backward
+  bool overlap_gradients = true;    ///< ddp, zero1: gradients are reduced beside the last backward
   bool overlap_parameters = false;  ///< zero1, zero2: updated parameters are gathered beside the next forward
   bool unit_copies = false;         ///< gathered parameters are copied out of the gather's buffer, gradients into the scatter's
   double attention_rate = 1;        ///< of its attention kernels, relative to the device's table

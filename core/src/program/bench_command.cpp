@@ -133,7 +133,7 @@ void bench(const Program& program, const Words& words) {
     if (step == words.warmup + 1 && words.profile) device.record(true, true);
     measure();
     const double t0 = now();
-    for (const Batch& b : batches) engine.forward_backward(b, static_cast<std::uint64_t>(step));
+    engine.forward_backward(std::span<const Batch>(batches), static_cast<std::uint64_t>(step));
     device.synchronize();
     const double t1 = now();
     engine.update(step, 1.0, clip > 0 ? engine.gradient_norm() : 0, clip);
