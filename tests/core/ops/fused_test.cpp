@@ -107,7 +107,7 @@ std::vector<Case> rope_cases() {
 CAPSTAN_OP_CASES(Rope, rope_cases());
 
 TEST(RopeTable, HoldsCosinesAndSinesOfF64Angles) {
-  auto device = make_cpu_device(2);
+  auto device = tested_device(2);
   const std::vector<std::int32_t> at = {0, 1, 5, 131071};
   const Place s{*device, DType::f32};
   const std::vector<double> got = doubles(ops::rope_table(s.whole(at), 8, 1e6, DType::f32));
@@ -121,7 +121,7 @@ TEST(RopeTable, HoldsCosinesAndSinesOfF64Angles) {
 
 // The product of two turned vectors depends on the distance of their positions only.
 TEST(Rope, ScoresDependOnDistance) {
-  auto device = make_cpu_device(1);
+  auto device = tested_device(1);
   const Place s{*device, DType::f64};
   const auto score = [&](std::int32_t i, std::int32_t j) {
     const Tensor table = ops::rope_table(s.whole(std::vector<std::int32_t>{i, j}), 16, 10000, DType::f64);
@@ -148,7 +148,7 @@ std::vector<Case> embedding_cases() {
 CAPSTAN_OP_CASES(Embedding, embedding_cases());
 
 TEST(Embedding, AddsIntoAGradientThatIsThere) {
-  auto device = make_cpu_device(2);
+  auto device = tested_device(2);
   const Place s{*device, DType::f32};
   const Tensor table = make_leaf(make(*device, random_values(20, 1), Dims{5, 4}, DType::f32), true);
   auto* leaf = static_cast<Leaf*>(table.node().get());
@@ -170,7 +170,7 @@ TEST(Embedding, AddsIntoAGradientThatIsThere) {
 }
 
 TEST(Embedding, OfAPartOfTheTableLeavesOutWhatOthersHave) {
-  auto device = make_cpu_device(2);
+  auto device = tested_device(2);
   const Place s{*device, DType::f32};
   const std::vector<std::int32_t> all{4, 0, 3, -1, 6, 3, 5};
   const auto count = static_cast<std::int64_t>(all.size());
@@ -189,7 +189,7 @@ TEST(Embedding, OfAPartOfTheTableLeavesOutWhatOthersHave) {
 }
 
 TEST(Embedding, KeepsTheGradientOfABf16TableInF32) {
-  auto device = make_cpu_device(1);
+  auto device = tested_device(1);
   const Place s{*device, DType::bf16};
   const Tensor table = make_leaf(make(*device, random_values(6, 1), Dims{2, 3}, DType::bf16), true);
   backward(ops::sum_all(ops::embedding(table, s.whole(std::vector<std::int32_t>(1001, 1)))));
@@ -226,7 +226,7 @@ std::vector<Case> dropout_cases() {
 CAPSTAN_OP_CASES(Dropout, dropout_cases());
 
 TEST(Dropout, DropsTheAskedShareAndDiffersByStepAndStream) {
-  auto device = make_cpu_device(2);
+  auto device = tested_device(2);
   const Place s{*device, DType::f32};
   const std::vector<std::int64_t> ids = scattered_ids(200);
   const Tensor ones = Tensor::full(Dims{200, 500}, 1, DType::f32, *device);

@@ -77,6 +77,15 @@ std::vector<unsigned char> bits(const Tensor& t) {
   return out;
 }
 
+#if defined(CAPSTAN_TEST_CUDA)
+std::shared_ptr<Device> tested_device(int) {
+  static const std::shared_ptr<Device> device = make_cuda_device();  // its start takes longer than most tests
+  return device;
+}
+#else
+std::shared_ptr<Device> tested_device(int threads) { return make_cpu_device(threads); }
+#endif
+
 void poison(Device& device, unsigned char byte) {
   const std::vector<std::uint8_t> block(8 << 20, byte);
   Tensor::of(std::span<const std::uint8_t>(block), Dims{static_cast<std::int64_t>(block.size())}, device);
@@ -169,10 +178,14 @@ double gradient_error(const Case& c) {
   return ::testing::AssertionFailure() << "bits differ";
 }
 
+::testing::AssertionResult same_bits_on_the_cpu(const Tensor& a, const Tensor& b, DType dtype) {
+  return a.device().kind() == DeviceKind::cpu ? same_bits(a, b) : near(a, b, dtype);
+}
+
 std::string error_of(const std::function<void()>& f) {
   try {
     f();
-  } catch (const Error& e) {
+  } catch (const std::exception& e) {  // an Error, or what a GPU found when it was waited for
     return e.what();
   }
   return "";
@@ -304,11 +317,7 @@ void nothing_stays_allocated(const Case& c) {
     name(GetParam());   \
   }
 #if defined(CAPSTAN_TEST_CUDA)
-/// One GPU for the whole program: its start takes longer than most tests.
-Device& gpu() {
-  static const std::shared_ptr<Device> device = make_cuda_device();
-  return *device;
-}
+Device& gpu() { return *tested_device(); }
 
 /// Against the op in f64 on the CPU, from the same inputs rounded to the type: within the CPU's own tolerance, or (sums
 /// in another order) at most twice as far from it as the CPU's result in that type is.

@@ -8,6 +8,7 @@
 
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <ostream>
 #include <span>
 #include <string>
@@ -77,14 +78,18 @@ std::vector<unsigned char> bits(const Tensor& t);
 Tensor make(Device& device, const std::vector<double>& values, const Dims& shape, DType dtype);
 /// `n` numbers, uniform in [low, high).
 std::vector<double> random_values(std::int64_t n, std::uint64_t seed, double low = -1, double high = 1);
+/// What a test of ops runs on: the CPU, in the program of GPU tests a GPU (one for all of them).
+std::shared_ptr<Device> tested_device(int threads = 2);
 /// Fills what the device's pool will hand out next with the byte.
 void poison(Device& device, unsigned char byte);
 
 ::testing::AssertionResult near(const std::vector<double>& got, const std::vector<double>& want, Tolerance tolerance);
 ::testing::AssertionResult near(const Tensor& got, const Tensor& want, DType dtype);
 ::testing::AssertionResult same_bits(const Tensor& a, const Tensor& b);
+/// Of two forms of one result that share every bit on the CPU; on a GPU, whose fused forms sum or round elsewhere, they are near.
+::testing::AssertionResult same_bits_on_the_cpu(const Tensor& a, const Tensor& b, DType dtype);
 
-/// The text of the Error that f throws; "" when it throws none.
+/// The text of what f throws; "" when it throws nothing.
 std::string error_of(const std::function<void()>& f);
 
 class OpTest : public ::testing::TestWithParam<Case> {};

@@ -70,7 +70,7 @@ std::vector<Case> matmul_cases() {
 CAPSTAN_OP_CASES(Matmul, matmul_cases());
 
 TEST(Matmul, BatchesAreSingleProducts) {
-  auto device = make_cpu_device(2);
+  auto device = tested_device(2);
   const Tensor a = make(*device, random_values(2 * 3 * 5, 1), Dims{2, 3, 5}, DType::f64);
   const Tensor b = make(*device, random_values(2 * 5 * 4, 2), Dims{2, 5, 4}, DType::f64), c = ops::matmul(a, b);
   for (int i = 0; i < 2; ++i) {
@@ -81,7 +81,7 @@ TEST(Matmul, BatchesAreSingleProducts) {
 
 // Across strips, panels and blocks of k: the fused form has the bits of the two ops, gradients included.
 TEST(LinearGelu, IsGeluOfLinearToTheBit) {
-  auto device = make_cpu_device(2);
+  auto device = tested_device(2);
   struct Shape { std::int64_t rows, in, out; };
   for (auto [rows, in, out] : {Shape{1, 800, 70}, {150, 390, 300}, {301, 64, 257}})
     for (const DType dtype : {DType::f32, DType::bf16}) {
@@ -97,14 +97,14 @@ TEST(LinearGelu, IsGeluOfLinearToTheBit) {
       };
       const std::vector<Tensor> one = run(true), two = run(false);
       for (std::size_t i = 0; i < one.size(); ++i)
-        EXPECT_TRUE(same_bits(one[i], two[i])) << rows << " x " << in << " x " << out << ", " << name_of(dtype) << ", value " << i;
+        EXPECT_TRUE(same_bits_on_the_cpu(one[i], two[i], dtype)) << rows << " x " << in << " x " << out << ", " << name_of(dtype) << ", value " << i;
     }
 }
 
 // A product after it may take GELU's slope on the way: the same bits, in one walk or in two parts. Not where another reads it too, and not
 // where the walk begins there too: gradients would add up on both sides of GELU.
 TEST(LinearGelu, GivesItsSlopeToTheProductThatAloneReadsIt) {
-  auto device = make_cpu_device(2);
+  auto device = tested_device(2);
   enum class Form { alone, in_parts, read_twice, root };
   for (const Form form : {Form::alone, Form::in_parts, Form::read_twice, Form::root}) {
     std::int64_t exact = 0;  // elements that the walk holds at most without it
@@ -138,13 +138,13 @@ TEST(LinearGelu, GivesItsSlopeToTheProductThatAloneReadsIt) {
         EXPECT_EQ(one.memory < exact - 20000, alone) << one.memory << " and " << exact << ": alone, no gradient is held on each side of GELU; form " << static_cast<int>(form);
       }
       for (std::size_t i = 0; i < one.grads.size(); ++i)
-        EXPECT_TRUE(same_bits(one.grads[i], two.grads[i])) << name_of(dtype) << ", form " << static_cast<int>(form) << ", gradient " << i;
+        EXPECT_TRUE(same_bits_on_the_cpu(one.grads[i], two.grads[i], dtype)) << name_of(dtype) << ", form " << static_cast<int>(form) << ", gradient " << i;
     }
   }
 }
 
 TEST(Linear, AddsItsWeightGradientIntoTheLeaf) {
-  auto device = make_cpu_device(2);
+  auto device = tested_device(2);
   const Tensor x = make(*device, random_values(15, 1), Dims{5, 3}, DType::f32);
   const Tensor w = make_leaf(make(*device, random_values(12, 2), Dims{4, 3}, DType::f32), true);
   auto* leaf = static_cast<Leaf*>(w.node().get());
@@ -164,7 +164,7 @@ TEST(Linear, AddsItsWeightGradientIntoTheLeaf) {
 }
 
 TEST(Linear, SaysWhatDoesNotFit) {
-  auto device = make_cpu_device(1);
+  auto device = tested_device(1);
   const auto t = [&](const Dims& shape, DType dtype = DType::f32) { return Tensor::zeros(shape, dtype, *device); };
   EXPECT_THAT(error_of([&] { ops::linear(t({3, 4}), t({5, 6})); }), HasSubstr("[3, 4] and [5, 6]"));
   EXPECT_THAT(error_of([&] { ops::linear(t({3, 4}), t({5, 4}, DType::f64)); }), HasSubstr("f64"));

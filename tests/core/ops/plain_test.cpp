@@ -131,7 +131,7 @@ std::vector<Case> shape_cases() {
 CAPSTAN_OP_CASES(Shape, shape_cases());
 
 TEST(Cast, GoesForwardAndBack) {
-  auto device = make_cpu_device(1);
+  auto device = tested_device(1);
   const Tensor x = make_leaf(make(*device, {1.0, 1.00390625, -3.14159, 0.1}, Dims{4}, DType::f32), false);
   const Tensor y = ops::cast(x, DType::bf16);
   EXPECT_EQ(y.dtype(), DType::bf16);
@@ -145,7 +145,7 @@ TEST(Cast, GoesForwardAndBack) {
 }
 
 TEST(Max, TakesTheFirstOfEqualsAndKeepsNaN) {
-  auto device = make_cpu_device(1);
+  auto device = tested_device(1);
   const Tensor x = make_leaf(make(*device, {1, 5, 5, 2, 5, 0}, Dims{2, 3}, DType::f32), false);
   const Tensor roots[] = {ops::max(x, 1)}, grads[] = {make(*device, {7, 9}, Dims{2}, DType::f32)};
   backward(roots, grads);
@@ -154,7 +154,7 @@ TEST(Max, TakesTheFirstOfEqualsAndKeepsNaN) {
 }
 
 TEST(Softmax, HoldsLargeAndMissingLogits) {
-  auto device = make_cpu_device(1);
+  auto device = tested_device(1);
   const double inf = INFINITY;
   const Tensor y = ops::softmax(make(*device, {1e30, 0, -inf, 5000, 5000, -inf}, Dims{2, 3}, DType::f32));
   EXPECT_EQ(doubles(y), (std::vector<double>{1, 0, 0, 0.5, 0.5, 0}));
@@ -164,7 +164,7 @@ TEST(Softmax, HoldsLargeAndMissingLogits) {
 }
 
 TEST(Add, HandsTheSameGradientToBothWithoutACopy) {
-  auto device = make_cpu_device(1);
+  auto device = tested_device(1);
   const Tensor a = make_leaf(make(*device, {1, 2}, Dims{2}, DType::f32), false), b = make_leaf(make(*device, {3, 4}, Dims{2}, DType::f32), false);
   const Tensor g = make(*device, {5, 6}, Dims{2}, DType::f32);
   const Tensor roots[] = {ops::add(a, b)}, grads[] = {g};
