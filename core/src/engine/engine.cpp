@@ -17,6 +17,19 @@ namespace {
 /// A flat tensor whose memory comes and goes.
 Tensor rebindable(std::int64_t size, DType dtype, Device& device) { return Tensor::wrap(nullptr, Dims{size}, dtype, device, nullptr); }
 
+/// Tensors one behind the other in one piece of memory; without it, each in memory of its own.
+struct Consecutive {
+  std::shared_ptr<void> memory;
+  std::int64_t at = 0;
+  Tensor zeros(std::int64_t size, DType dtype, Device& device) {
+    if (!memory) return Tensor::zeros(Dims{size}, dtype, device);
+    const Tensor t = Tensor::wrap(static_cast<std::byte*>(memory.get()) + at, Dims{size}, dtype, device, memory);
+    at += t.bytes();
+    t.fill(0);
+    return t;
+  }
+};
+
 }  // namespace
 
 Engine::~Engine() {
@@ -47,15 +60,20 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
   const DType master = held_type(options_);
   const bool copies = options_.compute != master;
   std::int64_t largest = 0, all = 0, most_of_a_call = 0;
+  for (const auto& unit : units_) largest = std::max(largest, unit->size), all += unit->size;
+  // What is gathered or summed where it lies.
+  Consecutive weights, gradients;
+  if (sharding.optimizer && !sharding.parameter) weights.memory = memory_for(all * size_of(options_.compute), "gather", true, false);
+  if (options_.gradients)
+    gradients.memory = memory_for((sharding.gradient ? all / pieces_ : all) * size_of(master), "reduce", in_pieces() && !sharding.gradient && !narrow_messages(), replicas());
   for (const auto& unit : units_) {
-    largest = std::max(largest, unit->size), all += unit->size;
     {
       const HoldingAs holding(*device_, Holding::weights);
       if (sharding.parameter) {
         unit->whole = rebindable(unit->size, options_.compute, *device_);
         unit->master = Tensor::zeros(Dims{unit->region}, master, *device_);
       } else {
-        unit->whole = Tensor::zeros(Dims{unit->size}, options_.compute, *device_);
+        unit->whole = weights.zeros(unit->size, options_.compute, *device_);
         if (copies) unit->master = Tensor::zeros(Dims{unit->region}, master, *device_);
         else unit->master = unit->whole.narrow(0, unit->region_begin, unit->region);
       }
@@ -64,9 +82,9 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
       const HoldingAs holding(*device_, Holding::gradients);
       if (sharding.gradient) {
         unit->whole_grad = rebindable(unit->size, master, *device_);
-        unit->grad = Tensor::zeros(Dims{unit->piece}, master, *device_);
+        unit->grad = gradients.zeros(unit->piece, master, *device_);
       } else {
-        unit->whole_grad = Tensor::zeros(Dims{unit->size}, master, *device_);
+        unit->whole_grad = gradients.zeros(unit->size, master, *device_);
         unit->grad = unit->whole_grad;
       }
     }
@@ -92,15 +110,17 @@ Engine::Engine(std::shared_ptr<Model> model, std::shared_ptr<Device> device, Eng
   }
 }
 
-/// On a GPU in memory that the library behind the lane registers once.
+/// On a GPU, memory that the library behind the lane registers once, for collectives over pieces' ranks or replicas; else null.
+std::shared_ptr<void> Engine::memory_for(std::int64_t bytes, std::string_view lane, bool pieces, bool replicas) {
+  if (device_->kind() != DeviceKind::cuda || bytes == 0 || (!pieces && !replicas)) return nullptr;
+  std::shared_ptr<void> memory = mesh_->data_world().shared_memory(static_cast<std::size_t>(bytes));
+  if (pieces) comm("shard+context", lane).adopt(memory, static_cast<std::size_t>(bytes));
+  if (replicas) comm("replicate", lane).adopt(memory, static_cast<std::size_t>(bytes));
+  return memory;
+}
+
 void Engine::make_pool(std::optional<Pool>& pool, std::int64_t bytes, std::string_view lane) {
-  if (device_->kind() != DeviceKind::cuda) {
-    pool.emplace(*device_, bytes);
-    return;
-  }
-  const std::shared_ptr<void> memory = mesh_->data_world().shared_memory(static_cast<std::size_t>(bytes));
-  comm("shard+context", lane).adopt(memory, static_cast<std::size_t>(bytes));
-  pool.emplace(*device_, bytes, memory);
+  pool.emplace(*device_, bytes, memory_for(bytes, lane, true, false));
 }
 
 bool Engine::here(std::size_t call) const { return pp_ == 1 || options_.stage_of_call[call] % pp_ == pp_rank_; }

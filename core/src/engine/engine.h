@@ -146,6 +146,7 @@ class CAPSTAN_API Engine {
   Communicator& comm(std::string_view axes, std::string_view lane) const;  ///< of the device's memory
   Communicator& host(std::string_view axes, std::string_view lane) const;
   bool in_pieces() const { return pieces_ > 1; }
+  std::shared_ptr<void> memory_for(std::int64_t bytes, std::string_view lane, bool pieces, bool replicas);
   void make_pool(std::optional<Pool>& pool, std::int64_t bytes, std::string_view lane);
   void place(Unit& unit, std::size_t parameter);
   void set_runtime();
