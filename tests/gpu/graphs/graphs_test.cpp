@@ -283,6 +283,38 @@ TEST(QueuedSteps, AreThoseThatTheHostWaitsFor) {
   EXPECT_EQ(ends[0], ends[1]);
 }
 
+// The kernels are told, in records too; by default sums have one order.
+TEST(QueuedSteps, SumAttentionsGradientsInAnyOrderWhenAsked) {
+  Project project;
+  std::vector<Values> ends;
+  bool emulated = false;
+  for (const Words& words : {Words{}, Words{"run.attention_backward=ordered"}, Words{"run.attention_backward=free"}}) {
+    Steps steps(project, "on", words);
+    emulated = steps.device().describe().find("emulated") != std::string::npos;
+    for (std::int64_t step = 1; step <= 4; ++step) steps.take(step);
+    ends.push_back(values_of(steps.engine()));
+  }
+  EXPECT_EQ(ends[0], ends[1]);
+  if (emulated) {
+    EXPECT_NE(ends[0], ends[2]);  // a GPU's f32 kernels have one order either way
+  }
+}
+
+TEST(Graphs, SayThatARunInAnyOrderIsNotRepeated) {
+  Project project;
+  Words half = on_gpu(project, "free", "on", {"run.attention_backward=free", "train.steps=4", "schedule.decay=constant"});
+  const Outcome first = run_trainer(project.recipe(), half);
+  ASSERT_FALSE(first.error) << first.error->what();
+  EXPECT_THAT(first.out, HasSubstr("summed in any order"));
+  half.push_back("train.steps=6");
+  const Outcome rest = run_trainer(project.recipe(), half);
+  ASSERT_FALSE(rest.error) << rest.error->what();
+  EXPECT_THAT(rest.out, HasSubstr("at step 4 of 6, not to the bit (run.attention_backward: free)"));
+  const Outcome cpu = run_trainer(project.recipe(), {project.dir("cpu"), "run.attention_backward=free", "train.steps=2"});
+  ASSERT_FALSE(cpu.error) << cpu.error->what();
+  EXPECT_THAT(cpu.out, HasSubstr("in one order, the CPU's only one"));
+}
+
 TEST(Graphs, GoOnFromACheckpointToTheBit) {
   Project project;
   const Words constant{"schedule.decay=constant", "checkpoint.every_steps=8"};
