@@ -192,7 +192,7 @@ class CudaGpu final : public Gpu {
     cuda::gemm(bound(), g, a, b, c, bias, residual);
   }
   bool takes_gelu_slope(const Gemm& g) override { return cuda::takes_gelu_slope(g); }
-  bool takes_sums_of_a(const Gemm&) override { return false; }
+  bool takes_sums_of_a(const Gemm& g) override { return cuda::takes_sums_of_a(g); }
   double gemm_rate(Num num) override { return num == Num::f8e4m3 ? cuda::gemm_rate_fp8(bound()) : cuda::gemm_rate(bound(), num); }
   void quantize(const Quantize& q) override {
     if (q.rows > 0 && q.cols > 0) cuda::quantize(bound(), q);
