@@ -24,13 +24,16 @@ void check_shape(const char* op, Num num, std::int64_t head_size, std::int64_t w
   if (!(scale > 0)) throw std::invalid_argument(std::string("[cuda] ") + op + ": scale: expected a number above 0, got " + std::to_string(scale));
 }
 
-/// Throws when the own kernels would have more tiles of rows than a grid has. `times`: heads that are packed into rows.
+/// Throws when the own kernels would have more tiles of rows, or backward of keys, than a grid has. `times`: heads that are packed into rows.
 template <class Shape>
 void check_tiles(const char* op, const Shape& a, bool backward, int capability, std::int64_t times) {
   const int rows = a.num != Num::bf16 ? plan_plain_attention(a.head_size, a.num == Num::f64 ? 8 : 4, backward).tile
                    : backward         ? plan_attention_dq(a.head_size).rows
                                       : plan_attention_forward(a.head_size, std::is_same_v<Shape, PagedAttention>, capability).rows;
   checked(op, attention_blocks(a.heads, attention_tiles(a.host_starts, a.sequences, a.rows, rows, times)));
+  if constexpr (std::is_same_v<Shape, Attention>) {
+    if (backward && a.host_key_counts != nullptr) checked(op, attention_blocks(a.kv_heads, blocks_for(a.host_key_counts[0], rows)));
+  }
 }
 
 Attention with_plain_window(const Attention& a) {

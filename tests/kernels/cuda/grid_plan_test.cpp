@@ -122,6 +122,14 @@ TEST(GridPlan, AttentionsOwnKernelsRefuseMoreTilesThanAGridHas) {
     a.num = num, a.heads = a.kv_heads = 1, a.head_size = 64, a.q_stride = a.k_stride = a.v_stride = a.out_stride = 64;
     a.host_starts = starts.data(), a.sequences = 1, a.rows = starts.back(), a.longest = a.rows;
     EXPECT_THROW(attention(ctx, a), std::invalid_argument) << static_cast<int>(num);
+    // One row whose keys are more: the queries' tiles fit, the keys' do not.
+    const std::vector<std::int32_t> one{0, 1}, first{0}, keys{65536 * 64};
+    float row[64] = {};
+    a.host_starts = one.data(), a.rows = a.longest = 1, a.host_key_begins = first.data(), a.host_key_counts = keys.data();
+    a.out = a.dq = row, a.dout = row, a.q = a.k = a.v = row, a.lse = row, a.dout_stride = a.dq_stride = a.dkv_stride = 64;
+    if (num == Num::f32) {
+      EXPECT_THROW(attention_backward(ctx, a), std::invalid_argument);
+    }
   }
 }
 
