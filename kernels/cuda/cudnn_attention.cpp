@@ -279,22 +279,23 @@ bool CudnnAttention::backward(Context& ctx, const Attention& a, bool ordered, st
     why_ = "[cudnn] a backward in one order is not made for sequences of different lengths";
     return false;
   }
-  if (ordered) {
+  if (!shape.ragged) {
     const auto piece = [&](const CudnnChunk& chunk) {
       CudnnShape s = shape;
       s.batch = chunk.batch, s.kv_heads = chunk.kv_heads, s.heads = chunk.kv_heads * group;
       return s;
     };
     // Smaller pieces until their plan works within the limit; another reason against one is a reason against all.
-    const CudnnChunk chunk = cudnn_ordered_fit(shape, workspace_limit, [&](const CudnnChunk& c) { return !state_->entry(piece(c), workspace_limit).no_room; });
+    const CudnnChunk largest = ordered ? cudnn_ordered_chunk(shape, workspace_limit) : CudnnChunk{batches, kv_heads};
+    const CudnnChunk chunk = cudnn_fit(shape, largest, [&](const CudnnChunk& c) { return !state_->entry(piece(c), workspace_limit).no_room; });
     if (chunk.kv_heads == 0) {
-      why_ = "[cudnn] a backward in one order does not fit the workspace of " + std::to_string(workspace_limit) + " bytes for one head of " + std::to_string(shape.length) + " tokens";
+      why_ = "[cudnn] a backward does not fit the workspace of " + std::to_string(workspace_limit) + " bytes for one head of " + std::to_string(shape.length) + " tokens";
       return false;
     }
     shape = piece(chunk);
     // Pieces begin somewhere in the log-sums, of which the graph promises 16 bytes.
     if ((batches > shape.batch && shape.batch * shape.length % 4 != 0) || (kv_heads > shape.kv_heads && shape.heads * a.rows % 4 != 0)) {
-      why_ = "[cudnn] a backward in one order in pieces that do not begin on 16 bytes: " + std::to_string(shape.length) + " tokens";
+      why_ = "[cudnn] a backward in pieces that do not begin on 16 bytes: " + std::to_string(shape.length) + " tokens";
       return false;
     }
   }
@@ -314,7 +315,7 @@ bool CudnnAttention::backward(Context& ctx, const Attention& a, bool ordered, st
   if (shape.ragged)
     ragged_offsets(ctx, a.starts, a.sequences, shape.batch, {7, {a.q_stride, a.k_stride, a.v_stride, a.out_stride, 1, a.dq_stride, a.dkv_stride}}, o);
   else if (shape.padded) ragged_offsets(ctx, a.starts, a.sequences, shape.batch, {}, o);  // the lengths alone
-  // An ordered backward runs piece by piece: batches and heads do not touch each other.
+  // Piece by piece: batches and heads do not touch each other.
   for (std::int64_t b = 0; b < batches; b += shape.batch)
     for (std::int64_t g = 0; g < kv_heads; g += shape.kv_heads) {
       const std::int64_t row = b * shape.length, q_column = g * group * a.head_size, kv_column = g * a.head_size;

@@ -27,13 +27,13 @@ CudnnShape cudnn_shape(const Attention& a, bool backward, bool ordered);
 bool cudnn_wants_padding(const CudnnShape& shape, std::int64_t version);
 /// Empty when cuDNN may be asked, else why not.
 std::string cudnn_refuses(const Attention& a, bool backward, int capability);
-/// Batches and key/value heads of one run of an ordered backward, so that its workspace stays within `bytes`; both
-/// divide the whole. Heads 0: not even one fits. By what engines are known to want: what a plan wants is only known once it is made.
+/// Batches and key/value heads of one run of a backward over a plain batch; both divide the whole. Heads 0: none.
 struct CudnnChunk { std::int64_t batch = 0, kv_heads = 0; };
+/// Of an ordered backward, so that its workspace stays within `bytes`, by what engines are known to want: what a plan wants is only
+/// known once it is made. None when not even one head fits.
 CudnnChunk cudnn_ordered_chunk(const CudnnShape& shape, std::int64_t bytes);
-/// The largest pieces of an ordered backward for which fits() says yes, tried from those of cudnn_ordered_chunk(bytes) on down:
-/// each is smaller than the one before. Heads 0 when none does.
-CudnnChunk cudnn_ordered_fit(const CudnnShape& shape, std::int64_t bytes, const std::function<bool(const CudnnChunk&)>& fits);
+/// The first for which fits() says yes of `largest` and ever smaller pieces, or none.
+CudnnChunk cudnn_fit(const CudnnShape& shape, CudnnChunk largest, const std::function<bool(const CudnnChunk&)>& fits);
 
 class CudnnAttention {
  public:

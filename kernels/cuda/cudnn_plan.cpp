@@ -70,27 +70,23 @@ std::string cudnn_refuses(const Attention& a, bool backward, int capability) {
 
 bool cudnn_wants_padding(const CudnnShape& s, std::int64_t version) { return s.backward && !s.ragged && s.length % 128 != 0 && version <= 91500; }
 
-namespace {
-
-/// A key/value head's gradients of scores in bf16, and where heads share it, those of its keys and values for each.
-std::int64_t ordered_bytes_of_head(const CudnnShape& s) {
-  const std::int64_t padded = (s.length + 127) / 128 * 128, group = s.heads / s.kv_heads;
-  return group * (padded * padded * 2 + (group > 1 ? 2 * padded * s.head_size * 2 : 0));
-}
-
-}  // namespace
-
 CudnnChunk cudnn_ordered_chunk(const CudnnShape& s, std::int64_t bytes) {
-  const std::int64_t fit = bytes / ordered_bytes_of_head(s);
+  const std::int64_t padded = (s.length + 127) / 128 * 128;
+  const std::int64_t group = s.heads / s.kv_heads;
+  // A key/value head's gradients of scores in bf16, and where heads share it, those of its keys and values for each.
+  const std::int64_t one = group * (padded * padded * 2 + (group > 1 ? 2 * padded * s.head_size * 2 : 0));
+  const std::int64_t fit = bytes / one;
   CudnnChunk c;
   c.kv_heads = largest_divisor(s.kv_heads, fit);
   c.batch = c.kv_heads == s.kv_heads ? largest_divisor(s.batch, fit / s.kv_heads) : c.kv_heads > 0 ? 1 : 0;
   return c;
 }
 
-CudnnChunk cudnn_ordered_fit(const CudnnShape& s, std::int64_t bytes, const std::function<bool(const CudnnChunk&)>& fits) {
-  CudnnChunk c = cudnn_ordered_chunk(s, bytes);
-  while (c.kv_heads > 0 && !fits(c)) c = cudnn_ordered_chunk(s, c.batch * c.kv_heads * ordered_bytes_of_head(s) - 1);
+CudnnChunk cudnn_fit(const CudnnShape& s, CudnnChunk c, const std::function<bool(const CudnnChunk&)>& fits) {
+  while (c.kv_heads > 0 && !fits(c)) {
+    if (c.batch > 1) c.batch = largest_divisor(s.batch, c.batch - 1);
+    else c.kv_heads = largest_divisor(s.kv_heads, c.kv_heads - 1);
+  }
   return c;
 }
 

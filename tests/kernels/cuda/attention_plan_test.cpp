@@ -131,27 +131,29 @@ TEST(CudnnShape, OlderLibrariesMaskTheLastTileInTheGraph) {
 }
 
 // Plans that want more than was thought, by whatever factor: the pieces that are taken stay within the limit, or there are none.
-TEST(CudnnOrderedFit, TakesThePiecesWhosePlansFit) {
+TEST(CudnnFit, TakesTheLargestPiecesWhosePlansFit) {
   CudnnShape s;
   s.batch = 6, s.kv_heads = 8, s.heads = 32, s.length = 1000, s.head_size = 128;
+  const double head = 4 * (1024 * 1024 * 2 + 2 * 1024 * 128 * 2);
   for (const double more : {0.5, 1.0, 1.7, 6.0, 100.0})
-    for (const std::int64_t limit : {std::int64_t{1} << 22, std::int64_t{1} << 25, std::int64_t{1} << 28, std::int64_t{1} << 32}) {
-      const auto wants = [&](const CudnnChunk& c) { return more * static_cast<double>(c.batch * c.kv_heads * 4 * (1024 * 1024 * 2 + 2 * 1024 * 128 * 2)); };
-      std::vector<std::int64_t> tried;
-      const CudnnChunk c = cudnn_ordered_fit(s, limit, [&](const CudnnChunk& piece) {
-        tried.push_back(piece.batch * piece.kv_heads);
-        return wants(piece) <= static_cast<double>(limit);
-      });
-      for (std::size_t i = 1; i < tried.size(); ++i) EXPECT_LT(tried[i], tried[i - 1]);
-      if (c.kv_heads == 0) {
-        EXPECT_GT(std::max(more, 1.0) * wants({1, 1}) / more, static_cast<double>(limit));
-        continue;
+    for (const std::int64_t limit : {std::int64_t{1} << 22, std::int64_t{1} << 25, std::int64_t{1} << 28, std::int64_t{1} << 32})
+      for (const bool ordered : {false, true}) {
+        const auto wants = [&](const CudnnChunk& c) { return more * head * static_cast<double>(c.batch * c.kv_heads); };
+        std::vector<std::int64_t> tried;
+        const CudnnChunk c = cudnn_fit(s, ordered ? cudnn_ordered_chunk(s, limit) : CudnnChunk{6, 8}, [&](const CudnnChunk& piece) {
+          EXPECT_EQ(s.kv_heads % piece.kv_heads, 0);
+          EXPECT_EQ(s.batch % piece.batch, 0);
+          tried.push_back(piece.batch * piece.kv_heads);
+          return wants(piece) <= static_cast<double>(limit);
+        });
+        for (std::size_t i = 1; i < tried.size(); ++i) EXPECT_LT(tried[i], tried[i - 1]);
+        if (c.kv_heads == 0) {
+          EXPECT_GT(std::max(more, ordered ? 1.0 : 0.0) * head, static_cast<double>(limit));
+        } else {
+          EXPECT_LE(wants(c), static_cast<double>(limit));
+          EXPECT_EQ(tried.back(), c.batch * c.kv_heads);
+        }
       }
-      EXPECT_LE(wants(c), static_cast<double>(limit));
-      EXPECT_EQ(s.kv_heads % c.kv_heads, 0);
-      EXPECT_EQ(s.batch % c.batch, 0);
-      EXPECT_EQ(tried.back(), c.batch * c.kv_heads);
-    }
 }
 
 TEST(CudnnOrderedChunk, DividesTheWorkAndStaysWithinTheWorkspace) {
