@@ -72,10 +72,12 @@ class Pool {
   bool holds(const void* data) const { return chunks_.contains(static_cast<char*>(const_cast<void*>(data))); }
   std::int64_t size_of(const void* data) const { return chunks_.at(static_cast<char*>(const_cast<void*>(data))).size; }
 
-  /// Gives back the regions of which nothing is in use; returns their bytes.
-  std::int64_t trim() {
+  /// Regions taken so far, those given back included: what trim() counts from.
+  std::size_t regions() const { return regions_.size(); }
+  /// Gives back the regions from number `first` on of which nothing is in use; returns their bytes.
+  std::int64_t trim(std::size_t first = 0) {
     std::int64_t bytes = 0;
-    for (std::size_t i = 0; i < regions_.size(); ++i) {
+    for (std::size_t i = first; i < regions_.size(); ++i) {
       Region& r = regions_[i];
       if (r.base == nullptr) continue;
       const auto it = chunks_.find(r.base);

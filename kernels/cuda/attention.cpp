@@ -3,6 +3,7 @@
 #include <kernels/cuda/attention.h>
 #include <kernels/cuda/attention_own.h>
 #include <kernels/cuda/attention_plan.h>
+#include <kernels/cuda/grid_plan.h>
 #if defined(CAPSTAN_CUDNN)
 #include <kernels/cuda/cudnn_attention.h>
 #endif
@@ -21,6 +22,18 @@ void check_shape(const char* op, Num num, std::int64_t head_size, std::int64_t w
   if (num != Num::f64 && num != Num::f32 && num != Num::bf16) throw std::invalid_argument(std::string("[cuda] ") + op + ": element type: expected f64, f32 or bf16");
   if (window < 0) throw std::invalid_argument(std::string("[cuda] ") + op + ": window: expected a number of keys, or 0 for all, got " + std::to_string(window));
   if (!(scale > 0)) throw std::invalid_argument(std::string("[cuda] ") + op + ": scale: expected a number above 0, got " + std::to_string(scale));
+}
+
+/// Throws when the own kernels would have more tiles of rows, or backward of keys, than a grid has. `times`: heads that are packed into rows.
+template <class Shape>
+void check_tiles(const char* op, const Shape& a, bool backward, int capability, std::int64_t times) {
+  const int rows = a.num != Num::bf16 ? plan_plain_attention(a.head_size, a.num == Num::f64 ? 8 : 4, backward).tile
+                   : backward         ? plan_attention_dq(a.head_size).rows
+                                      : plan_attention_forward(a.head_size, std::is_same_v<Shape, PagedAttention>, capability).rows;
+  checked(op, attention_blocks(a.heads, attention_tiles(a.host_starts, a.sequences, a.rows, rows, times)));
+  if constexpr (std::is_same_v<Shape, Attention>) {
+    if (backward && a.host_key_counts != nullptr) checked(op, attention_blocks(a.kv_heads, blocks_for(a.host_key_counts[0], rows)));
+  }
 }
 
 Attention with_plain_window(const Attention& a) {
@@ -111,7 +124,10 @@ bool backward_by_cudnn(Context& ctx, const Attention& a) {
 void attention(Context& ctx, const Attention& asked) {
   check_shape("attention", asked.num, asked.head_size, asked.window, asked.scale);
   if (asked.rows == 0) return;
-  const auto own = [&](const Attention& a) { a.num == Num::bf16 ? attention_forward_tensor(ctx, a) : attention_forward_plain(ctx, a); };
+  const auto own = [&](const Attention& a) {
+    check_tiles("attention", a, false, ctx.capability(), 1);
+    a.num == Num::bf16 ? attention_forward_tensor(ctx, a) : attention_forward_plain(ctx, a);
+  };
   if (asked.host_key_begins != nullptr) {
     for_stretches(asked, [&](const Attention& one, std::int64_t) { own(one); });
   } else if (const Attention a = with_plain_window(asked); !forward_by_cudnn(ctx, a)) {
@@ -124,6 +140,7 @@ void attention_backward(Context& ctx, const Attention& asked) {
   check_shape("attention_backward", asked.num, asked.head_size, asked.window, asked.scale);
   if (asked.rows == 0) return;
   const auto own = [&](const Attention& a, const char* delta) {
+    check_tiles("attention_backward", a, true, ctx.capability(), 1);
     a.num == Num::bf16 ? attention_backward_tensor(ctx, a, delta) : attention_backward_plain(ctx, a, delta);
   };
   const auto delta_of = [&](const Attention& a) {
@@ -148,6 +165,7 @@ void attention_paged(Context& ctx, const PagedAttention& a) {
   if (a.page % attention_keys != 0)
     throw std::invalid_argument("[cuda] attention_paged: page size: expected a multiple of " + std::to_string(attention_keys) + ", got " + std::to_string(a.page));
   if (a.rows == 0) return;
+  check_tiles("attention_paged", a, false, ctx.capability(), a.num == Num::bf16 ? a.heads / a.kv_heads : 1);
   if (a.num == Num::bf16) attention_paged_tensor(ctx, a);
   else attention_paged_plain(ctx, a);
   if (a.host_starts == nullptr) return;

@@ -40,6 +40,7 @@ class CudaGpu final : public Gpu {
     return static_cast<std::int64_t>(free);
   }
   void explain_memory(std::function<std::string()> words) override { ctx_.memory_words = std::move(words); }
+  void allow_any_order(bool on) override { any_order_ = on; }
   std::string name() const override {
     cudaDeviceProp properties{};
     check(cudaGetDeviceProperties(&properties, ctx_.device()), "reading the GPU's properties");
@@ -191,7 +192,7 @@ class CudaGpu final : public Gpu {
     cuda::gemm(bound(), g, a, b, c, bias, residual);
   }
   bool takes_gelu_slope(const Gemm& g) override { return cuda::takes_gelu_slope(g); }
-  bool takes_sums_of_a(const Gemm&) override { return false; }
+  bool takes_sums_of_a(const Gemm& g) override { return cuda::takes_sums_of_a(g); }
   double gemm_rate(Num num) override { return num == Num::f8e4m3 ? cuda::gemm_rate_fp8(bound()) : cuda::gemm_rate(bound(), num); }
   void quantize(const Quantize& q) override {
     if (q.rows > 0 && q.cols > 0) cuda::quantize(bound(), q);
@@ -201,7 +202,11 @@ class CudaGpu final : public Gpu {
   }
   std::string fp8_problem(Scaling scaling) override { return cuda::fp8_problem(bound(), scaling); }
   void attention(const Attention& a) override { cuda::attention(bound(), a); }
-  void attention_backward(const Attention& a) override { cuda::attention_backward(bound(), a); }
+  void attention_backward(const Attention& asked) override {
+    Attention a = asked;
+    a.any_order = asked.any_order || any_order_;
+    cuda::attention_backward(bound(), a);
+  }
   void attention_paged(const PagedAttention& a) override { cuda::attention_paged(bound(), a); }
   void score_rows(const ScoreRows& s) override { cuda::score_rows(bound(), s); }
   void score_rows_backward(const ScoreRows& s) override { cuda::score_rows_backward(bound(), s); }
@@ -235,6 +240,7 @@ class CudaGpu final : public Gpu {
   }
   Context ctx_;
   CudaQueue queue_;
+  bool any_order_ = false;
 };
 
 /// Why no GPU can be used; "" when `device` can.

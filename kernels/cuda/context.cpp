@@ -59,6 +59,10 @@ class Pool {
   kernels::Pool records;         // what recorded work takes: nothing else ever lives there
   std::vector<void*> foreign;    // given back inside of a record, though taken before
   std::int64_t held = 0;         // pieces of `records` in use
+  std::int64_t records_alive = 0;  // replays touch all that they were made with: nothing of `records` goes back meanwhile
+  std::size_t regions_before = 0;  // of `records`, ahead of the record that is being made
+  std::vector<void*> scratches;    // of records, each larger than those before it
+  std::size_t scratches_before = 0;
   std::thread::id recorder;      // other threads' memory is not the record's
   bool recording = false;
   std::mutex mutex;
@@ -126,6 +130,19 @@ void Context::bind() const {
   if (now != device_) check(cudaSetDevice(device_), "choosing the GPU");
 }
 
+namespace {
+
+/// When no record is left, nor one being made, their memory goes back to the driver, scratch too; true then.
+bool give_records_back(Pool& pool) {
+  if (pool.recording || pool.records_alive > 0 || pool.held > 0) return false;
+  for (void* scratch : pool.scratches) pool.records.give(scratch);
+  pool.scratches.clear();
+  pool.records.trim();
+  return true;
+}
+
+}  // namespace
+
 void* Context::allocate(std::int64_t bytes) {
   const std::int64_t size = whole_lines(bytes);
   std::lock_guard lock(pool_->mutex);
@@ -147,7 +164,7 @@ void Context::release(void* data) noexcept {
   if (pool_->records.holds(data)) {
     spoil(data, pool_->records.size_of(data));
     pool_->records.give(data);
-    --pool_->held;
+    if (--pool_->held == 0 && give_records_back(*pool_)) record_scratch_ = nullptr, record_scratch_bytes_ = 0;
   } else if (pool_->is_recorder()) {
     pool_->foreign.push_back(data);
   } else {
@@ -243,6 +260,7 @@ void* Context::scratch(std::int64_t bytes) {
     {
       std::lock_guard lock(pool_->mutex);
       larger = pool_->records.take(size);
+      if (larger != nullptr) pool_->scratches.push_back(larger);
     }
     if (larger == nullptr) no_room(size, "scratch memory", memory_words);
     record_scratch_ = larger, record_scratch_bytes_ = size;
@@ -271,6 +289,7 @@ void Context::begin_record(std::uint64_t step) {
   noted_ = {}, asked_ = &noted_.work;
   std::lock_guard lock(pool_->mutex);
   pool_->recording = true, pool_->recorder = std::this_thread::get_id();
+  pool_->regions_before = pool_->records.regions(), pool_->scratches_before = pool_->scratches.size();
 }
 
 namespace {
@@ -281,6 +300,21 @@ void stop_recording(Pool& pool, std::int64_t& held, std::size_t& foreign) {
   held = pool.held, foreign = pool.foreign.size();
   for (void* data : pool.foreign) pool.pool.give(data);
   pool.foreign.clear();
+}
+
+void give_chunks(Pool& pool, Context::Noted& noted) {
+  for (void* chunk : noted.chunks) pool.records.give(chunk);
+  noted = {};
+}
+
+/// What a record took that came to nothing goes back: all regions of its own, those of other records not.
+void drop_record(Pool& pool, Context::Noted& noted, void*& scratch, std::int64_t& scratch_bytes) {
+  std::lock_guard lock(pool.mutex);
+  give_chunks(pool, noted);
+  for (; pool.scratches.size() > pool.scratches_before; pool.scratches.pop_back()) pool.records.give(pool.scratches.back());
+  if (!give_records_back(pool)) pool.records.trim(pool.regions_before);
+  scratch = pool.scratches.empty() ? nullptr : pool.scratches.back();
+  scratch_bytes = scratch == nullptr ? 0 : pool.records.size_of(scratch);
 }
 }  // namespace
 
@@ -298,10 +332,11 @@ cudaGraph_t Context::end_record(Noted& noted) {
     wrong += (wrong.empty() ? "" : ", and ") + std::to_string(foreign) + " pieces of memory that were taken before the recorded step were given back inside of it: a replay would touch what others hold by then";
   if (code == cudaSuccess && wrong.empty()) {
     noted = std::exchange(noted_, {});
+    ++pool_->records_alive;
     return graph;
   }
-  forget(noted_);
   if (graph != nullptr) cudaGraphDestroy(graph);
+  drop_record(*pool_, noted_, record_scratch_, record_scratch_bytes_);
   if (wrong.empty()) check(code, "ending a record");
   throw std::runtime_error("[cuda graphs] " + wrong + "; set run.cuda_graphs: off, or keep such tensors out of forward()");
 }
@@ -312,16 +347,17 @@ void Context::cancel_record() noexcept {
   if (cudaStreamEndCapture(stream_, &graph) == cudaSuccess && graph != nullptr) cudaGraphDestroy(graph);
   cudaGetLastError();  // what broke the record is on its way to the caller already
   recording_ = false, asked_ = nullptr;
-  forget(noted_);
   std::int64_t held = 0;
   std::size_t foreign = 0;
   stop_recording(*pool_, held, foreign);
+  drop_record(*pool_, noted_, record_scratch_, record_scratch_bytes_);
 }
 
 void Context::forget(Noted& noted) noexcept {
   std::lock_guard lock(pool_->mutex);
-  for (void* chunk : noted.chunks) pool_->records.give(chunk);
-  noted = {};
+  give_chunks(*pool_, noted);
+  --pool_->records_alive;
+  if (give_records_back(*pool_)) record_scratch_ = nullptr, record_scratch_bytes_ = 0;
 }
 
 const void* Context::note_numbers(const void* numbers, std::size_t bytes) {

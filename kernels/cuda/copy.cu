@@ -1,7 +1,7 @@
 // Strided copies, casts and fills.
 #include <kernels/cuda/elementwise.h>
+#include <kernels/cuda/grid_plan.h>
 #include <kernels/cuda/lane.cuh>
-#include <kernels/cuda/plan.h>
 
 #include <cstring>
 
@@ -104,13 +104,11 @@ bool flat(const Strided& s, bool both) { return s.rank == 1 && s.to[0] == 1 && (
 template <int Bytes>
 bool transposed(Context& ctx, const Strided& s, void* to, const void* from) {
   using U = typename Unit<Bytes>::type;
-  if (s.rank != 2 && s.rank != 3) return false;
+  const Blocks blocks = transpose_blocks(s);
+  if (blocks.x == 0) return false;
   const int r = s.rank - 2, c = s.rank - 1;
-  if (s.to[c] != 1 || s.from[r] != 1 || s.shape[r] < 8 || s.shape[c] < 8) return false;
-  const std::int64_t batch = s.rank == 3 ? s.shape[0] : 1, rows = blocks_for(s.shape[r], 32);
-  if (batch > most_blocks_yz || rows > most_blocks_yz) return false;
   Launch l;
-  l.grid_x = static_cast<unsigned>(blocks_for(s.shape[c], 32)), l.grid_y = static_cast<unsigned>(rows), l.grid_z = static_cast<unsigned>(batch);
+  l.grid_x = static_cast<unsigned>(blocks.x), l.grid_y = static_cast<unsigned>(blocks.y), l.grid_z = static_cast<unsigned>(blocks.z);
   l.block = 256;
   launch(ctx, l, "transposing copy", transpose_kernel<U>, s.shape[r], s.shape[c], static_cast<U*>(to), s.to[r], s.rank == 3 ? s.to[0] : std::int64_t{0},
          static_cast<const U*>(from), s.from[c], s.rank == 3 ? s.from[0] : std::int64_t{0});

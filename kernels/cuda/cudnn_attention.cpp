@@ -28,6 +28,9 @@ struct Parts {
   Tensor lengths, offsets[6], dkv_offsets, q, k, v, out, stats, scale, low, window;
 };
 
+/// Whether sequences may end ahead of the graph's length.
+bool masks_ends(const CudnnShape& s) { return s.ragged || s.padded; }
+
 Parts inputs(CudnnGraph& g, const CudnnShape& s, Ids& ids) {
   Parts p;
   const std::int64_t b = s.batch, n = s.length, d = s.head_size;
@@ -38,6 +41,8 @@ Parts inputs(CudnnGraph& g, const CudnnShape& s, Ids& ids) {
       p.offsets[i] = g.memory({b + 1, 1, 1, 1}, {1, 1, 1, 1}, CUDNN_DATA_INT32);
       ids.offsets[i] = p.offsets[i].id, ragged[i] = &p.offsets[i];
     }
+  }
+  if (masks_ends(s)) {
     p.lengths = g.memory({b, 1, 1, 1}, {1, 1, 1, 1}, CUDNN_DATA_INT32);
     ids.lengths = p.lengths.id;
   }
@@ -49,7 +54,7 @@ Parts inputs(CudnnGraph& g, const CudnnShape& s, Ids& ids) {
   p.out = g.memory({b, s.heads, n, d}, {n * s.out_stride, d, s.out_stride, 1}, CUDNN_DATA_BFLOAT16, ragged[3]);
   if (s.stats) p.stats = g.memory({b, s.heads, n, 1}, {n, s.rows, 1, 1}, CUDNN_DATA_FLOAT, ragged[4]);
   p.scale = g.number(), p.low = g.number();
-  if (s.window > 0) p.window = g.number(CUDNN_DATA_INT32), ids.window = p.window.id;
+  if (s.window > 0) p.window = g.number(), ids.window = p.window.id;  // in f32: the form that engines know
   ids.q = p.q.id, ids.k = p.k.id, ids.v = p.v.id, ids.out = p.out.id, ids.stats = p.stats.id, ids.scale = p.scale.id, ids.low = p.low.id;
   return p;
 }
@@ -74,10 +79,10 @@ Tensor causal_mask(CudnnGraph& g, const Parts& p, const CudnnShape& s, const Ten
   g.binary(CUDNN_POINTWISE_CMP_GE, row, column, seen, CUDNN_DATA_BOOLEAN);
   g.select(x, p.low, seen, y);
   if (s.window == 0) return y;
-  const Tensor late = g.between(x.size, CUDNN_DATA_INT32), end = g.between(x.size, CUDNN_DATA_INT32), reach = g.between(x.size, CUDNN_DATA_INT32);
+  const Tensor late = g.between(x.size, CUDNN_DATA_INT32), end = g.between(x.size, CUDNN_DATA_INT32), reach = g.between(x.size);
   const Tensor near = g.between(x.size, CUDNN_DATA_BOOLEAN), z = g.between(x.size);
   g.index(2, y, late), g.index(3, y, end);
-  g.binary(CUDNN_POINTWISE_ADD, end, p.window, reach, CUDNN_DATA_INT32);
+  g.binary(CUDNN_POINTWISE_ADD, end, p.window, reach);
   g.binary(CUDNN_POINTWISE_CMP_GT, reach, late, near, CUDNN_DATA_BOOLEAN);
   g.select(y, p.low, near, z);
   return z;
@@ -117,8 +122,9 @@ CudnnGraph backward_graph(const CudnnLibrary& library, const CudnnShape& s, Ids&
   if (s.ragged) {
     p.dkv_offsets = g.memory({b + 1, 1, 1, 1}, {1, 1, 1, 1}, CUDNN_DATA_INT32);
     ids.dkv_offsets = p.dkv_offsets.id;
-    lengths = &p.lengths, out_ragged = &p.offsets[3], stats_ragged = &p.offsets[4], dq_ragged = &p.offsets[5], dkv_ragged = &p.dkv_offsets;
+    out_ragged = &p.offsets[3], stats_ragged = &p.offsets[4], dq_ragged = &p.offsets[5], dkv_ragged = &p.dkv_offsets;
   }
+  if (masks_ends(s)) lengths = &p.lengths;
   const Tensor dout = g.memory(heads, {n * s.dout_stride, d, s.dout_stride, 1}, CUDNN_DATA_BFLOAT16, out_ragged);
   const Tensor dq = g.memory(heads, {n * s.dq_stride, d, s.dq_stride, 1}, CUDNN_DATA_BFLOAT16, dq_ragged);
   const Tensor dk = g.memory(kv, {n * s.dkv_stride, d, s.dkv_stride, 1}, CUDNN_DATA_BFLOAT16, dkv_ragged);
@@ -138,7 +144,7 @@ CudnnGraph backward_graph(const CudnnLibrary& library, const CudnnShape& s, Ids&
   const Tensor product = g.between(scores), scaled = g.between(scores), less = g.between(scores), probability = g.between(scores);
   g.product(p.q, p.k, product, lengths, lengths);
   g.binary(CUDNN_POINTWISE_MUL, product, p.scale, scaled);
-  g.binary(CUDNN_POINTWISE_SUB, s.ragged ? pad_mask(g, p, scaled) : scaled, p.stats, less);
+  g.binary(CUDNN_POINTWISE_SUB, masks_ends(s) ? pad_mask(g, p, scaled) : scaled, p.stats, less);
   g.unary(CUDNN_POINTWISE_EXP, causal_mask(g, p, s, less), probability);
   const Four turned_stride{h * n * n, n * n, 1, n};
   const auto gather_heads = [&](const Tensor& left, const Tensor& right, const Tensor& to, std::int64_t& id) {
@@ -187,7 +193,8 @@ struct CudnnAttention::State {
   struct Entry {
     Ids ids;
     std::unique_ptr<CudnnPlan> plan;
-    std::string why;  ///< why there is none
+    std::string why;       ///< why there is none
+    bool no_room = false;  ///< there would be one without the limit
   };
   CudnnLibrary library;
   cudnnHandle_t handle = nullptr;
@@ -197,13 +204,15 @@ struct CudnnAttention::State {
     entries.clear();
     if (handle != nullptr) library.destroy(handle);
   }
-  Entry& entry(const CudnnShape& shape, std::int64_t most = std::numeric_limits<std::int64_t>::max()) {
+  Entry& entry(const CudnnShape& shape, std::int64_t most) {  // one limit for all calls of a shape
     const auto found = entries.find(shape);
     if (found != entries.end()) return found->second;
     Entry e;
     try {
       CudnnGraph graph = shape.backward ? backward_graph(library, shape, e.ids) : forward_graph(library, shape, e.ids);
       e.plan = std::make_unique<CudnnPlan>(library, handle, std::move(graph), most);
+    } catch (const CudnnNoRoom& error) {
+      e.why = error.what(), e.no_room = true;
     } catch (const std::exception& error) {
       e.why = error.what();
     }
@@ -231,9 +240,15 @@ void CudnnAttention::check_graphs(const CudnnShape& shape) {
   }
 }
 
+std::vector<std::string> CudnnAttention::operations(const CudnnShape& shape) {
+  const CudnnLibrary library;
+  Ids ids;
+  return (shape.backward ? backward_graph(library, shape, ids) : forward_graph(library, shape, ids)).names();
+}
+
 bool CudnnAttention::forward(Context& ctx, const Attention& a, std::int64_t workspace_limit) {
   const CudnnShape shape = cudnn_shape(a, false, false);
-  State::Entry& e = state_->entry(shape, workspace_limit);  // one limit for all calls
+  State::Entry& e = state_->entry(shape, workspace_limit);
   why_ = e.why;
   if (!e.plan) return false;
   const std::int64_t pitch = ragged_pitch(shape.batch);
@@ -241,7 +256,7 @@ bool CudnnAttention::forward(Context& ctx, const Attention& a, std::int64_t work
   auto* base = static_cast<char*>(ctx.scratch(offsets + e.plan->workspace() + 256));
   const float scale = static_cast<float>(a.scale), low = -std::numeric_limits<float>::infinity();
   std::vector<CudnnPlan::Pointer> pointers{{e.ids.q, a.q}, {e.ids.k, a.k}, {e.ids.v, a.v}, {e.ids.out, a.out}, {e.ids.scale, &scale}, {e.ids.low, &low}};
-  const auto window = static_cast<std::int32_t>(shape.window);
+  const auto window = static_cast<float>(shape.window);
   if (window > 0) pointers.push_back({e.ids.window, &window});
   if (shape.stats) pointers.push_back({e.ids.stats, a.lse});
   if (shape.ragged) {
@@ -258,37 +273,49 @@ bool CudnnAttention::forward(Context& ctx, const Attention& a, std::int64_t work
 
 bool CudnnAttention::backward(Context& ctx, const Attention& a, bool ordered, std::int64_t workspace_limit) {
   CudnnShape shape = cudnn_shape(a, true, ordered);
+  shape.padded = cudnn_wants_padding(shape, version());
   const std::int64_t batches = shape.batch, kv_heads = shape.kv_heads, group = a.heads / a.kv_heads;
-  if (ordered) {
-    const CudnnChunk chunk = shape.ragged ? CudnnChunk{} : cudnn_ordered_chunk(shape, workspace_limit);
+  if (ordered && shape.ragged) {
+    why_ = "[cudnn] a backward in one order is not made for sequences of different lengths";
+    return false;
+  }
+  if (!shape.ragged) {
+    const auto piece = [&](const CudnnChunk& chunk) {
+      CudnnShape s = shape;
+      s.batch = chunk.batch, s.kv_heads = chunk.kv_heads, s.heads = chunk.kv_heads * group;
+      return s;
+    };
+    // Smaller pieces until their plan works within the limit; another reason against one is a reason against all.
+    const CudnnChunk largest = ordered ? cudnn_ordered_chunk(shape, workspace_limit) : CudnnChunk{batches, kv_heads};
+    const CudnnChunk chunk = cudnn_fit(shape, largest, [&](const CudnnChunk& c) { return !state_->entry(piece(c), workspace_limit).no_room; });
     if (chunk.kv_heads == 0) {
-      why_ = shape.ragged ? "[cudnn] a backward in one order is not made for sequences of different lengths"
-                          : "[cudnn] a backward in one order does not fit the workspace for one head of " + std::to_string(shape.length) + " tokens";
+      why_ = "[cudnn] a backward does not fit the workspace of " + std::to_string(workspace_limit) + " bytes for one head of " + std::to_string(shape.length) + " tokens";
       return false;
     }
-    shape.batch = chunk.batch, shape.kv_heads = chunk.kv_heads, shape.heads = chunk.kv_heads * group;
+    shape = piece(chunk);
     // Pieces begin somewhere in the log-sums, of which the graph promises 16 bytes.
     if ((batches > shape.batch && shape.batch * shape.length % 4 != 0) || (kv_heads > shape.kv_heads && shape.heads * a.rows % 4 != 0)) {
-      why_ = "[cudnn] a backward in one order in pieces that do not begin on 16 bytes: " + std::to_string(shape.length) + " tokens";
+      why_ = "[cudnn] a backward in pieces that do not begin on 16 bytes: " + std::to_string(shape.length) + " tokens";
       return false;
     }
   }
-  State::Entry& e = state_->entry(shape);
+  State::Entry& e = state_->entry(shape, workspace_limit);
   why_ = e.why;
   if (!e.plan) return false;
   const std::int64_t head_rows = shape.ragged ? a.rows * a.heads : shape.batch * shape.heads * shape.length;
   const std::int64_t pitch = ragged_pitch(shape.batch);
-  const std::int64_t offset_bytes = shape.ragged ? round_up(8 * pitch * 4) : 0, sum_bytes = round_up(head_rows * 4);
+  const std::int64_t offset_bytes = shape.ragged || shape.padded ? round_up(8 * pitch * 4) : 0, sum_bytes = round_up(head_rows * 4);
   const std::int64_t dq_bytes = shape.ordered ? 0 : round_up(shape.ragged ? a.rows * a.dq_stride * 4 : head_rows * a.head_size * 4);
   const std::int64_t dkv_bytes = shape.ragged && group > 1 ? round_up(a.rows * a.dkv_stride * group * 2) : 0;
   auto* base = static_cast<char*>(ctx.scratch(offset_bytes + sum_bytes + dq_bytes + 2 * dkv_bytes + e.plan->workspace() + 256));
   char *sums = base + offset_bytes, *dq_sums = sums + sum_bytes, *dk_heads = dq_sums + dq_bytes, *dv_heads = dk_heads + dkv_bytes, *workspace = dv_heads + dkv_bytes;
   const float scale = static_cast<float>(a.scale), low = -std::numeric_limits<float>::infinity(), one = 1;
-  const auto window = static_cast<std::int32_t>(shape.window);
+  const auto window = static_cast<float>(shape.window);
   auto* o = reinterpret_cast<std::int32_t*>(base);
   if (shape.ragged)
     ragged_offsets(ctx, a.starts, a.sequences, shape.batch, {7, {a.q_stride, a.k_stride, a.v_stride, a.out_stride, 1, a.dq_stride, a.dkv_stride}}, o);
-  // An ordered backward runs piece by piece: batches and heads do not touch each other.
+  else if (shape.padded) ragged_offsets(ctx, a.starts, a.sequences, shape.batch, {}, o);  // the lengths alone
+  // Piece by piece: batches and heads do not touch each other.
   for (std::int64_t b = 0; b < batches; b += shape.batch)
     for (std::int64_t g = 0; g < kv_heads; g += shape.kv_heads) {
       const std::int64_t row = b * shape.length, q_column = g * group * a.head_size, kv_column = g * a.head_size;
@@ -312,6 +339,8 @@ bool CudnnAttention::backward(Context& ctx, const Attention& a, bool ordered, st
       if (shape.ragged) {
         for (int i = 0; i < 6; ++i) pointers.push_back({e.ids.offsets[i], o + i * pitch});
         pointers.push_back({e.ids.dkv_offsets, o + 6 * pitch}), pointers.push_back({e.ids.lengths, o + 7 * pitch});
+      } else if (shape.padded) {
+        pointers.push_back({e.ids.lengths, o});
       }
       e.plan->run(state_->handle, pointers, workspace);
     }

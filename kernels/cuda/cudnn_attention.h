@@ -4,8 +4,10 @@
 #include <kernels/cuda/context.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 namespace capstan::kernels::cuda {
 
@@ -16,23 +18,30 @@ struct CudnnShape {
   std::int64_t q_stride = 0, k_stride = 0, v_stride = 0, out_stride = 0, dout_stride = 0, dq_stride = 0, dkv_stride = 0;
   bool ragged = false, backward = false, stats = false;
   bool ordered = false;  ///< backward: sums in one order, at the price of a workspace of batch * heads * length^2
+  bool padded = false;   ///< backward of a plain batch: what lies past a sequence's end in the last tile is masked by the graph
   auto operator<=>(const CudnnShape&) const = default;
 };
 /// Plain host code, tested without a GPU.
 CudnnShape cudnn_shape(const Attention& a, bool backward, bool ordered);
+/// Whether the backward of this shape must be `padded`: up to 9.15.0 cuDNN does not mask the last tile by itself.
+bool cudnn_wants_padding(const CudnnShape& shape, std::int64_t version);
 /// Empty when cuDNN may be asked, else why not.
 std::string cudnn_refuses(const Attention& a, bool backward, int capability);
-/// Batches and key/value heads of one run of an ordered backward, so that its workspace stays within `bytes`; both
-/// divide the whole. Heads 0: not even one fits.
+/// Batches and key/value heads of one run of a backward over a plain batch; both divide the whole. Heads 0: none.
 struct CudnnChunk { std::int64_t batch = 0, kv_heads = 0; };
+/// Of an ordered backward, so that its workspace stays within `bytes`, by what engines are known to want: what a plan wants is only
+/// known once it is made. None when not even one head fits.
 CudnnChunk cudnn_ordered_chunk(const CudnnShape& shape, std::int64_t bytes);
+/// The first for which fits() says yes of `largest` and ever smaller pieces, or none.
+CudnnChunk cudnn_fit(const CudnnShape& shape, CudnnChunk largest, const std::function<bool(const CudnnChunk&)>& fits);
 
 class CudnnAttention {
  public:
   /// Throws std::runtime_error when the library is missing or does not start.
   explicit CudnnAttention(Context& ctx);
   ~CudnnAttention();
-  /// False when no engine takes the shape within the limit, in bytes: nothing has run (why() says more).
+  /// False when no engine takes the shape with a plan that works in at most the limit, in bytes: nothing has run (why() says
+  /// more). A backward's sums in f32, of the size of its gradients, come on top.
   bool forward(Context& ctx, const Attention& a, std::int64_t workspace_limit);
   bool backward(Context& ctx, const Attention& a, bool ordered, std::int64_t workspace_limit);
   const std::string& why() const { return why_; }
@@ -43,6 +52,8 @@ class CudnnAttention {
 
   /// Builds both graphs of a shape and finalizes their operation graphs: what can be checked without a GPU.
   static void check_graphs(const CudnnShape& shape);
+  /// The operations of one of them, by name.
+  static std::vector<std::string> operations(const CudnnShape& shape);
 
  private:
   struct State;

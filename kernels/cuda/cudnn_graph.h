@@ -96,25 +96,34 @@ class CudnnGraph {
   void reduce(cudnnReduceTensorOp_t mode, const Tensor& x, const Tensor& y);
   void reshape(const Tensor& x, const Tensor& y);
 
+  /// The operations in their order, by name.
+  const std::vector<std::string>& names() const { return names_; }
+
   static Four packed(const Four& size) { return {size[1] * size[2] * size[3], size[2] * size[3], size[3], 1}; }
 
  private:
   friend class CudnnPlan;
   Tensor make(const Four& size, const Four& stride, cudnnDataType_t type, bool is_virtual, bool by_value, const Tensor* ragged);
-  CudnnDescriptor& add_operation(cudnnBackendDescriptorType_t type, const char* name);
+  CudnnDescriptor& add_operation(cudnnBackendDescriptorType_t type, const char* kind, std::string name);
   void pointwise(cudnnPointwiseMode_t mode, cudnnDataType_t compute, std::int64_t axis, const Tensor* x, const Tensor* b, const Tensor* t, const Tensor& y);
 
   const CudnnLibrary* library_;
   std::int64_t next_ = 1;
   std::vector<std::unique_ptr<CudnnDescriptor>> kept_;
   std::vector<CudnnDescriptor*> operations_;
+  std::vector<std::string> names_;
+};
+
+/// No engine takes a graph in the bytes that are allowed, though one does in more.
+struct CudnnNoRoom : std::runtime_error {
+  using std::runtime_error::runtime_error;
 };
 
 /// A graph made ready to run: the first of the engines that the library's heuristics name, that accepts it and that works in at
 /// most `most` bytes.
 class CudnnPlan {
  public:
-  /// Throws std::runtime_error when no engine takes the graph, with what each said.
+  /// Throws std::runtime_error when no engine takes the graph, with what each said: CudnnNoRoom when one would in more bytes.
   CudnnPlan(const CudnnLibrary& library, cudnnHandle_t handle, CudnnGraph&& graph, std::int64_t most = std::numeric_limits<std::int64_t>::max());
   std::int64_t workspace() const { return workspace_; }
   std::int64_t engine() const { return engine_; }

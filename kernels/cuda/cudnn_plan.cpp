@@ -60,11 +60,15 @@ std::string cudnn_refuses(const Attention& a, bool backward, int capability) {
     return "rows do not begin on 16 bytes";
   if (backward && ((a.dout_stride | a.dq_stride | a.dkv_stride) % 8 != 0 || !aligned(a.dout) || !aligned(a.dq) || !aligned(a.dk) || !aligned(a.dv)))
     return "rows of the gradients do not begin on 16 bytes";
+  if (backward && !a.any_order && capability >= 100) return "an order of sums is not promised by the engine that it takes on this GPU";
+  if (backward && a.any_order && a.head_size % 16 != 0 && !equal_lengths(a)) return "sums over sequences of different lengths want a head size that is a multiple of 16";
   if (longest_of(a) < 2) return "no sequence has two tokens";
   const std::int64_t widest = std::max({a.q_stride, a.k_stride, a.v_stride, a.out_stride, a.dout_stride, a.dq_stride, a.dkv_stride});
   if (a.rows * widest > 0x7fffffff) return "offsets do not fit 32 bits";
   return {};
 }
+
+bool cudnn_wants_padding(const CudnnShape& s, std::int64_t version) { return s.backward && !s.ragged && s.length % 128 != 0 && version <= 91500; }
 
 CudnnChunk cudnn_ordered_chunk(const CudnnShape& s, std::int64_t bytes) {
   const std::int64_t padded = (s.length + 127) / 128 * 128;
@@ -75,6 +79,14 @@ CudnnChunk cudnn_ordered_chunk(const CudnnShape& s, std::int64_t bytes) {
   CudnnChunk c;
   c.kv_heads = largest_divisor(s.kv_heads, fit);
   c.batch = c.kv_heads == s.kv_heads ? largest_divisor(s.batch, fit / s.kv_heads) : c.kv_heads > 0 ? 1 : 0;
+  return c;
+}
+
+CudnnChunk cudnn_fit(const CudnnShape& s, CudnnChunk c, const std::function<bool(const CudnnChunk&)>& fits) {
+  while (c.kv_heads > 0 && !fits(c)) {
+    if (c.batch > 1) c.batch = largest_divisor(s.batch, c.batch - 1);
+    else c.kv_heads = largest_divisor(s.kv_heads, c.kv_heads - 1);
+  }
   return c;
 }
 

@@ -1,6 +1,7 @@
 // Rows by id: gather, and its transpose without atomics: ids are sorted, and every id's rows are added in their order,
 // within chunks of sorted positions first, then chunk after chunk.
 #include <kernels/cuda/common.cuh>
+#include <kernels/cuda/grid_plan.h>
 #include <kernels/cuda/rows.h>
 
 #include <cub/device/device_radix_sort.cuh>
@@ -145,9 +146,7 @@ void gather_rows(Context& ctx, std::int64_t count, std::int64_t row_bytes, const
   const auto run = [&](auto* word) {
     using Word = std::remove_pointer_t<decltype(word)>;
     const std::int64_t words = row_bytes / static_cast<std::int64_t>(sizeof(Word));
-    unsigned threads = 32;
-    while (threads < 256 && threads * 2 < words) threads *= 2;
-    const unsigned rows = 256 / threads;
+    const auto [threads, rows] = gather_block(words);
     launch_block(ctx, "gather_rows", gather_kernel<Word>, dim3(static_cast<unsigned>(ceil_div(count, rows))), dim3(threads, rows), 0, count, static_cast<int>(words),
                  static_cast<const Word*>(table), table_rows, ids, static_cast<Word*>(out));
   };
@@ -183,8 +182,9 @@ void scatter_add_rows(Context& ctx, Num num, std::int64_t count, std::int64_t co
     check(cub::DeviceRadixSort::SortPairs(base + plan.sort, sort_bytes, keys_in, keys, order_in, order, n, 0, bits, ctx.stream()), name);
     const auto run = [&]<class Out, int Width>() {
       const std::int64_t packs = ceil_div(cols, Width);
-      const auto threads = static_cast<unsigned>(std::clamp<std::int64_t>(ceil_div(packs, 32) * 32, 32, 128));
-      const dim3 grid(static_cast<unsigned>(plan.chunks), static_cast<unsigned>(ceil_div(packs, threads)));
+      const unsigned threads = scatter_threads(packs);
+      const Blocks blocks = checked(name, scatter_blocks(plan.chunks, packs));
+      const dim3 grid(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y));
       launch_block(ctx, name, scatter_chunk_kernel<T, Out, Width>, grid, dim3(threads), 0, count, static_cast<int>(cols), rows, keys, order, static_cast<const T*>(g),
                    static_cast<Out*>(table), partial);
       launch_block(ctx, name, scatter_join_kernel<T, Out, Width>, grid, dim3(threads), 0, count, static_cast<int>(cols), rows, keys, static_cast<Out*>(table), partial);

@@ -1,9 +1,9 @@
 // Fingerprints of tensors: each thread adds its elements' parts, the host adds the threads' sums. Integers: any order is the
 // same.
 #include <kernels/cuda/fingerprint.h>
+#include <kernels/cuda/grid_plan.h>
 #include <kernels/shared/fingerprint.h>
 
-#include <algorithm>
 #include <numeric>
 #include <vector>
 
@@ -12,7 +12,6 @@ namespace capstan::kernels::cuda {
 namespace {
 
 constexpr int threads = 256;
-constexpr std::int64_t most_blocks = 64;
 
 template <class Bits>
 __global__ void fingerprint_kernel(std::int64_t n, const Bits* data, std::uint64_t first, std::uint64_t* sums) {
@@ -28,7 +27,7 @@ __global__ void fingerprint_kernel(std::int64_t n, const Bits* data, std::uint64
 std::uint64_t fingerprint(Context& ctx, Num num, std::int64_t n, const void* data, std::uint64_t first) {
   if (n == 0) return 0;
   Launch l;
-  l.grid_x = static_cast<unsigned>(std::min((n + threads - 1) / threads, most_blocks)), l.block = threads;
+  l.grid_x = static_cast<unsigned>(fingerprint_blocks(n).x), l.block = threads;
   std::vector<std::uint64_t> sums(static_cast<std::size_t>(l.grid_x) * threads);
   const std::size_t bytes = sums.size() * sizeof(std::uint64_t);
   auto* room = static_cast<std::uint64_t*>(ctx.scratch(static_cast<std::int64_t>(bytes)));

@@ -3,6 +3,7 @@
 #include <kernels/cuda/gemm.h>
 
 #include <kernels/cuda/elementwise.h>
+#include <kernels/cuda/reduce.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -13,7 +14,10 @@ namespace capstan::kernels::cuda {
 namespace {
 
 /// How a product ends.
-enum class Ending : std::uint8_t { plain, bias, gelu, gelu_bias, slope };
+enum class Ending : std::uint8_t { plain, bias, gelu, gelu_bias, slope, sums };
+
+/// Whether it reads or writes a vector beside C.
+bool has_vector(Ending e) { return e == Ending::bias || e == Ending::gelu_bias || e == Ending::sums; }
 
 struct Kind {
   const Gemm& g;
@@ -27,7 +31,7 @@ struct Kind {
   }
   /// The same in words.
   std::string text() const {
-    static constexpr const char* endings[] = {"", " bias", " gelu", " gelu bias", " gelu slope"};
+    static constexpr const char* endings[] = {"", " bias", " gelu", " gelu bias", " gelu slope", " sums of a"};
     std::string kind = std::to_string(g.m) + "x" + std::to_string(g.n) + "x" + std::to_string(g.k) + (g.trans_a ? " t" : " n") + (g.trans_b ? "t" : "n");
     kind += " types" + words({static_cast<int>(g.a), static_cast<int>(g.b), static_cast<int>(g.c)}) + " rows" + words({g.lda, g.ldb, g.ldc});
     if (g.batch > 1) kind += " batch" + words({g.batch, g.stride_a, g.stride_b, g.stride_c});
@@ -41,10 +45,10 @@ void describe(Product& p, const Gemm& g, Ending ending) {
   p.set(CUBLASLT_MATMUL_DESC_TRANSA, static_cast<std::int32_t>(g.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N));
   p.set(CUBLASLT_MATMUL_DESC_TRANSB, static_cast<std::int32_t>(g.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N));
   constexpr cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT, CUBLASLT_EPILOGUE_BIAS, CUBLASLT_EPILOGUE_GELU_AUX, CUBLASLT_EPILOGUE_GELU_AUX_BIAS,
-                                              CUBLASLT_EPILOGUE_DGELU};
+                                              CUBLASLT_EPILOGUE_DGELU, CUBLASLT_EPILOGUE_BGRADB};
   const auto type = static_cast<std::int32_t>(product_type(g.c));
   p.set(CUBLASLT_MATMUL_DESC_EPILOGUE, static_cast<std::uint32_t>(epilogues[static_cast<int>(ending)]));
-  if (ending == Ending::bias || ending == Ending::gelu_bias) p.set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type);
+  if (has_vector(ending)) p.set(CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, type);
   if (ending == Ending::gelu || ending == Ending::gelu_bias || ending == Ending::slope) {
     p.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, g.ldc);
     p.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_DATA_TYPE, type);
@@ -71,16 +75,15 @@ Operands operands_of(const Gemm& g, const void* a, const void* b, void* c, const
   return {b, a, c, residual, g.accumulate || residual != nullptr, b_bytes, a_bytes, bytes(g.c, g.m, g.n, g.ldc, g.stride_c)};
 }
 
-/// Runs it with this ending; false, with nothing run, when the library has no algorithm for it. `beside`: what GELU is taken of, written
+/// Runs it with this ending; false, with nothing run, when the library has no algorithm for it. `vector`: the bias, read, or sums of A, written. `beside`: what GELU is taken of, written
 /// or, for its slope, read.
-bool multiply(Context& ctx, const Gemm& g, Ending ending, const Operands& o, const void* bias, const void* beside, cublasStatus_t* status) {
-  const bool biased = ending == Ending::bias || ending == Ending::gelu_bias;
-  const Kind kind{g, ending, alignment_of(o.b), alignment_of(o.a), std::min(alignment_of(o.d), alignment_of(o.c)), biased ? alignment_of(bias) : 0};
+bool multiply(Context& ctx, const Gemm& g, Ending ending, const Operands& o, const void* vector, const void* beside, cublasStatus_t* status) {
+  const Kind kind{g, ending, alignment_of(o.b), alignment_of(o.a), std::min(alignment_of(o.d), alignment_of(o.c)), has_vector(ending) ? alignment_of(vector) : 0};
   auto& products = ctx.gemms().products;
   const auto [it, fresh] = products.try_emplace(kind.key());
   Product& p = it->second;
   const auto point = [&] {  // where the library looks at their alignment, and where it runs
-    if (biased) p.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
+    if (has_vector(ending)) p.set(CUBLASLT_MATMUL_DESC_BIAS_POINTER, vector);
     if (beside != nullptr) p.set(CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, beside);
   };
   *status = CUBLAS_STATUS_NOT_SUPPORTED;
@@ -106,7 +109,21 @@ bool may_take_gelu(const Gemm& g, const void* c, const void* beside) {
   return takes_gelu_slope(g) && alignment_of(c) >= 16 && alignment_of(beside) >= 16;
 }
 
+/// With g.sums_of_a, which the epilogue overwrites: where they are to be added they go behind the scratch that products use first. False,
+/// with nothing run, when the library has no algorithm for it.
+bool multiply_and_sum(Context& ctx, const Gemm& g, const Operands& o, cublasStatus_t* status) {
+  void* sums = g.sums_of_a;
+  if (g.accumulate) sums = static_cast<char*>(ctx.scratch(product_scratch + g.m * bytes_of(g.c))) + product_scratch;
+  if (!multiply(ctx, g, Ending::sums, o, sums, nullptr, status)) return false;
+  if (g.accumulate) add(ctx, g.c, g.m, g.sums_of_a, sums, g.sums_of_a);
+  return true;
+}
+
 }  // namespace
+
+bool takes_sums_of_a(const Gemm& g) {
+  return g.trans_a && !g.trans_b && g.a == Num::bf16 && g.b == Num::bf16 && g.c == Num::f32 && g.batch == 1 && g.n > 0;
+}
 
 bool takes_gelu_slope(const Gemm& g) { return g.c == Num::bf16 && g.a == Num::bf16 && g.b == Num::bf16 && g.batch == 1 && g.ldc == g.n && g.ldc % 8 == 0; }
 
@@ -117,9 +134,13 @@ void gemm(Context& ctx, const Gemm& g, const void* a, const void* b, void* c, co
   if (gelu && (g.batch != 1 || g.accumulate || residual != nullptr || g.ldc != g.n))
     throw std::invalid_argument("[gemm] GELU follows one product and its bias, in rows that lie close together");
   const bool slope = g.gelu_slope_of != nullptr;
-  if (g.sums_of_a != nullptr || (slope && (!takes_gelu_slope(g) || g.accumulate || gelu || bias != nullptr || residual != nullptr)))
-    throw std::invalid_argument("[gemm] no sums of A here; GELU's slope where takes_gelu_slope() says so, of a product that nothing is added to");
+  const bool sums = g.sums_of_a != nullptr;
+  if ((sums && (!takes_sums_of_a(g) || gelu || slope || bias != nullptr || residual != nullptr)) || (slope && (!takes_gelu_slope(g) || g.accumulate || gelu || bias != nullptr || residual != nullptr)))
+    throw std::invalid_argument("[gemm] sums of A and GELU's slope are taken where takes_sums_of_a() and takes_gelu_slope() say so, without bias or residual, the slope of a "
+                                "product that nothing is added to");
   cublasStatus_t status = CUBLAS_STATUS_SUCCESS;
+  if (sums && multiply_and_sum(ctx, g, operands_of(g, a, b, c, nullptr), &status)) return;
+  if (sums) column_sum(ctx, g.a, a, g.k, g.m, g.lda, g.c, g.sums_of_a, g.accumulate);
   if (slope && may_take_gelu(g, c, g.gelu_slope_of) && multiply(ctx, g, Ending::slope, operands_of(g, a, b, c, nullptr), nullptr, g.gelu_slope_of, &status)) return;
   if (gelu && may_take_gelu(g, c, g.before_gelu) &&
       multiply(ctx, g, bias != nullptr ? Ending::gelu_bias : Ending::gelu, operands_of(g, a, b, c, nullptr), bias, g.before_gelu, &status))

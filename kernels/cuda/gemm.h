@@ -12,6 +12,8 @@ namespace capstan::kernels::cuda {
 /// g.gelu_slope_of.
 void gemm(Context& ctx, const Gemm& g, const void* a, const void* b, void* c, const void* bias, const void* residual);
 
+/// bf16 to f32: the epilogue's sums are f32, rounded nowhere. A pass of our own where the library has no such algorithm.
+bool takes_sums_of_a(const Gemm& g);
 /// bf16, one product, rows of C close together and a multiple of 8 long.
 bool takes_gelu_slope(const Gemm& g);
 

@@ -41,6 +41,8 @@ class Gpu : public Backend {
   virtual std::int64_t available() const = 0;
   /// `words`: who has the memory and what lowers the need, for the errors of this library when there is none left.
   virtual void explain_memory(std::function<std::string()> words) = 0;
+  /// Whether attention's backward may sum in another order at every run (Attention::any_order); off until asked for.
+  virtual void allow_any_order(bool on) = 0;
   /// "NVIDIA H200"
   virtual std::string name() const = 0;
   /// CUDA's number of it in this process; its address on the host's bus, "0000:17:00.0", which no two GPUs of a host share.
@@ -59,7 +61,7 @@ class Gpu : public Backend {
 };
 
 /// Raised with each change of Gpu, Backend or types.h: core and the library must have been built together.
-inline constexpr int gpu_interface = 7;
+inline constexpr int gpu_interface = 8;
 
 /// `capstan_cuda_open`: makes the Gpu `device` (to be deleted by the caller), or returns null with the reason in
 /// `message`. Device -1 only looks: null, and the message is empty when a GPU can be used.

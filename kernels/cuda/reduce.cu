@@ -1,7 +1,7 @@
 // Sums and maxima. Orders are fixed by the shape alone: chunks of a length that plan.h derives from it, a fixed tree in each,
 // then the chunks in order. No atomics.
+#include <kernels/cuda/grid_plan.h>
 #include <kernels/cuda/lane.cuh>
-#include <kernels/cuda/plan.h>
 #include <kernels/cuda/queue.h>
 #include <kernels/cuda/reduce.h>
 
@@ -190,8 +190,9 @@ void sum_columns(Context& ctx, std::int64_t outer, std::int64_t n, std::int64_t 
   using C = Compute<T>;
   const ReducePlan plan = reduce_plan(outer, n, inner);
   const auto grid = [&](std::int64_t rows) {
+    const Blocks blocks = checked("a sum of columns", column_blocks(rows, inner));
     Launch l;
-    l.grid_x = static_cast<unsigned>(rows), l.grid_y = static_cast<unsigned>(std::min(blocks_for(inner, 64), most_blocks_yz)), l.block = threads;
+    l.grid_x = static_cast<unsigned>(blocks.x), l.grid_y = static_cast<unsigned>(blocks.y), l.block = threads;
     return l;
   };
   if (plan.chunks == 1) {
@@ -209,8 +210,9 @@ void sum_rows(Context& ctx, std::int64_t outer, std::int64_t n, const T* a, Comp
   using C = Compute<T>;
   Launch l;
   l.block = threads;
-  if (n <= 1024 && outer >= 8) {
-    l.grid_x = static_cast<unsigned>(blocks_for(outer, threads / 32));
+  static_assert(threads / 32 == 8, "short_row_blocks() has a warp for each row");
+  if (rows_are_short(outer, n)) {
+    l.grid_x = static_cast<unsigned>(checked("a sum of rows", short_row_blocks(outer)).x);
     launch(ctx, l, "sum of rows", sum_short_rows_kernel<T, Out>, outer, n, a, factor, out);
     return;
   }

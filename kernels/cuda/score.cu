@@ -2,6 +2,7 @@
 // row, each block a slice that stays in shared memory between the two passes: logits are read once and written once,
 // however wide the vocabulary is (up to 8 x 53,000 columns in f32; the rest of longer rows is read again).
 #include <kernels/cuda/common.cuh>
+#include <kernels/cuda/grid_plan.h>
 #include <kernels/cuda/rows.h>
 
 #include <cooperative_groups.h>
@@ -193,7 +194,8 @@ void score_rows(Context& ctx, const ScoreRows& s) {
     const ScorePlan plan = plan_scores(s.cols, sizeof(A), s.weights != nullptr);
     const bool vector = s.stride % 8 == 0 && all_on_16(s.logits, s.narrow);
     auto* kernel = vector ? score_kernel<A, wide, threads> : score_kernel<A, 1, threads>;
-    launch_clusters(ctx, "score_rows", kernel, plan.cluster, dim3(static_cast<unsigned>(s.rows * plan.cluster)), dim3(threads), plan.shared_bytes, s,
+    const Blocks blocks = checked("score_rows", score_blocks(s.rows, plan.cluster));
+    launch_clusters(ctx, "score_rows", kernel, plan.cluster, dim3(static_cast<unsigned>(blocks.x)), dim3(threads), plan.shared_bytes, s,
                     static_cast<int>(plan.slice), static_cast<int>(plan.cached));
   };
   if (s.compute == Num::f64) run.template operator()<double>();
@@ -206,7 +208,8 @@ void score_rows_backward(Context& ctx, const ScoreRows& s) {
     constexpr int wide = 16 / static_cast<int>(sizeof(A));
     const bool vector = s.stride % 8 == 0 && s.cols % wide == 0 && all_on_16(s.logits, s.narrow);
     const std::int64_t packs = ceil_div(s.cols, vector ? wide : 1);
-    const dim3 grid(static_cast<unsigned>(s.rows), static_cast<unsigned>(std::clamp<std::int64_t>(packs / 2048, 1, 16)));
+    const Blocks blocks = checked("score_rows_backward", score_backward_blocks(s.rows, packs));
+    const dim3 grid(static_cast<unsigned>(blocks.x), static_cast<unsigned>(blocks.y));
     if (vector) launch_block(ctx, "score_rows_backward", score_backward_kernel<A, wide>, grid, dim3(512), 0, s);
     else launch_block(ctx, "score_rows_backward", score_backward_kernel<A, 1>, grid, dim3(512), 0, s);
   };

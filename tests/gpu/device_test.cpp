@@ -252,6 +252,54 @@ TEST_F(Gpu, TakesGeluSlopeOfAProduct) {
   EXPECT_FALSE(gpu->backend().takes_gelu_slope(wide)) << "f32: nothing says how closely the epilogue's tanh is computed";
 }
 
+// The bias's gradient beside the weight's, stored or added to what is there, in the product's epilogue or in a pass of its own.
+TEST_F(Gpu, TakesSumsOfAWithTheProductThatReadsIt) {
+  const std::filesystem::path file = std::filesystem::temp_directory_path() / ("capstan-sums-" + std::to_string(getpid()) + ".txt");
+  struct Gone {
+    const std::filesystem::path& file;
+    ~Gone() { std::filesystem::remove(file), std::filesystem::remove(file.string() + ".lock"); }
+  } const gone{file};
+  gpu->backend().queue()->tune_products(file.string());
+  struct Shape { std::int64_t rows, out, in; };
+  for (const auto [rows, out, in] : {Shape{8, 8, 8}, {64, 40, 24}, {136, 96, 48}, {64, 5, 7}, {17, 33, 8}, {1, 16, 16}}) {
+    const auto tensor = [&](const Dims& shape, std::uint64_t seed, DType type) { return make(*gpu, random_values(shape.product(), seed, -1, 1), shape, type); };
+    const Tensor wide = tensor(Dims{rows, out + 8}, 1, DType::bf16), dy = wide.narrow(1, 8, out), x = tensor(Dims{rows, in}, 2, DType::bf16);
+    for (const bool accumulate : {false, true}) {
+      SCOPED_TRACE(::testing::Message() << rows << " rows, " << out << " x " << in << (accumulate ? ", added" : ""));
+      const Tensor dw = tensor(Dims{out, in}, 3, DType::f32), db = tensor(Dims{out}, 4, DType::f32);
+      const std::vector<double> g = doubles(dy.contiguous()), input = doubles(x), dw_before = doubles(dw), db_before = doubles(db);
+      kernels::Gemm p;
+      p.a = p.b = kernels::Num::bf16, p.c = kernels::Num::f32, p.trans_a = true, p.accumulate = accumulate;
+      p.m = out, p.n = p.ldb = p.ldc = in, p.k = rows, p.lda = out + 8;
+      ASSERT_TRUE(gpu->backend().takes_sums_of_a(p));
+      p.sums_of_a = db.raw();
+      gpu->backend().gemm(p, dy.raw(), x.raw(), dw.raw());
+      std::vector<double> want_dw, want_db;
+      for (std::int64_t o = 0; o < out; ++o) {
+        double sum = accumulate ? db_before[static_cast<std::size_t>(o)] : 0;
+        for (std::int64_t r = 0; r < rows; ++r) sum += g[static_cast<std::size_t>(r * out + o)];
+        want_db.push_back(sum);
+        for (std::int64_t i = 0; i < in; ++i) {
+          double product = accumulate ? dw_before[static_cast<std::size_t>(o * in + i)] : 0;
+          for (std::int64_t r = 0; r < rows; ++r) product += g[static_cast<std::size_t>(r * out + o)] * input[static_cast<std::size_t>(r * in + i)];
+          want_dw.push_back(product);
+        }
+      }
+      EXPECT_TRUE(near(doubles(db), want_db, tolerance_of(DType::f32)));
+      EXPECT_TRUE(near(doubles(dw), want_dw, tolerance_of(DType::f32)));
+    }
+    std::ifstream lines(file);
+    const std::string text((std::istreambuf_iterator<char>(lines)), std::istreambuf_iterator<char>());
+    if (rows % 8 == 0 && out % 8 == 0 && in % 8 == 0) {
+      EXPECT_NE(text.find(std::to_string(out) + "x" + std::to_string(in) + "x" + std::to_string(rows) + " tn"), std::string::npos) << text;
+      EXPECT_NE(text.find(" sums of a"), std::string::npos) << "they were a pass of their own: " << text;
+    }
+  }
+  kernels::Gemm f32;
+  f32.trans_a = true, f32.m = f32.n = f32.k = f32.lda = f32.ldb = f32.ldc = 8;
+  EXPECT_FALSE(gpu->backend().takes_sums_of_a(f32));
+}
+
 TEST_F(Gpu, SaysWhatIsHeldWhenMemoryRunsOut) {
   const Tensor held = Tensor::zeros(Dims{1 << 20}, DType::f32, *gpu);
   const std::int64_t before = gpu->bytes_held();

@@ -228,6 +228,8 @@ part_train() {
       check "  $recipe $type: the same bits" 20 compared same "$recipe-$type-gpu" "$recipe-$type-again"
     done
   done
+  check "train gpt bf16, attention's sums in any order" 60 train gpt gpt-bf16-free cuda precision.compute=bf16 run.attention_backward=free
+  check "  in any order: 50 losses beside the ordered ones" 20 compared near gpt-bf16-gpu gpt-bf16-free
 }
 
 # Ours, PyTorch's (whose compiler needs minutes for a deep model), then ours in fp8: together within a part.

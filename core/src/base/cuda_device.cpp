@@ -9,6 +9,7 @@
 #include <capstan/error.h>
 #include <kernels/cpu/context.h>
 #include <kernels/cuda/gpu.h>
+#include <kernels/queue.h>
 
 #include <algorithm>
 #include <array>
@@ -92,10 +93,12 @@ class CudaDevice final : public Device {
     std::int64_t rest = tensors;
     for (const std::int64_t n : held_as_) rest -= n;
     const auto as = [&](Holding what) { return amount(held_as_[static_cast<std::size_t>(what)]); };
+    const std::int64_t records = gpu_->queue()->record_bytes();
     return "tensors hold " + amount(tensors) + " (weights " + as(Holding::weights) + ", gradients " + as(Holding::gradients) + ", optimizer state " + as(Holding::optimizer) +
            ", activations and the rest " + amount(rest) + ")" + (communication_ > 0 ? ", NCCL " + amount(communication_) + " (its communicators, and memory registered with them)" : "") +
-           ", the pool has " + amount(gpu_->reserved()) + " from the driver, " + amount(gpu_->available()) + " of " + amount(gpu_->capacity()) +
+           ", the pool has " + amount(gpu_->reserved()) + " from the driver" + (records > 0 ? ", " + amount(records) + " of it for recorded steps" : "") + ", " + amount(gpu_->available()) + " of " + amount(gpu_->capacity()) +
            " are free for anyone; a smaller data.micro_batch or data.sequence_length, train.recompute=block, or precision.compute=bf16 lowers the need" +
+           (records > 0 ? ", run.cuda_graphs=off (inference.cuda_graphs, when text is written) that of recorded steps" : "") +
            (communication_ > 0 ? ", and more ranks along mesh.shard with mesh.strategy: fsdp that of each" : "");
   }
   mutable std::mutex mutex_;

@@ -29,7 +29,7 @@ Limits measure_limits(Device& device, Size size, const std::vector<DType>& types
 void measure_cases(Table& table, const std::string& part, const std::vector<Case>& cases, Device& device, Stopwatch& stopwatch, const Say& say) {
   say(Table::head_text(part));
   for (const Case& c : cases) {
-    Row row{part, c.name, c.bound, c.amount, 0, ""};
+    Row row{part, c.name, c.bound, c.amount, 0, "", c.reference};
     try {
       row.seconds = stopwatch.seconds(device, c.prepare());
     } catch (const std::exception& e) {

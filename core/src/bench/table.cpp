@@ -33,7 +33,9 @@ std::string Table::text(const Row& row) const {
   if (!row.problem.empty()) return fmt::format("{:<58} failed: {}\n", row.name, row.problem);
   const std::string rate = row.bound.product ? fmt::format("{:.1f} TFLOP/s", row.rate() * 1e-12) : fmt::format("{:.0f} GB/s", row.rate() * 1e-9);
   const std::string of = limits.of(row.bound) > 0 ? fmt::format("{:.1f} %", 100 * share(row)) : "-";
-  return fmt::format("{:<58} {:>10.1f} {:>18} {:>9}\n", row.name, row.seconds * 1e6, rate, of);
+  const double unit = row.bound.product ? 1e12 : 1e9;
+  const std::string beside = row.reference.rate > 0 ? fmt::format("   {}: {:.0f}", row.reference.of, row.reference.rate / unit) : "";
+  return fmt::format("{:<58} {:>10.1f} {:>18} {:>9}{}\n", row.name, row.seconds * 1e6, rate, of, beside);
 }
 
 std::string Table::steps_head_text() {
@@ -75,6 +77,7 @@ std::string Table::json() const {
       j["microseconds"] = row.seconds * 1e6;
       j[row.bound.product ? "flops" : "bytes_per_s"] = row.rate();
       if (limits.of(row.bound) > 0) j["share"] = share(row);
+      if (row.reference.rate > 0) j["reference"] = {{row.bound.product ? "flops" : "bytes_per_s", row.reference.rate}, {"of", row.reference.of}};
     } else {
       j["problem"] = row.problem;
     }

@@ -1,4 +1,4 @@
-// defines: Limits, Row, StepRow, Table: what `capstan bench gpu` found, as text and as JSON.
+// defines: Limits, Reference, Row, StepRow, Table: what `capstan bench gpu` found, as text and as JSON.
 #pragma once
 #include <capstan/dtype.h>
 #include <capstan/export.h>
@@ -25,6 +25,12 @@ struct CAPSTAN_API Limits {
   double of(const Bound& bound) const;
 };
 
+/// What somebody else measured of the same work, elsewhere.
+struct CAPSTAN_API Reference {
+  double rate = 0;  ///< bytes or FLOP a second; 0: there is none
+  std::string of;   ///< whose, and on what
+};
+
 /// One measured piece of work.
 struct CAPSTAN_API Row {
   std::string part, name;
@@ -32,6 +38,7 @@ struct CAPSTAN_API Row {
   double amount = 0;   ///< bytes or FLOP of one call
   double seconds = 0;  ///< of one call; 0: it failed
   std::string problem;
+  Reference reference = {};
   double rate() const { return seconds > 0 ? amount / seconds : 0; }
 };
 

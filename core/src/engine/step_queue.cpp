@@ -87,10 +87,12 @@ StepQueue::StepQueue(Engine& engine, Recording recording)
       results_(Tensor::zeros(Dims{gate_doubles + most_losses}, DType::f64, engine.device())),
       parts_(Tensor::zeros(Dims{part_doubles * (engine.mesh() ? engine.comm(one_gradient, "reduce").size() : 1)}, DType::f64, engine.device())) {}
 
-StepQueue::~StepQueue() {
-  for (const auto& [key, walk] : walks_)
-    if (walk.record >= 0) queue_.forget_record(walk.record);
-  if (update_record_ >= 0) queue_.forget_record(update_record_);
+StepQueue::~StepQueue() { forget_records(); }
+
+void StepQueue::forget_records() {
+  for (auto& [key, walk] : walks_)
+    if (walk.record >= 0) queue_.forget_record(std::exchange(walk.record, -1));
+  if (update_record_ >= 0) queue_.forget_record(std::exchange(update_record_, -1));
 }
 
 std::int64_t StepQueue::recorded() const {
@@ -300,8 +302,8 @@ bool StepQueue::record(Walk& walk, std::uint64_t step, bool last) {
   } catch (const std::exception& e) {
     why = e.what();
     engine_.abandon_walk(units);
-    queue_.cancel_record();
     for (const Parameter* p : engine_.model().parameters()) p->forget_derived();  // one made inside was not filled
+    queue_.cancel_record();
   }
   if (!failed_anywhere(!why.empty())) {
     for (Leaf* leaf : all)
@@ -309,7 +311,7 @@ bool StepQueue::record(Walk& walk, std::uint64_t step, bool last) {
     walk.units = engine_.gradient_states();
     return true;
   }
-  if (walk.record >= 0) queue_.forget_record(std::exchange(walk.record, -1));
+  forget_records();  // plain steps want the memory
   engine_.abandon_walk(units);
   for (Leaf* leaf : all) leaf->clear();
   for (Leaf* leaf : before) leaf->mark_filled();

@@ -94,6 +94,7 @@ class CAPSTAN_API StepQueue {
   void keep(const std::vector<LossEntry>& entries, QueuedStep& queued, std::vector<double>* weights = nullptr);
   void plain(const Batch& batch, std::uint64_t step, bool last, QueuedStep& queued, std::vector<double>* weights = nullptr);
   bool record(Walk& walk, std::uint64_t step, bool last);
+  void forget_records();
   void update(std::int64_t step, double lr_scale);
   void refresh_forms() const;
   Tensor losses(std::int64_t from, std::int64_t count) const;

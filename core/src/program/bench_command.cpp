@@ -172,6 +172,7 @@ void bench(const Program& program, const Words& words) {
     else
       fmt::print("  gradients     {:.1f} ms, optimizer {:.1f} ms\n", 1e3 * median(gradients), 1e3 * median(updates));
     if (!session->products.empty()) fmt::print("  products      {}\n", session->products);
+    if (device.kind() == DeviceKind::cuda && session->options().group("run").text("attention_backward") == "free") fmt::print("  attention     its gradients are summed in any order\n");
     fmt::print("  precision     {}\n", train::describe_precision(*session));
     fmt::print("  matrix rate   {:.0f} GFLOP/s, measured between the steps{}: the limit\n", peak * 1e-9, products);
     fmt::print("  reached       {:.0f} GFLOP/s, {:.1f}% of the limit\n", rate * 1e-9, 100 * rate / peak);

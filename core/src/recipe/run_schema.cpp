@@ -34,6 +34,10 @@ Schema run_group() {
          "whether a GPU replays a training step that was recorded once instead of being told each kernel anew, with the same bits; auto: where "
          "it can be; on: or else an error that says why not; off: never")
       .one_of({"auto", "on", "off"});
+  s.text("attention_backward", "ordered",
+         "the order in which a GPU sums attention's gradients; ordered: one order, the same bits at every run; free: another at every run, where "
+         "cuDNN is faster so: no run then repeats or resumes to the bit. The CPU has one order either way")
+      .one_of({"ordered", "free"});
   s.text("gemm_choice", "heuristic",
          "which of cuBLASLt's algorithms a GPU's matrix products take; heuristic: the library's first proposal; tuned: the fastest of its "
          "proposals, timed once for each kind of product and kept in gemm_file, so that whoever reads that file gets the same bits")

@@ -160,6 +160,7 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
 void place(Session& s, Placement placement) {
   if (placement != Placement::weights) check_precision(s, placement == Placement::gradients);  // what writes text has no fp8
   s.products = choose_products(s);
+  if (s.device->kind() == DeviceKind::cuda) gpu_of(*s.device).allow_any_order(s.options().group("run").text("attention_backward") == "free");
   EngineOptions e = s.engine_options(placement == Placement::gradients);
   if (s.mesh && s.mesh->size("pp") > 1) s.cut_into_stages(e);
   s.engine = std::make_unique<Engine>(s.model, s.device, std::move(e), s.mesh);

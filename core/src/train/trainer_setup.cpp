@@ -115,6 +115,9 @@ Trainer::Trainer(std::unique_ptr<Session> session, std::function<int()> interrup
   const std::string cannot = session_->engine->cannot_record();
   if (!cannot.empty() && session_->engine->options().recording == Recording::required)
     options.group("run").refuse("cuda_graphs", "steps cannot be recorded: " + cannot + "; expected auto or off here");
+  if (options.group("run").text("attention_backward") == "free")
+    display_.note(session_->device->kind() == DeviceKind::cuda ? "  attention: its gradients are summed in any order, with other bits at every run"
+                                                               : "  attention: its gradients are summed in one order, the CPU's only one");
   if (!session_->products.empty()) display_.note("  products: " + session_->products);
   if (session_->device->kind() == DeviceKind::cuda)
     display_.note("  cuda graphs: " + (session_->engine->options().recording == Recording::off ? "off" : !cannot.empty() ? "off: " + cannot : session_->mesh ? "forward and backward are recorded once and replayed" : "forward, backward and update are recorded once and replayed"));
@@ -183,7 +186,8 @@ void Trainer::resume() {
     data_->seek(data::DataCursor::from_json(state.data_cursor));
     if (const auto it = state.more.find("spikes"); it != state.more.end())
       std::sscanf(it->second.c_str(), "%lf %lf %ld", &spike_mean_, &spike_square_, &spike_count_);
-    display_.note(fmt::format("resuming {} at step {} of {}", folder_.path(), step_, steps_));
+    const bool drifts = session_->device->kind() == DeviceKind::cuda && run.text("attention_backward") == "free";
+    display_.note(fmt::format("resuming {} at step {} of {}{}", folder_.path(), step_, steps_, drifts ? ", not to the bit (run.attention_backward: free)" : ""));
     if (state.recipe_digest != recipe_digest(session_->kept_options()))
       report("the recipe differs from the one that this run has had so far" + folder_.keep_recipe(step_));
   }

@@ -44,6 +44,7 @@ TEST(BenchTable, RatesAndSharesFollowFromBytesFlopAndSeconds) {
   t.rows = {{"kernels", "norm", Bound::memory(), 2e9, 1e-3, ""},
             {"attention", "attention", Bound::products(DType::bf16), 4e11, 1e-3, ""},
             {"attention", "in f32", Bound::products(DType::f32), 4e11, 1e-3, ""},
+            {"attention", "known", Bound::products(DType::bf16), 4e11, 1e-3, "", {5.91e14, "a library, a chip"}},
             {"attention", "none", Bound::products(DType::bf16), 4e11, 0, "no engine"}};
   EXPECT_DOUBLE_EQ(t.rows[0].rate(), 2e12);
   EXPECT_DOUBLE_EQ(t.share(t.rows[0]), 0.5);
@@ -52,7 +53,7 @@ TEST(BenchTable, RatesAndSharesFollowFromBytesFlopAndSeconds) {
   t.steps = {{"m", "bf16", 1000, 3e14, 0.375, 20480, "", 0.981, StepRow::Peer{"PyTorch 2", 800, 30000, ""}}, {"n", "", 0, 0, 0, 0, "out of memory", 0, {}}};
   EXPECT_DOUBLE_EQ(t.steps[0].ratio(), 1.25);
   const std::string text = t.text();
-  for (const char* part : {"a chip", "4000 GB/s", "800.0 TFLOP/s", "1000.0          2000 GB/s    50.0 %", "400.0 TFLOP/s    50.0 %", "400.0 TFLOP/s         -", "none", "failed: no engine", "37.5 %", "98.1 %",
+  for (const char* part : {"a chip", "4000 GB/s", "800.0 TFLOP/s", "1000.0          2000 GB/s    50.0 %", "400.0 TFLOP/s    50.0 %", "400.0 TFLOP/s         -", "50.0 %   a library, a chip: 591\n", "none", "failed: no engine", "37.5 %", "98.1 %",
                            "800 tokens/s (1.25x)", "failed: out of memory"})
     EXPECT_THAT(text, HasSubstr(part));
   const auto j = nlohmann::json::parse(t.json());
@@ -60,7 +61,10 @@ TEST(BenchTable, RatesAndSharesFollowFromBytesFlopAndSeconds) {
   EXPECT_EQ(j["rows"][0]["bytes_per_s"], 2e12);
   EXPECT_EQ(j["rows"][0]["share"], 0.5);
   EXPECT_FALSE(j["rows"][2].contains("share"));
-  EXPECT_EQ(j["rows"][3]["problem"], "no engine");
+  EXPECT_EQ(j["rows"][3]["reference"]["flops"], 5.91e14);
+  EXPECT_EQ(j["rows"][3]["reference"]["of"], "a library, a chip");
+  EXPECT_FALSE(j["rows"][2].contains("reference"));
+  EXPECT_EQ(j["rows"][4]["problem"], "no engine");
   EXPECT_EQ(j["steps"][0]["peer"]["ratio"], 1.25);
   EXPECT_EQ(j["steps"][0]["busy_share"], 0.981);
   EXPECT_EQ(j["steps"][1]["problem"], "out of memory");
@@ -102,6 +106,15 @@ TEST(BenchCases, EveryCaseRunsAndCountsItsOperandsOnce) {
   EXPECT_EQ(amounts.at("attention 2 x 70, 4/2 heads of 16"), 4.0 * 2 * 4 * 16 * (70 * 70 / 2.0));
   EXPECT_EQ(amounts.at("attention 1 x 100, 2/1 heads of 16, window 33"), 4.0 * 2 * 16 * (33 * 33 / 2.0 + 67 * 33));
   EXPECT_EQ(amounts.at("  backward, any order 2 x 70, 4/2 heads of 16"), 2.5 * amounts.at("attention 2 x 70, 4/2 heads of 16"));
+  EXPECT_EQ(amounts.at("product bf16 64 x 16 x 16 (GPT-2 1.5B up)"), 2.0 * 64 * 16 * 16);
+  for (const char* same : {"  and GELU (GPT-2 1.5B up)", "  dx (GPT-2 1.5B up)", "  dW, f32 (GPT-2 1.5B up)", "  dW, added in f32 (GPT-2 1.5B up)", "  dW and db, added in f32 (GPT-2 1.5B up)",
+                           "product fp8 64 x 16 x 16 (GPT-2 1.5B up)", "  fp8 dx (GPT-2 1.5B up)", "  fp8 dW, added in f32 (GPT-2 1.5B up)", "  dx times GELU's slope (GPT-2 1.5B down)"})
+    EXPECT_EQ(amounts.at(same), 2.0 * 64 * 16 * 16) << same;
+  for (const Row& row : t.rows) {
+    const bool known = row.name == "attention 1 x 100, 2/1 heads of 16, window 33" || row.name == "  backward, any order 1 x 100, 2/1 heads of 16, window 33";
+    EXPECT_EQ(row.reference.rate > 0, known) << row.name;
+  }
+  EXPECT_THAT(said, HasSubstr("cuDNN 9.19.1, H200: 2\n"));
   for (const char* kernel : {"rope", "embedding bf16", "embedding_backward", "transpose", "column_sum", "  backward, one order", "product bf16", "quantize bf16 to e4m3"})
     EXPECT_THAT(said, HasSubstr(kernel));
 }
@@ -218,7 +231,7 @@ TEST_F(BenchSteps, TheCommandOnAnEmulatedGpuHasEveryRow) {
                                        "--recipe", tiny(), "run.threads=1"};
   const ChildResult text = run_child(words, 140);
   ASSERT_EQ(text.status, 0) << text.errors << text.out;
-  for (const char* part : {"copy, read and written", "product, bf16", "product, f32", "kernels", "rms_norm", "gradient_norm f32", "products", "attention", "any order", "training step", "tiny", "alone", "bf16+fp8", "product, f8e4m3"})
+  for (const char* part : {"copy, read and written", "product, bf16", "product, f32", "kernels", "rms_norm", "gradient_norm f32", "products", "  dx (", "  dW, f32", "and GELU", "GELU's slope", "dW and db", "product fp8", "fp8 dx", "fp8 dW", "cuDNN 9.19.1, H200", "attention", "any order", "training step", "tiny", "alone", "bf16+fp8", "product, f8e4m3"})
     EXPECT_THAT(text.out, HasSubstr(part));
   EXPECT_THAT(text.out, ::testing::Not(HasSubstr("failed")));
   std::vector<std::string> again = words;

@@ -23,6 +23,7 @@ TEST_F(RunSchemaTest, DefaultsOfARun) {
   EXPECT_EQ(o.group("run").text("resume"), "auto");
   EXPECT_EQ(o.group("run").integer("threads"), 0);
   EXPECT_EQ(o.group("run").text("device"), "cpu");
+  EXPECT_EQ(o.group("run").text("attention_backward"), "ordered");
   EXPECT_EQ(o.group("precision").text("compute"), "f32");
   EXPECT_EQ(o.group("precision").text("linear"), "compute");
   EXPECT_EQ(o.group("precision").text("linear_gradient"), "e5m2");
@@ -73,7 +74,7 @@ TEST_F(RunSchemaTest, RangesAndWords) {
   const std::string path = write("r.yaml", minimal());
   for (const char* word :
        {"data.validation=0.51", "data.validation=-0.1", "data.sets.0.weight=0", "data.batch_size=0", "train.clip=-1",
-        "train.on_nonfinite=ignore", "run.resume=yes", "run.device=gpu", "precision.compute=f16", "schedule.decay=cos",
+        "train.on_nonfinite=ignore", "run.resume=yes", "run.device=gpu", "run.attention_backward=any", "precision.compute=f16", "schedule.decay=cos",
         "checkpoint.keep=-1", "train.steps=0", "schedule.final=1.5", "run.seed=-1"}) {
     EXPECT_THAT(refusal(path, {word}), HasSubstr("expected")) << word;
   }

@@ -1,5 +1,5 @@
 // cuBLASLt's meaning, plainly: column-major D = op(A) op(B) + beta C (+ bias along the rows), batched, and GELU of that with what
-// it was taken of, or that times GELU's slope. Shapes that the library would refuse are refused, and attributes of another size than cublasLt.h gives them; of
+// it was taken of, or that times GELU's slope, or beside it the sums of B along the products' sums. Shapes that the library would refuse are refused, and attributes of another size than cublasLt.h gives them; of
 // fp8 products everything that Hopper (scalars) and Blackwell (scales of 32) refuse. An algorithm holds its caller to the
 // alignment that it was asked for with, and to the scratch memory that it named.
 #include <cublasLt.h>
@@ -38,6 +38,7 @@ struct Operation {
   cudaDataType_t aux_type = static_cast<cudaDataType_t>(-1);
   bool gelu() const { return epilogue == CUBLASLT_EPILOGUE_GELU_AUX || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS; }
   bool slope() const { return epilogue == CUBLASLT_EPILOGUE_DGELU; }
+  bool sums() const { return epilogue == CUBLASLT_EPILOGUE_BGRADB; }
   bool biased() const { return epilogue == CUBLASLT_EPILOGUE_BIAS || epilogue == CUBLASLT_EPILOGUE_GELU_AUX_BIAS; }
 };
 struct Preference { std::uint64_t workspace = 0; std::uint32_t a = 256, b = 256, c = 256, d = 256; };
@@ -94,7 +95,8 @@ bool fits(const Operation& op, const Layout& a, const Layout& b, const Layout& c
   for (const Layout* l : {&a, &b, &c, &d})
     if (l->ld < l->rows || l->batch != d.batch) return false;
   if (op.biased() && op.bias == nullptr) return false;
-  if (op.epilogue != CUBLASLT_EPILOGUE_DEFAULT && !op.biased() && !op.gelu() && !op.slope()) return false;
+  if (op.epilogue != CUBLASLT_EPILOGUE_DEFAULT && !op.biased() && !op.gelu() && !op.slope() && !op.sums()) return false;
+  if (op.sums() && (op.bias == nullptr || op.bias_type != d.type || d.batch != 1 || is_fp8(a) || d.type == CUDA_R_64F || k % 8 != 0)) return false;
   if ((op.gelu() || op.slope()) && k % 8 != 0) return false;  // so that there are products without such an algorithm
   if ((op.gelu() || op.slope()) && (op.aux == nullptr || op.aux_ld % 8 != 0 || op.aux_ld < m || op.aux_type != d.type || d.batch != 1 || is_fp8(a) || d.type == CUDA_R_64F))
     return false;
@@ -212,6 +214,11 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const vo
   }
   capstan::emulated::touch_device_memory([=] {
     if (room > 0) std::memset(scratch, 0xff, room);
+    for (std::int64_t j = 0; op.sums() && j < D.cols; ++j) {
+      float sum = 0;
+      for (std::int64_t p = 0; p < k; ++p) sum += static_cast<float>(read(b, B.type, op.b == CUBLAS_OP_N ? j * B.ld + p : p * B.ld + j));
+      write(const_cast<void*>(op.bias), op.bias_type, j, static_cast<double>(sum));
+    }
     for (std::int64_t batch = 0; batch < D.batch; ++batch)
       for (std::int64_t j = 0; j < D.cols; ++j)
         for (std::int64_t i = 0; i < D.rows; ++i) {

@@ -8,6 +8,7 @@
 #include <capstan/update.h>
 #include <gmock/gmock.h>
 #include <kernels/backend.h>
+#include <kernels/queue.h>
 
 #include <csignal>
 #include <cstdio>
@@ -63,8 +64,9 @@ INSTANTIATE_TEST_SUITE_P(Kinds, Graphs,
 /// Queued steps of one engine; two microbatches each.
 class Steps {
  public:
-  Steps(const Project& project, const std::string& graphs, const Words& more = {}, std::shared_ptr<Optimizer> optimizer = nullptr)
+  Steps(const Project& project, const std::string& graphs, const Words& more = {}, std::shared_ptr<Optimizer> optimizer = nullptr, const Poison::Change& change = {})
       : session_(open_session(project.recipe(), on_gpu(project, "unused", graphs, more), CAPSTAN_PROGRAM, Placement::gradients)) {
+    if (change) session_->engine = std::make_unique<Engine>(std::make_shared<Poisoned>(session_->model, change), session_->device, session_->engine_options(true));
     if (!optimizer) optimizer = session_->host->make_as<Optimizer>(session_->options().plugin("optimizer"));
     session_->engine->attach(std::move(optimizer));
     session_->engine->initialize();
@@ -155,6 +157,69 @@ TEST(QueuedSteps, AnUpdateThatIsAnotherAtEachStepIsNotReplayed) {
   }
 }
 
+/// More than there is.
+void take_too_much(Device& device) { Tensor::empty(Dims{std::int64_t{1} << 48}, DType::f32, device); }
+
+/// Wants too much of it in the step when its update is recorded.
+class Hungry final : public Optimizer {
+ public:
+  explicit Hungry(bool hungry) : hungry_(hungry) {}
+  std::vector<StateDecl> state_of(const Parameter&) const override { return {}; }
+  Atomicity atomicity(const Parameter&) const override { return Atomicity::element; }
+  double peak_lr() const override { return 0.1; }
+  bool gated() const override { return true; }
+  void update(const UpdateContext& context, std::span<UpdateItem> items) override {
+    for (const UpdateItem& item : items) {
+      const Tensor value = item.value.view(Dims{1, item.value.numel()});
+      const Tensor scaled = ops::scale(item.grad.view(value.shape()), 0.5);
+      update::axpby(1, value, -0.1, scaled, value);
+    }
+    if (context.step == 2 && std::exchange(hungry_, false)) take_too_much(items[0].value.device());
+  }
+
+ private:
+  bool hungry_;
+};
+
+// What the plain steps behind it run in would be less, by all that the record took until it failed.
+TEST(QueuedSteps, ARecordThatFindsNoMemoryGivesBackWhatItTook) {
+  Project project;
+  std::vector<Values> ends;
+  for (const char* graphs : {"off", "auto"}) {
+    int calls = 0;  // each kind of microbatch unrecorded; the first recorded; then the other, which goes wrong
+    Steps steps(project, graphs, {}, nullptr, [&](const Tensor& h, ForwardContext& context) {
+      if (++calls == 4 && graphs[0] == 'a') take_too_much(context.device);
+      return times(h, 1);
+    });
+    steps.take(1);
+    const std::int64_t before = steps.device().bytes_reserved();
+    for (std::int64_t step = 2; step <= 4; ++step) steps.take(step);
+    ends.push_back(values_of(steps.engine()));
+    if (graphs[0] == 'o') continue;
+    EXPECT_THAT(steps.engine().queued()->why_not(), AllOf(HasSubstr("cannot allocate"), HasSubstr("for recorded steps"), HasSubstr("run.cuda_graphs=off")));
+    EXPECT_EQ(steps.engine().queued()->recorded(), 0);
+    EXPECT_EQ(steps.device().backend().queue()->record_bytes(), 0);
+    EXPECT_EQ(steps.device().bytes_reserved(), before);
+  }
+  EXPECT_EQ(ends[0], ends[1]);
+}
+
+// Other records' memory stays: they are replayed.
+TEST(QueuedSteps, AnUpdateThatFindsNoMemoryLeavesTheRecordsOfMicrobatches) {
+  Project project;
+  std::vector<Values> ends;
+  for (const char* graphs : {"off", "auto"}) {
+    Steps steps(project, graphs, {}, std::make_shared<Hungry>(graphs[0] == 'a'));
+    for (std::int64_t step = 1; step <= 6; ++step) steps.take(step);
+    ends.push_back(values_of(steps.engine()));
+    if (graphs[0] == 'o') continue;
+    EXPECT_THAT(steps.engine().queued()->why_not(), AllOf(HasSubstr("the optimizer's update"), HasSubstr("cannot allocate"), HasSubstr("run.cuda_graphs=off")));
+    EXPECT_EQ(steps.engine().queued()->recorded(), 2);
+    EXPECT_GT(steps.device().backend().queue()->record_bytes(), 0);
+  }
+  EXPECT_EQ(ends[0], ends[1]);
+}
+
 TEST(QueuedSteps, TheirMemoryIsNamedByWhatItIsForWhenNoneIsLeft) {
   Project project;
   Steps steps(project, "off");
@@ -216,6 +281,38 @@ TEST(QueuedSteps, AreThoseThatTheHostWaitsFor) {
   EXPECT_EQ(losses[0], losses[1]);
   EXPECT_EQ(norms[0], norms[1]);
   EXPECT_EQ(ends[0], ends[1]);
+}
+
+// The kernels are told, in records too; by default sums have one order.
+TEST(QueuedSteps, SumAttentionsGradientsInAnyOrderWhenAsked) {
+  Project project;
+  std::vector<Values> ends;
+  bool emulated = false;
+  for (const Words& words : {Words{}, Words{"run.attention_backward=ordered"}, Words{"run.attention_backward=free"}}) {
+    Steps steps(project, "on", words);
+    emulated = steps.device().describe().find("emulated") != std::string::npos;
+    for (std::int64_t step = 1; step <= 4; ++step) steps.take(step);
+    ends.push_back(values_of(steps.engine()));
+  }
+  EXPECT_EQ(ends[0], ends[1]);
+  if (emulated) {
+    EXPECT_NE(ends[0], ends[2]);  // a GPU's f32 kernels have one order either way
+  }
+}
+
+TEST(Graphs, SayThatARunInAnyOrderIsNotRepeated) {
+  Project project;
+  Words half = on_gpu(project, "free", "on", {"run.attention_backward=free", "train.steps=4", "schedule.decay=constant"});
+  const Outcome first = run_trainer(project.recipe(), half);
+  ASSERT_FALSE(first.error) << first.error->what();
+  EXPECT_THAT(first.out, HasSubstr("summed in any order"));
+  half.push_back("train.steps=6");
+  const Outcome rest = run_trainer(project.recipe(), half);
+  ASSERT_FALSE(rest.error) << rest.error->what();
+  EXPECT_THAT(rest.out, HasSubstr("at step 4 of 6, not to the bit (run.attention_backward: free)"));
+  const Outcome cpu = run_trainer(project.recipe(), {project.dir("cpu"), "run.attention_backward=free", "train.steps=2"});
+  ASSERT_FALSE(cpu.error) << cpu.error->what();
+  EXPECT_THAT(cpu.out, HasSubstr("in one order, the CPU's only one"));
 }
 
 TEST(Graphs, GoOnFromACheckpointToTheBit) {

@@ -400,7 +400,7 @@ void test_attention(Context& ctx, bool small) {
                           if (ran && a.rows > a.host_starts[a.sequences]) check(cudaMemset2DAsync(static_cast<bf16*>(a.out) + a.host_starts[a.sequences] * a.out_stride, static_cast<std::size_t>(a.out_stride * 2), 0, static_cast<std::size_t>(a.heads * a.head_size * 2), static_cast<std::size_t>(a.rows - a.host_starts[a.sequences]), ctx.stream()), "dead rows");
                           return ran; },
                         [&](const Attention& a) {
-                          const bool ran = said(cudnn.backward(ctx, a, ordered, 8 << 20), "backward");
+                          const bool ran = said(cudnn.backward(ctx, a, ordered, ordered ? 8 << 20 : 1 << 30), "backward");
                           if (ran && a.rows > a.host_starts[a.sequences]) check(cudaMemset2DAsync(static_cast<bf16*>(a.dq) + a.host_starts[a.sequences] * a.dq_stride, static_cast<std::size_t>(a.dq_stride * 2), 0, static_cast<std::size_t>((a.heads + 2 * a.kv_heads) * a.head_size * 2), static_cast<std::size_t>(a.rows - a.host_starts[a.sequences]), ctx.stream()), "dead rows");
                           return ran; }, ordered});
         } catch (const std::exception& e) {
@@ -410,6 +410,11 @@ void test_attention(Context& ctx, bool small) {
     cuda::CudnnAttention none(ctx);
     Problem<bf16> p(Shape{equal(2, 512), 8, 2, 128}, 0.1, 31);
     report(!none.forward(ctx, p.a, -1) && !none.why().empty(), "cudnn without room", "an engine was taken that wants more than is allowed");
+    for (const bool ordered : {false, true})
+      report(!none.backward(ctx, p.a, ordered, -1) && !none.why().empty(), "cudnn without room, backward", "an engine was taken that wants more than is allowed");
+    cuda::CudnnAttention little(ctx);
+    const std::int64_t room = 3 << 20;
+    report(!little.backward(ctx, p.a, true, room) || little.last_workspace() <= room, "cudnn with little room, backward", "its plan works in more than is allowed");
   } catch (const std::exception& e) {
     report(false, "cudnn", e.what());
   }

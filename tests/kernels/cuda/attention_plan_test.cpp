@@ -101,12 +101,59 @@ TEST(CudnnRefuses, SaysWhatItDoesNotTake) {
   EXPECT_NE(cudnn_refuses(shape(starts, 8, 2, 36), false, 90), "");
   EXPECT_EQ(cudnn_refuses(shape(starts, 8, 2, 256), true, 90), "");
   EXPECT_NE(cudnn_refuses(shape(starts, 8, 2, 256), true, 100), "");
+  EXPECT_EQ(cudnn_refuses(shape(starts, 8, 2, 64), false, 100), "");
+  EXPECT_NE(cudnn_refuses(shape(starts, 8, 2, 64), true, 100), "") << "in one order";
+  a.any_order = true;
+  EXPECT_EQ(cudnn_refuses(a, true, 100), "");
+  const std::vector<std::int32_t> ragged{0, 100, 130};
+  for (const std::int64_t size : {40, 48}) {
+    Attention r = shape(ragged, 8, 2, size);
+    r.any_order = true;
+    EXPECT_EQ(cudnn_refuses(r, true, 90).empty(), size == 48) << size;
+    EXPECT_EQ(cudnn_refuses(r, false, 90), "");
+  }
   a.q_stride += 4;
   EXPECT_NE(cudnn_refuses(a, false, 90), "");
   a = shape(starts, 8, 2, 64), a.num = Num::f32;
   EXPECT_NE(cudnn_refuses(a, false, 90), "");
   a = shape(starts, 8, 2, 64), a.rows = std::int64_t{1} << 30;
   EXPECT_NE(cudnn_refuses(a, false, 90), "");
+}
+
+TEST(CudnnShape, OlderLibrariesMaskTheLastTileInTheGraph) {
+  const std::vector<std::int32_t> whole{0, 256, 512}, cut{0, 200, 400}, ragged{0, 100, 201};
+  for (const std::int64_t version : {91002, 91500, 91501, 91900}) {
+    EXPECT_EQ(cudnn_wants_padding(cudnn_shape(shape(cut, 8, 2, 64), true, true), version), version <= 91500) << version;
+    EXPECT_FALSE(cudnn_wants_padding(cudnn_shape(shape(whole, 8, 2, 64), true, false), version));
+    EXPECT_FALSE(cudnn_wants_padding(cudnn_shape(shape(cut, 8, 2, 64), false, false), version));
+    EXPECT_FALSE(cudnn_wants_padding(cudnn_shape(shape(ragged, 8, 2, 64), true, false), version)) << "it has its masks";
+  }
+}
+
+// Plans that want more than was thought, by whatever factor: the pieces that are taken stay within the limit, or there are none.
+TEST(CudnnFit, TakesTheLargestPiecesWhosePlansFit) {
+  CudnnShape s;
+  s.batch = 6, s.kv_heads = 8, s.heads = 32, s.length = 1000, s.head_size = 128;
+  const double head = 4 * (1024 * 1024 * 2 + 2 * 1024 * 128 * 2);
+  for (const double more : {0.5, 1.0, 1.7, 6.0, 100.0})
+    for (const std::int64_t limit : {std::int64_t{1} << 22, std::int64_t{1} << 25, std::int64_t{1} << 28, std::int64_t{1} << 32})
+      for (const bool ordered : {false, true}) {
+        const auto wants = [&](const CudnnChunk& c) { return more * head * static_cast<double>(c.batch * c.kv_heads); };
+        std::vector<std::int64_t> tried;
+        const CudnnChunk c = cudnn_fit(s, ordered ? cudnn_ordered_chunk(s, limit) : CudnnChunk{6, 8}, [&](const CudnnChunk& piece) {
+          EXPECT_EQ(s.kv_heads % piece.kv_heads, 0);
+          EXPECT_EQ(s.batch % piece.batch, 0);
+          tried.push_back(piece.batch * piece.kv_heads);
+          return wants(piece) <= static_cast<double>(limit);
+        });
+        for (std::size_t i = 1; i < tried.size(); ++i) EXPECT_LT(tried[i], tried[i - 1]);
+        if (c.kv_heads == 0) {
+          EXPECT_GT(std::max(more, ordered ? 1.0 : 0.0) * head, static_cast<double>(limit));
+        } else {
+          EXPECT_LE(wants(c), static_cast<double>(limit));
+          EXPECT_EQ(tried.back(), c.batch * c.kv_heads);
+        }
+      }
 }
 
 TEST(CudnnOrderedChunk, DividesTheWorkAndStaysWithinTheWorkspace) {
