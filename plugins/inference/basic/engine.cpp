@@ -42,7 +42,7 @@ void BasicEngine::attach(std::shared_ptr<Model> model, std::shared_ptr<const Tok
 void BasicEngine::submit(Request request) {
   if (!model_) fail(Fault::programming, "basic", "submit() before attach()");
   const std::string where = "request " + std::to_string(request.id);
-  check_sampling(request.sampling, where);
+  check_sampling(request.sampling, [&](const std::string& name) { return where + ", " + name; });
   if (request.prompt.empty()) fail(Fault::input, where, "the prompt has no tokens: expected at least one to continue from");
   const auto length = static_cast<std::int64_t>(request.prompt.size());
   if (length > longest_) {
