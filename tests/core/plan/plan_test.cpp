@@ -15,14 +15,18 @@
 #include <cstdio>
 #include <ctime>
 #include <exception>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <span>
 #include <thread>
+#include <tuple>
 #include <utility>
 
 namespace capstan::plan::testing {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 /// What real ranks held and sent in one step.
@@ -269,6 +273,25 @@ TEST(Devices, TheInstalledTableIsGoodAndWrongNamesListTheRightOnes) {
     FAIL() << "it was found";
   } catch (const Error& e) {
     EXPECT_THAT(e.what(), HasSubstr("h200"));
+  }
+}
+
+// A number that no int holds must not become another one on its way.
+TEST(Devices, CountsAreKeptWithinTheirRange) {
+  std::ifstream in(devices_file(CAPSTAN_PROGRAM));
+  const std::string table(std::istreambuf_iterator<char>(in), {});
+  const Folder folder;
+  for (const auto& [good, bad, key] : {std::tuple{"cores: 132", "cores: 4294967428", "cores"}, std::tuple{"per_host: 8", "per_host: 4294967304", "per_host"}}) {
+    const std::string file = folder.recipe() + ".devices.yaml";
+    std::string changed = table;
+    ASSERT_NE(changed.find(good), std::string::npos);
+    std::ofstream(file) << changed.replace(changed.find(good), std::string(good).size(), bad);
+    try {
+      load_device(file, "h100");
+      ADD_FAILURE() << key << " was taken";
+    } catch (const Error& e) {
+      EXPECT_THAT(e.what(), AllOf(HasSubstr("devices.yaml:"), HasSubstr(std::string("devices.0.") + key), HasSubstr("1048576")));
+    }
   }
 }
 
