@@ -202,7 +202,13 @@ void Trainer::roll_back(const std::string& why) {
   data_->seek(after);
   fetched_.clear();
   step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
-  folder_.rewind_metrics(step_);
+  try {
+    folder_.rewind_metrics(step_);
+  } catch (const Error& e) {  // lines too many are no reason to lose the run
+    const std::string line = fmt::format("{}. metrics.jsonl keeps its lines of steps after {}, which are taken again, and this does not end the run", e.what(), step_);
+    display_.warn(line);
+    folder_.log(line);
+  }
   display_.warn(why + fmt::format("; rolled back to step {} and past the batch", step_));
 }
 
