@@ -28,6 +28,7 @@ struct Setting {
   std::int64_t micro = 1;             ///< sequences of one microbatch
   std::int64_t microbatches = 1;      ///< of one step, each rank
   pipeline::Plan pipeline;
+  std::string where_stages = "stages";  ///< the recipe's place that says how many, for messages
   bool staging = false;               ///< checkpoints are written from a copy in memory
   std::int64_t sampled_tokens = 0;    ///< that samples have room for, on rank 0; 0: no samples
 

@@ -42,7 +42,8 @@ void plan_step(const Program& program, const Words& words) {
   const plan::Setting setting = plan::setting_from(*session, words.ranks);
   const plan::Sources sources = plan::sources_from(*session);
   const plan::DeviceModel* known = device ? &*device : nullptr;
-  const plan::Prediction prediction = plan::predict(sources, setting, known);
+  plan::Prediction prediction;
+  train::with_sizes_of(session->options(), [&] { prediction = plan::predict(sources, setting, known); });
   std::vector<plan::Advice> advice;
   if (known != nullptr && static_cast<double>(prediction.memory[prediction.worst].total()) > known->memory)
     advice = plan::advise(sources, setting, known->memory);

@@ -35,7 +35,9 @@ std::int64_t state_bytes_per_token(const Model& model, DType compute) {
   return bytes;
 }
 
-Estimate estimate_step(const Session& session) {
+namespace {
+
+Estimate estimate(const Session& session) {
   const Options& data = session.options().group("data");
   const std::int64_t batch_size = data.integer("batch_size"), length = data.integer("sequence_length");
   const std::int64_t micro = data.integer("micro_batch") > 0 ? std::min(data.integer("micro_batch"), batch_size) : batch_size;
@@ -70,6 +72,14 @@ Estimate estimate_step(const Session& session) {
     straight.forward_backward(b, 1);
     e.model_flop_per_token = again->total_cost().flop / static_cast<double>(micro * length);
   }
+  return e;
+}
+
+}  // namespace
+
+Estimate estimate_step(const Session& session) {
+  Estimate e;
+  with_sizes_of(session.options(), [&] { e = estimate(session); });
   return e;
 }
 

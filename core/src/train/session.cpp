@@ -8,6 +8,7 @@
 #include "launch/launch.h"
 #include "recipe/mesh_schema.h"
 #include "recipe/run_schema.h"
+#include "tensor/too_large.h"
 #include "train/precision.h"
 #include "train/state_tensors.h"
 
@@ -49,7 +50,13 @@ void Session::cut_into_stages(EngineOptions& e) const {
   const Options& data = options().group("data");
   const std::int64_t micro = data.integer("micro_batch") > 0 ? data.integer("micro_batch") : data.integer("batch_size");
   const std::vector<pipeline::CallCost> costs = pipeline::call_costs(*make_model(), micro, data.integer("sequence_length"), e.compute, e.recompute);
-  e.stage_of_call = pipeline::cut_into_stages(costs, e.pipeline.stages());
+  e.stage_of_call = pipeline::cut_into_stages(costs, e.pipeline.stages(), where_stages());
+}
+
+std::string Session::where_stages() const {
+  const Options& mesh_options = options().group("mesh");
+  const Options& p = mesh_options.group("pipeline");
+  return p.integer("stages_per_rank") > 1 ? p.where("stages_per_rank") : mesh_options.where("pp");
 }
 
 bool Session::pipeline_cuts_batches() const {
@@ -150,9 +157,13 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
   }
   s->model = s->make_model();
   if (placement == Placement::none) check_precision(*s, false);
-  if (s->model->vocabulary() < s->tokenizer->vocabulary())
-    fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
-                                    std::to_string(s->tokenizer->vocabulary()) + ": set model.vocabulary to 0 or to at least that");
+  if (s->model->vocabulary() < s->tokenizer->vocabulary()) {
+    const bool option = schema.find("vocabulary") != nullptr;
+    fail(Fault::input, option ? s->options().plugin("model").options.where("vocabulary") : s->options().where("model"),
+         "the model's vocabulary is smaller than the tokenizer's (" + s->options().plugin("tokenizer").name + "): expected " +
+             std::to_string(s->tokenizer->vocabulary()) + " tokens or more, got " + std::to_string(s->model->vocabulary()) +
+             (option ? "; 0 takes the tokenizer's" : "; choose a tokenizer that this model knows"));
+  }
   if (placement != Placement::none) place(*s, placement);
   return s;
 }
@@ -162,7 +173,7 @@ void place(Session& s, Placement placement) {
   s.products = choose_products(s);
   EngineOptions e = s.engine_options(placement == Placement::gradients);
   if (s.mesh && s.mesh->size("pp") > 1) s.cut_into_stages(e);
-  s.engine = std::make_unique<Engine>(s.model, s.device, std::move(e), s.mesh);
+  with_sizes_of(s.options(), [&] { s.engine = std::make_unique<Engine>(s.model, s.device, std::move(e), s.mesh); });
 }
 
 void check_lengths(const Session& session) {
@@ -175,6 +186,14 @@ void check_lengths(const Session& session) {
   const Options& pipeline = session.options().group("mesh").group("pipeline");
   if (session.pipeline_cuts_batches()) pipeline.refuse("microbatches", why + "ask for more microbatches");
   data.refuse(data.integer("micro_batch") > 0 ? "micro_batch" : "batch_size", why + "set data.micro_batch to at most " + std::to_string(most));
+}
+
+void with_sizes_of(const Options& recipe, const std::function<void()>& work) {
+  try {
+    work();
+  } catch (const TooLarge& e) {
+    fail(Fault::input, recipe.where("model"), std::string(e.what()) + ": expected a smaller model, or smaller data.batch_size, data.micro_batch or data.sequence_length");
+  }
 }
 
 std::string missing_set(const Options& set) {

@@ -78,6 +78,7 @@ data::DataOptions data_options(const Session& session) {
   const Options& d = options.group("data");
   data::DataOptions o;
   for (const Options& set : d.groups("sets")) o.sets.push_back({set.path("path"), set.number("weight")});
+  o.where = [d](const std::string& name) { return d.where(name); };  // these options are called as the recipe's keys are
   o.sequence_length = d.integer("sequence_length"), o.batch_size = d.integer("batch_size");
   o.micro_batch = session.micro_batch();
   o.validation = d.number("validation"), o.attend_across_documents = d.flag("attend_across_documents");
@@ -180,7 +181,8 @@ void Trainer::resume() {
       session_->options().group("train").refuse("steps", fmt::format("the run in {} is at step {} already, past the last of {}: ask for more steps, or choose another run.dir",
                                                                      folder_.path(), state.step, steps_));
     step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
-    data_->seek(data::DataCursor::from_json(state.data_cursor));
+    const std::string where = loaded->folder.string();
+    data_->seek(data::DataCursor::from_json(state.data_cursor, where), where);
     if (const auto it = state.more.find("spikes"); it != state.more.end())
       std::sscanf(it->second.c_str(), "%lf %lf %ld", &spike_mean_, &spike_square_, &spike_count_);
     display_.note(fmt::format("resuming {} at step {} of {}", folder_.path(), step_, steps_));

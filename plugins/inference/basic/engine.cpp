@@ -24,7 +24,7 @@ void BasicEngine::attach(std::shared_ptr<Model> model, std::shared_ptr<const Tok
              std::to_string(model->vocabulary()));
   }
   if (options_.record_or_fail && device->kind() != DeviceKind::cuda)
-    fail(Fault::input, "basic", "cuda_graphs: there is no GPU to record steps on; expected auto or off here");
+    fail(Fault::input, options_.record_where, "there is no GPU to record steps on: expected auto or off here, got on");
   decodes_.clear();
   state_.reset();
   model_ = std::move(model);

@@ -317,6 +317,31 @@ TEST(ExitCode, AMicrobatchOfTooManyRowsIsTwoForTrainAndForCheck) {
   EXPECT_FALSE(built_data(project));
 }
 
+// What a key causes is said at its place, also where it comes out far from the recipe.
+TEST(ExitCode, FaultsOfKeysAreTwoAndNameThem) {
+  Project project;
+  const auto refused = [&](const std::vector<std::string>& command, const std::vector<std::string>& more, const std::string& where, const std::string& what) {
+    std::vector<std::string> words = command;
+    words.push_back(project.recipe());
+    words.insert(words.end(), more.begin(), more.end());
+    const Exit exit = Child(words).wait();
+    EXPECT_EQ(exit.code, 2) << exit.out;
+    EXPECT_THAT(exit.err, AllOf(HasSubstr("[" + where + "] "), HasSubstr(what)));
+    EXPECT_THAT(exit.out, Not(HasSubstr("is valid")));
+  };
+  const std::vector<std::string> training{"train"}, check{"recipe", "check"};
+  for (const auto& command : {training, check}) {
+    refused(command, {"model.vocabulary=100"}, "command line, model.vocabulary", "expected 257 tokens or more, got 100; 0 takes the tokenizer's");
+    refused(command, {"model.heads=65536", "model.head_size=65536", "model.width=1048576"}, project.recipe() + ":1, model", "bytes: expected a smaller model");
+  }
+  refused({"recipe", "check", "--ranks", "2", "--device", "h200"}, {"model.heads=65536", "model.head_size=65536", "model.width=1048576"}, project.recipe() + ":1, model", "a smaller model");
+  refused({"recipe", "check", "--ranks", "8"}, {"mesh.pp=8"}, "command line, mesh.pp", "the model has 4 calls, too few for 8 stages");
+  refused({"recipe", "check", "--ranks", "4"}, {"mesh.pp=4", "mesh.pipeline.schedule=interleaved", "mesh.pipeline.stages_per_rank=2"}, "command line, mesh.pipeline.stages_per_rank",
+          "the model has 4 calls, too few for 8 stages");
+  ASSERT_EQ(train(project.recipe(), {"train.steps=2"}).code, 0);
+  refused(training, {"data.sequence_length=16"}, "command line, data.sequence_length", "expected 32, as its checkpoint has, got 16");
+}
+
 TEST(ExitCode, CheckpointOfAnotherModelIsTwoAndNamesTensors) {
   Project project;
   ASSERT_EQ(train(project.recipe(), {}).code, 0);
