@@ -44,7 +44,7 @@ std::string bytes_text(double bytes) {
   return unit == 0 ? fmt::format("{:.0f} B", bytes) : fmt::format("{:.3g} {}", bytes, units[unit]);
 }
 
-/// A bar that redraws itself on a terminal; elsewhere a line now and then.
+/// A bar that redraws itself on a terminal, from the first text on; elsewhere a line now and then.
 class ProgressBar {
  public:
   ProgressBar() : terminal_(terminal::is_live(STDERR_FILENO)), start_(Clock::now()), last_(start_) {}
@@ -164,6 +164,7 @@ void info(const Program& program, const Words& words) {
                sidecar->end_of_document);
     fmt::print("  built from {} files, {} of text, xxh3 {}\n", sidecar->inputs,
                bytes_text(static_cast<double>(sidecar->input_bytes)), sidecar->input_digest);
+    for (const std::string& input : sidecar->named) fmt::print("             {}\n", input);
   } else {
     fmt::print("  tokenizer  unknown: no {}.json beside it\n", dataset.prefix());
   }

@@ -91,8 +91,10 @@ void check(const Program& program, const Words& words) {
   for (const char* kind : {"model", "tokenizer", "optimizer", "inference"}) row(kind, options.plugin(kind).name);
   row("checkpoint", options.group("checkpoint").plugin("format").name);
   row("precision", train::describe_precision(*session));
-  for (const auto& set : data.groups("sets"))
-    row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")) + (train::missing_set(set).empty() ? "" : "; a run is refused here: " + train::missing_set(set)));
+  for (const auto& set : data.groups("sets")) {
+    const std::string problem = train::problem_of_set(set).what;
+    row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")) + (problem.empty() ? "" : "; a run is refused here: " + problem));
+  }
   row("training", fmt::format("{} steps of {} sequences x {} tokens, {:.4g} million tokens in all", steps, sequences, length,
                               1e-6 * double(steps) * double(sequences) * double(length)));
   row("parameters", fmt::format("{} ({})", estimate.parameters, session->model->describe()));

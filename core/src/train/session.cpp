@@ -4,6 +4,8 @@
 #include "base/look.h"
 #include "checkpoint/loader.h"
 #include "comm/gpu_world.h"
+#include "data/indexed_dataset.h"
+#include "data/inputs.h"
 #include "pipeline/stages.h"
 #include "launch/launch.h"
 #include "recipe/mesh_schema.h"
@@ -15,10 +17,14 @@
 #include <kernels/backend.h>
 #include <kernels/queue.h>
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 
 namespace capstan::train {
@@ -196,10 +202,22 @@ void with_sizes_of(const Options& recipe, const std::function<void()>& work) {
   }
 }
 
-std::string missing_set(const Options& set) {
+SetProblem problem_of_set(const Options& set) {
   const std::string& prefix = set.path("path");
-  if (is_there(prefix + ".idx") || !set.texts("text").empty()) return "";
-  return "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`";
+  const std::vector<std::string>& text = set.texts("text");
+  if (!is_there(prefix + ".idx")) {
+    if (!text.empty()) return {};
+    return {"path", "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`"};
+  }
+  const std::optional<data::Sidecar> note = data::Sidecar::read(prefix);
+  if (text.empty() || !note || note->named.empty()) return {};
+  const std::string remedy = "; to build it again remove " + prefix + ".idx, .bin and .json, to keep both give this one another `path`";
+  if (!data::same_inputs(note->named, note->folder, text, data::folder_of(prefix)))
+    return {"text", "the dataset " + prefix + " was built from other text: expected " + fmt::format("{}", fmt::join(note->named, ", ")) + ", got " +
+                        fmt::format("{}", fmt::join(text, ", ")) + remedy};
+  if (note->max_bytes != set.integer("max_bytes"))
+    return {"max_bytes", fmt::format("the dataset {} was built with another limit: expected {}, got {} (0: all text){}", prefix, note->max_bytes, set.integer("max_bytes"), remedy)};
+  return {};
 }
 
 std::int64_t load_weights(Session& session, const std::string& run_folder, std::int64_t step, const std::function<void(const std::string&)>& report) {

@@ -66,8 +66,10 @@ CAPSTAN_API void check_lengths(const Session& session);
 /// Runs `work`, which makes tensors of the recipe's sizes: a size that no memory has is Error(input) at the recipe's model.
 CAPSTAN_API void with_sizes_of(const Options& recipe, const std::function<void()>& work);
 
-/// Why a data set can neither be read nor built from its text; "" when one of the two can be.
-CAPSTAN_API std::string missing_set(const Options& set);
+/// Which key of a data set a run is refused for, and why; both "" when the set is there or can be built.
+struct SetProblem { std::string key, what; };
+/// A set that can neither be read nor built from its text, or that was built from another text than the recipe's.
+CAPSTAN_API SetProblem problem_of_set(const Options& set);
 
 /// Fills the weights from a run folder's newest good checkpoint, or from that of `step` when it is not
 /// negative. `report` hears of damaged ones. Returns the step; Error(input) when there is none.

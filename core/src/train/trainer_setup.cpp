@@ -30,7 +30,7 @@ namespace {
 std::string checked_folder(const Session& session) {
   check_lengths(session);
   for (const Options& set : session.options().group("data").groups("sets"))
-    if (const std::string missing = missing_set(set); !missing.empty()) set.refuse("path", missing);
+    if (const SetProblem problem = problem_of_set(set); !problem.key.empty()) set.refuse(problem.key, problem.what);
   const Options& run = session.options().group("run");
   const std::string& mode = run.text("resume");
   std::string folder = session.run_folder();

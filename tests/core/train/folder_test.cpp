@@ -342,6 +342,59 @@ TEST(ExitCode, FaultsOfKeysAreTwoAndNameThem) {
   refused(training, {"data.sequence_length=16"}, "command line, data.sequence_length", "expected 32, as its checkpoint has, got 16");
 }
 
+std::string set_of(const Project& project, const std::string& text) {
+  return "data.sets=[{path: " + (project / "data/set").string() + ", text: [" + text + "]}]";
+}
+
+TEST(DataSets, BuiltFromOtherTextAreRefused) {
+  Project project;
+  write_file(project / "a/one.txt", some_text(60)), write_file(project / "b/two.txt", some_text(61));
+  const std::string a = (project / "a").string(), b = (project / "b").string();
+  const auto run = [&](const std::string& set, const std::string& name) { return train(project.recipe(), {set, "train.steps=1", project.dir(name), "data.validation=0", "train.validate_every=0"}); };
+  ASSERT_EQ(run(set_of(project, a + ", " + b), "first").code, 0);
+  const std::string built = read_file(project / "data/set.bin");
+  // In another order, or not named at all, it is the same set.
+  EXPECT_EQ(run(set_of(project, b + "/, " + a + "/../a"), "second").code, 0);
+  EXPECT_EQ(run("data.sets=[{path: " + (project / "data/set").string() + "}]", "third").code, 0);
+  const auto refused = [&](const std::string& set, const std::string& key, const std::string& what) {
+    const Exit exit = run(set, "refused");
+    EXPECT_EQ(exit.code, 2) << exit.out;
+    EXPECT_THAT(exit.err, AllOf(HasSubstr("[command line, data.sets.0." + key + "]"), HasSubstr(what), HasSubstr("to build it again remove "), HasSubstr("another `path`")));
+    EXPECT_FALSE(fs::exists(project / "refused"));
+    const Exit check = Child({"recipe", "check", project.recipe(), set}).wait();
+    EXPECT_THAT(check.out, AllOf(HasSubstr("a run is refused here: "), HasSubstr(what)));
+  };
+  refused(set_of(project, a), "text", "was built from other text: expected " + a + ", " + b + ", got " + a);
+  refused(set_of(project, a + ", " + b + "/*.txt"), "text", "got " + a + ", " + b + "/*.txt");
+  refused("data.sets=[{path: " + (project / "data/set").string() + ", text: [" + a + ", " + b + "], max_bytes: 500}]", "max_bytes", "expected 0, got 500");
+  EXPECT_EQ(read_file(project / "data/set.bin"), built);
+  // A set without a note, or with one of a program that did not write down inputs, is nobody's to judge.
+  nlohmann::json note = nlohmann::json::parse(read_file(project / "data/set.json"));
+  note.at("inputs").erase("named");
+  write_file(project / "data/set.json", note.dump());
+  EXPECT_EQ(run(set_of(project, a), "fourth").code, 0);
+  fs::remove(project / "data/set.json");
+  EXPECT_EQ(run(set_of(project, a), "fifth").code, 0);
+}
+
+// Paths count as seen from the set too: a project that moved as a whole is what it was.
+TEST(DataSets, MoveWithTheirText) {
+  Project project;
+  write_file(project / "here/a/one.txt", some_text(60));
+  write_file(project / "here/recipe.yaml", read_file(project.recipe()));
+  const auto run = [&](const std::string& folder, const std::string& name) {
+    const std::string at = (project / folder).string();
+    return train(at + "/recipe.yaml", {"data.sets=[{path: " + at + "/data/set, text: [" + at + "/a/*.txt]}]", "train.steps=1", project.dir(name), "data.validation=0", "train.validate_every=0"});
+  };
+  ASSERT_EQ(run("here", "first").code, 0);
+  fs::rename(project / "here", project / "there");
+  EXPECT_EQ(run("there", "second").code, 0);
+  fs::create_directories(project / "there/c");
+  fs::rename(project / "there/data", project / "there/c/data");
+  const std::string at = (project / "there").string();
+  EXPECT_EQ(train(at + "/recipe.yaml", {"data.sets=[{path: " + at + "/c/data/set, text: [" + at + "/a/*.txt]}]", "train.steps=1", project.dir("third")}).code, 2);
+}
+
 TEST(ExitCode, CheckpointOfAnotherModelIsTwoAndNamesTensors) {
   Project project;
   ASSERT_EQ(train(project.recipe(), {}).code, 0);
