@@ -2,11 +2,13 @@
 #include "plan/predict.h"
 
 #include "mesh/mesh.h"
+#include "parallel/meta_batch.h"
 #include "pipeline/simulate.h"
 #include "pipeline/stages.h"
 #include "plan/paper_world.h"
 #include "plan/timing.h"
 
+#include <capstan/batch.h>
 #include <capstan/error.h>
 
 #include <algorithm>
@@ -360,8 +362,6 @@ std::vector<std::vector<int>> cut_stages(const Profile& profile, int stages, con
   return cut;
 }
 
-Prediction predict(const Sources& sources, const Setting& setting, const DeviceModel* device, const Assumptions& assumptions) {
-  Prediction p;
 /// Bytes of a batch as the data comes.
 std::int64_t batch_bytes(std::int64_t sequences, std::int64_t length) {
   const std::shared_ptr<Device> meta = make_meta_device();
@@ -369,6 +369,8 @@ std::int64_t batch_bytes(std::int64_t sequences, std::int64_t length) {
   return meta->bytes_held();
 }
 
+Prediction predict(const Sources& sources, const Setting& setting, const DeviceModel* device, const Assumptions& assumptions) {
+  Prediction p;
   const Profile profile = profile_model(sources.model, setting);
   const int pp = setting.size("pp"), stages = pp > 1 ? setting.pipeline.stages() : 1;
   std::vector<std::vector<int>> cut = cut_stages(profile, stages, setting.where_stages);
@@ -411,6 +413,11 @@ std::int64_t batch_bytes(std::int64_t sequences, std::int64_t length) {
     if (r == 0 && setting.sampled_tokens > 0) {
       const bool shared = pp > 1 || setting.size("tensor") > 1 || (setting.engine.sharding.parameter && setting.pieces() > 1);
       m.sampling = setting.sampled_tokens * profile.state_bytes + (shared ? profile.parameters * size_of(setting.engine.compute) : 0);
+    }
+    if (setting.validation > 0) {
+      const std::int64_t mine = (setting.validation + setting.data_ranks() - 1) / setting.data_ranks();
+      m.validation = mine * batch_bytes(setting.validation_micro, setting.length) + profile.evaluation;
+      if (r == 0) m.bigram = setting.bigram_bytes;
     }
     p.memory.push_back(std::move(m));
   }

@@ -320,6 +320,23 @@ TEST(Devices, AcrossHostsAGroupSharesTheirAdapters) {
   EXPECT_DOUBLE_EQ(h100.collective(Collective::all_reduce, bytes, {8, 1, 8}), 2 * h100.collective(Collective::reduce_scatter, bytes, {8, 1, 8}));
 }
 
+// Each of the four data ranks has two of the eight microbatches, which are as large as data.micro_batch says, or the whole step.
+TEST(Memory, ValidationsComeBetweenSteps) {
+  const Planned none = plan_of({}, 4), some = plan_of({"train.validate_every=1", "data.validation=0.1"}, 4);
+  EXPECT_EQ(none.prediction.memory[0].validation + none.prediction.memory[0].bigram, 0);
+  const Memory& m = some.prediction.memory[0];
+  EXPECT_GT(m.validation, 2 * 16 * 64 * 24);
+  EXPECT_LT(m.validation, none.prediction.memory[0].activations + none.prediction.memory[0].logits);
+  EXPECT_EQ(m.bigram, 257 * 258 * 8 + 8 * 16 * 64 * 20);
+  EXPECT_EQ(m.total(), none.prediction.memory[0].total()) << "activations are more";
+  Memory most = m;
+  most.validation = 1 << 30, most.bigram = 1 << 20, most.staging = 1 << 10;
+  EXPECT_EQ(most.total(true), most.engine.total() + (1 << 30) + (1 << 20) + (1 << 10));
+  EXPECT_EQ(most.total(false), most.engine.total() + (1 << 30)) << "a device does not hold what is its host's";
+  EXPECT_THAT(to_text(some.prediction, some.setting, nullptr, {}), AllOf(HasSubstr("  validation "), HasSubstr("  bigram model ")));
+  EXPECT_THAT(to_text(none.prediction, none.setting, nullptr, {}), ::testing::Not(HasSubstr("validation")));
+}
+
 TEST(Report, JsonSaysWhatTheTableSays) {
   const DeviceModel h200 = device("h200");
   const Planned p = plan_of({"mesh.tensor=2"}, 4, &h200);
