@@ -187,23 +187,25 @@ Deferred backward(std::span<const Tensor> roots, std::span<const Tensor> root_gr
     grads.erase(node.get());
     const bool is_leaf = dynamic_cast<Leaf*>(node.get()) != nullptr;
     std::vector<Tensor> in_grads;
-    std::vector<Edge> edges = node->inputs;
+    std::vector<Edge> edges;
     const bool any = std::any_of(out_grads.begin(), out_grads.end(), [](const Tensor& t) { return t.defined(); });
     if (!is_leaf) check_alive(*node);
     if (any) {
       in_grads = node->backward(out_grads, is_leaf ? Part::both : part);
-      if (!is_leaf) check_count(*node, in_grads.size(), edges.size());
+      if (!is_leaf) check_count(*node, in_grads.size(), node->inputs.size());
     }
     if (!is_leaf) {
       bool later = false;
       if (part == Part::input && any)
-        for (int i = 0; i < static_cast<int>(edges.size()); ++i) later |= node->wants(i, Part::weight);
+        for (int i = 0; i < static_cast<int>(node->inputs.size()); ++i) later |= node->wants(i, Part::weight);
       if (later) {
+        edges = node->inputs;
         deferred.items.push_back({node, out_grads});
         node->released = true;  // for a second walk; what it saved stays until run()
       } else {
         node->release();
         node->released = true;
+        edges = std::move(node->inputs);
         node->inputs.clear();
       }
     }
