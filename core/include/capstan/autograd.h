@@ -19,6 +19,8 @@ enum class Part : unsigned char { input = 1, weight = 2, both = 3 };
 struct Edge {
   std::shared_ptr<Node> node;  ///< null: this input needs no gradient
   int index = 0;               ///< which output of that node
+  DType dtype = DType::f32;    ///< of the input, and so of its gradient
+  Dims shape;                  ///< likewise
 };
 
 /// The backward of one op. Saved tensors are freed by release() once the node has run.
@@ -26,9 +28,9 @@ class CAPSTAN_API Node {
  public:
   virtual ~Node();
   virtual std::string_view name() const = 0;
-  /// Gradients of the inputs, in the order of `inputs`; undefined where wants(i, part) is false or the
-  /// gradient went straight into a leaf (see Leaf::accumulate_into). `grads` has one tensor for each
-  /// output; undefined means zero.
+  /// Gradients of the inputs, in the order of `inputs`, each of its input's shape and type (a parameter's may be of
+  /// another type); undefined where wants(i, part) is false or the gradient went straight into a leaf (see
+  /// Leaf::accumulate_into). `grads` has one tensor for each output; undefined means zero.
   virtual std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) = 0;
   /// Drops saved tensors.
   virtual void release() = 0;

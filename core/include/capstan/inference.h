@@ -1,11 +1,10 @@
-// defines: SamplingParams, Request, Completion, InferenceEngine, the interface of plugin kind "inference".
+// defines: SamplingParams and their ranges, Request, Completion, InferenceEngine, the interface of plugin kind "inference".
 #pragma once
 #include <capstan/model.h>
 #include <capstan/tokenizer.h>
 
 #include <cstdint>
 #include <functional>
-#include <optional>
 #include <string>
 #include <vector>
 
@@ -21,6 +20,10 @@ struct SamplingParams {
   std::vector<std::string> stop;  ///< texts that end the completion; not part of it
   bool logprobs = false;
 };
+
+/// Error(input) when one of them is out of its range. `where`: from its name above to the place that the message gives,
+/// "request 4, top_k" or "--top-k". For engines in submit(), and for whoever wants to know before there is one.
+CAPSTAN_API void check_sampling(const SamplingParams& params, const std::function<std::string(const std::string& name)>& where);
 
 struct Request {
   std::int64_t id = 0;            ///< addresses the sampler's randomness, with the seed

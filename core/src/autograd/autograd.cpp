@@ -85,7 +85,9 @@ bool any_requires_grad(std::initializer_list<const Tensor*> inputs) {
 void record(const std::shared_ptr<Node>& node, std::span<const Tensor> inputs, std::span<Tensor> outputs) {
   node->inputs.clear();
   for (const Tensor& t : inputs) {
-    node->inputs.push_back({t.node(), t.output_index()});
+    Edge edge{t.node(), t.output_index(), {}, {}};
+    if (edge.node) edge.dtype = t.dtype(), edge.shape = t.shape();
+    node->inputs.push_back(std::move(edge));
     if (t.node()) ++t.node()->readers;
     if (auto* leaf = dynamic_cast<Leaf*>(t.node().get())) leaf->used();
   }
@@ -117,6 +119,22 @@ void check_alive(const Node& node) {
   if (node.released)
     fail(Fault::programming, std::string(node.name()),
          "its graph was freed by an earlier backward: run the forward again, or sum the losses and walk back once");
+}
+
+void check_count(const Node& node, std::size_t gradients, std::size_t inputs) {
+  if (gradients == inputs) return;
+  fail(Fault::programming, std::string(node.name()),
+       "its backward returned " + std::to_string(gradients) + " gradients for " + std::to_string(inputs) + " inputs");
+}
+
+/// Gradients are added by number of elements: one of another shape would be read past its end.
+void check_gradient(const Node& node, std::size_t input, const Edge& edge, const Tensor& gradient, const Leaf* leaf) {
+  const bool any_type = leaf != nullptr && leaf->parameter();  // which adds in the type of its own gradient
+  if (gradient.shape() == edge.shape && (any_type || gradient.dtype() == edge.dtype)) return;
+  fail(Fault::programming, std::string(node.name()),
+       "the gradient that its backward returned for input " + std::to_string(input) + ": expected " +
+           (any_type ? "" : std::string(name_of(edge.dtype)) + " ") + to_string(edge.shape) + ", as the input, got " +
+           std::string(name_of(gradient.dtype())) + " " + to_string(gradient.shape()));
 }
 
 }  // namespace
@@ -169,24 +187,25 @@ Deferred backward(std::span<const Tensor> roots, std::span<const Tensor> root_gr
     grads.erase(node.get());
     const bool is_leaf = dynamic_cast<Leaf*>(node.get()) != nullptr;
     std::vector<Tensor> in_grads;
-    std::vector<Edge> edges = node->inputs;
+    std::vector<Edge> edges;
     const bool any = std::any_of(out_grads.begin(), out_grads.end(), [](const Tensor& t) { return t.defined(); });
     if (!is_leaf) check_alive(*node);
     if (any) {
       in_grads = node->backward(out_grads, is_leaf ? Part::both : part);
-      if (!is_leaf && in_grads.size() != edges.size())
-        fail(Fault::programming, std::string(node->name()), "its backward returned " + std::to_string(in_grads.size()) + " gradients for " + std::to_string(edges.size()) + " inputs");
+      if (!is_leaf) check_count(*node, in_grads.size(), node->inputs.size());
     }
     if (!is_leaf) {
       bool later = false;
       if (part == Part::input && any)
-        for (int i = 0; i < static_cast<int>(edges.size()); ++i) later |= node->wants(i, Part::weight);
+        for (int i = 0; i < static_cast<int>(node->inputs.size()); ++i) later |= node->wants(i, Part::weight);
       if (later) {
+        edges = node->inputs;
         deferred.items.push_back({node, out_grads});
         node->released = true;  // for a second walk; what it saved stays until run()
       } else {
         node->release();
         node->released = true;
+        edges = std::move(node->inputs);
         node->inputs.clear();
       }
     }
@@ -195,11 +214,16 @@ Deferred backward(std::span<const Tensor> roots, std::span<const Tensor> root_gr
       const Edge& e = edges[i];
       if (!e.node) continue;
       if (auto* leaf = dynamic_cast<Leaf*>(e.node.get())) {  // at once: a leaf counts its uses, and memory goes down
-        if (i < in_grads.size() && in_grads[i].defined()) leaf->add(in_grads[i]);
-        else if (!any) leaf->done();
+        if (i < in_grads.size() && in_grads[i].defined()) {
+          check_gradient(*node, i, e, in_grads[i], leaf);
+          leaf->add(in_grads[i]);
+        } else if (!any) {
+          leaf->done();
+        }
         continue;
       }
       if (i < in_grads.size() && in_grads[i].defined()) {
+        check_gradient(*node, i, e, in_grads[i], nullptr);
         Tensor& s = slot(e.node.get())[static_cast<std::size_t>(e.index)];
         s = s.defined() ? sum_of(s, in_grads[i]) : in_grads[i];
       }
@@ -217,9 +241,13 @@ void backward(const Tensor& root) {
 void Deferred::run() {
   for (Item& item : items) {
     std::vector<Tensor> g = item.node->backward(item.grads, Part::weight);
-    for (std::size_t i = 0; i < g.size(); ++i)
-      if (g[i].defined())
-        if (Leaf* leaf = item.node->leaf(static_cast<int>(i))) leaf->add(g[i]);
+    check_count(*item.node, g.size(), item.node->inputs.size());
+    for (std::size_t i = 0; i < g.size(); ++i) {
+      Leaf* leaf = g[i].defined() ? item.node->leaf(static_cast<int>(i)) : nullptr;
+      if (leaf == nullptr) continue;
+      check_gradient(*item.node, i, item.node->inputs[i], g[i], leaf);
+      leaf->add(g[i]);
+    }
     item.node->release();
     item.node->released = true;
     item.node->inputs.clear();

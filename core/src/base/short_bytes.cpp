@@ -2,12 +2,17 @@
 
 #include <fmt/format.h>
 
+#include <iterator>
+
 namespace capstan {
 
 std::string short_bytes(double bytes) {
-  if (bytes >= 1e9) return fmt::format("{:.2f} GiB", bytes / (1 << 30));
-  if (bytes >= 1e6) return fmt::format("{:.0f} MiB", bytes / (1 << 20));
-  return fmt::format("{:.0f} KiB", bytes / 1024);
+  const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
+  std::size_t unit = 0;
+  // A thousand of a unit is a fourth digit: the next unit begins where rounding would show it.
+  for (; bytes >= 999.5 && unit + 1 < std::size(units); ++unit) bytes /= 1024;
+  const int digits = unit == 0 || bytes >= 99.95 ? 0 : bytes >= 9.995 ? 1 : 2;
+  return fmt::format("{:.{}f} {}", bytes, digits, units[unit]);
 }
 
 }  // namespace capstan

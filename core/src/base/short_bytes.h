@@ -6,7 +6,7 @@
 
 namespace capstan {
 
-/// "3.40 GiB", "300 MiB", "2 KiB"
+/// In three digits: "3.40 GiB", "300 MiB", "0.98 MiB", "512 B".
 CAPSTAN_API std::string short_bytes(double bytes);
 
 }  // namespace capstan

@@ -7,9 +7,13 @@
 
 namespace capstan::data {
 
+std::int64_t bigram_bytes(std::int64_t vocabulary) {
+  return vocabulary > 4096 ? 0 : (vocabulary + 1) * vocabulary * static_cast<std::int64_t>(sizeof(std::int64_t));
+}
+
 std::optional<double> bigram_cross_entropy(DataSource& source, std::int64_t batches, std::int64_t most) {
   const std::int64_t vocabulary = source.tokenizer().vocabulary;
-  if (vocabulary > 4096 || source.validation_tokens() == 0 || batches <= 0) return std::nullopt;
+  if (bigram_bytes(vocabulary) == 0 || source.validation_tokens() == 0 || batches <= 0) return std::nullopt;
   const auto words = static_cast<std::size_t>(vocabulary);
   std::vector<std::int64_t> pairs(words * words, 0), first(words, 0);
   const std::int64_t stride = (source.train_tokens() + most - 1) / most;

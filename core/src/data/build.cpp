@@ -258,6 +258,8 @@ BuildResult build_dataset(const BuildOptions& options) {
   sidecar.documents = result.documents, sidecar.tokens = result.tokens;
   sidecar.inputs = result.files, sidecar.input_bytes = result.bytes;
   sidecar.input_digest = fmt::format("{:016x}", XXH3_64bits(digests.data(), digests.size() * sizeof(std::uint64_t)));
+  for (const std::string& input : options.inputs) sidecar.named.push_back(noted_input(input));
+  sidecar.folder = folder_of(options.prefix), sidecar.max_bytes = options.max_bytes;
   sidecar.bin_digest = fmt::format("{:016x}", writer.digest());
   writer.finish(sidecar.to_json());
   return result;

@@ -110,10 +110,15 @@ struct CAPSTAN_API Sidecar {
   std::int32_t end_of_document = -1;
   std::string input_digest;  ///< XXH3 over the input pieces' own XXH3, 16 hexadecimal digits
   std::string bin_digest;    ///< XXH3 of the .bin file
+  std::vector<std::string> named;  ///< the inputs as they were named, absolute; empty: an older program did not note them
+  std::string folder;              ///< where the dataset was built, absolute: `named` may be read relative to it
+  std::int64_t max_bytes = 0;      ///< most text to build from; 0: all
   std::string to_json() const;
   /// Reads <prefix>.json; nullopt when there is none; Error(input) when it is damaged or its counts are not
   /// those of `dataset`.
   static std::optional<Sidecar> read(const IndexedDataset& dataset);
+  /// The same without a look at the dataset.
+  static std::optional<Sidecar> read(const std::string& prefix);
 };
 
 /// XXH3 (64 bits) of <prefix>.bin, 16 hexadecimal digits.

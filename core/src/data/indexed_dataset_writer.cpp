@@ -167,14 +167,15 @@ std::string Sidecar::to_json() const {
       {"tokenizer", {{"name", tokenizer}, {"vocabulary", vocabulary}, {"end_of_document", end_of_document}}},
       {"documents", documents},
       {"tokens", tokens},
-      {"inputs", {{"count", inputs}, {"bytes", input_bytes}, {"xxh3", input_digest}}},
+      {"inputs",
+       {{"count", inputs}, {"bytes", input_bytes}, {"xxh3", input_digest}, {"named", named}, {"folder", folder}, {"max_bytes", max_bytes}}},
       {"bin_xxh3", bin_digest},
   };
   return j.dump(2) + "\n";
 }
 
-std::optional<Sidecar> Sidecar::read(const IndexedDataset& dataset) {
-  const std::string path = dataset.prefix() + ".json";
+std::optional<Sidecar> Sidecar::read(const std::string& prefix) {
+  const std::string path = prefix + ".json";
   std::error_code error;
   if (!std::filesystem::exists(path, error)) return std::nullopt;
   std::ifstream file(path, std::ios::binary);
@@ -195,14 +196,23 @@ std::optional<Sidecar> Sidecar::read(const IndexedDataset& dataset) {
     const auto& inputs = j.at("inputs");
     s.inputs = inputs.at("count"), s.input_bytes = inputs.at("bytes"), s.input_digest = inputs.at("xxh3");
     s.bin_digest = j.at("bin_xxh3");
+    if (inputs.contains("named")) {
+      inputs.at("named").get_to(s.named);
+      s.folder = inputs.at("folder"), s.max_bytes = inputs.at("max_bytes");
+    }
   } catch (const nlohmann::json::exception& e) {
     fail(Fault::input, path, fmt::format("damaged: {}; build the dataset again", e.what()));
   }
-  if (s.documents != dataset.documents() || s.tokens != dataset.tokens()) {
-    fail(Fault::input, path,
+  return s;
+}
+
+std::optional<Sidecar> Sidecar::read(const IndexedDataset& dataset) {
+  const std::optional<Sidecar> s = read(dataset.prefix());
+  if (s && (s->documents != dataset.documents() || s->tokens != dataset.tokens())) {
+    fail(Fault::input, dataset.prefix() + ".json",
          fmt::format("belongs to another dataset: expected {} documents and {} tokens, as the .idx file has, got {} and {}; "
                      "copy all three files together or build again",
-                     dataset.documents(), dataset.tokens(), s.documents, s.tokens));
+                     dataset.documents(), dataset.tokens(), s->documents, s->tokens));
   }
   return s;
 }

@@ -126,4 +126,23 @@ std::vector<InputFile> find_inputs(const std::vector<std::string>& inputs) {
   return std::move(finder.files);
 }
 
+std::string noted_input(const std::string& input) {
+  fs::path path = fs::absolute(input).lexically_normal();
+  if (!path.has_filename() && path != path.root_path()) path = path.parent_path();  // "notes/"
+  return path.string();
+}
+
+std::string folder_of(const std::string& prefix) { return fs::path(noted_input(prefix)).parent_path().string(); }
+
+bool same_inputs(const std::vector<std::string>& a, const std::string& folder_a, const std::vector<std::string>& b,
+                 const std::string& folder_b) {
+  const auto is = [&](const std::string& x, const std::string& y) {
+    const fs::path p(noted_input(x)), q(noted_input(y));
+    return p == q || p.lexically_relative(folder_a) == q.lexically_relative(folder_b);
+  };
+  const auto has = [](const std::vector<std::string>& all, const auto& same) { return std::any_of(all.begin(), all.end(), same); };
+  return std::all_of(a.begin(), a.end(), [&](const auto& x) { return has(b, [&](const auto& y) { return is(x, y); }); }) &&
+         std::all_of(b.begin(), b.end(), [&](const auto& y) { return has(a, [&](const auto& x) { return is(x, y); }); });
+}
+
 }  // namespace capstan::data

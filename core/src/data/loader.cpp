@@ -26,7 +26,7 @@ std::string DataCursor::to_json() const {
       .dump();
 }
 
-DataCursor DataCursor::from_json(const std::string& text) {
+DataCursor DataCursor::from_json(const std::string& text, const std::string& where) {
   DataCursor c;
   try {
     const auto j = nlohmann::json::parse(text);
@@ -35,7 +35,7 @@ DataCursor DataCursor::from_json(const std::string& text) {
     j.at("sequence_length").get_to(c.sequence_length);
     j.at("tokens").get_to(c.tokens);
   } catch (const nlohmann::json::exception& e) {
-    fail(Fault::input, "data cursor", fmt::format("damaged: {}; resume from another checkpoint", e.what()));
+    fail(Fault::input, where, fmt::format("the data's cursor is damaged: {}; resume from another checkpoint", e.what()));
   }
   return c;
 }
@@ -94,20 +94,21 @@ Batch to_batch(HostBatch host, std::int64_t sequence_length, double step_weight,
   return batch;
 }
 
+std::string place_of(const DataOptions& o, const std::string& name) { return o.where ? o.where(name) : name; }
+
 void check(const DataOptions& o) {
-  const auto at_least = [](const char* name, std::int64_t value, std::int64_t low) {
-    if (value < low) fail(Fault::input, name, fmt::format("expected {} or more, got {}", low, value));
+  const auto at_least = [&](const char* name, std::int64_t value, std::int64_t low) {
+    if (value < low) fail(Fault::input, place_of(o, name), fmt::format("expected {} or more, got {}", low, value));
   };
-  if (o.sets.empty()) fail(Fault::input, "data", "no dataset is named; `capstan data build` makes one from text files");
+  if (o.sets.empty()) fail(Fault::input, place_of(o, "sets"), "no dataset is named; `capstan data build` makes one from text files");
   at_least("sequence_length", o.sequence_length, 1);
   at_least("batch_size", o.batch_size, 1);
   at_least("micro_batch", o.micro_batch, 1);
   at_least("prefetch", o.prefetch, 0);
-  at_least("ranks", o.ranks, 1);
-  if (o.rank < 0 || o.rank >= o.ranks || (o.ranks > 1 && !o.sum_over_ranks))
+  if (o.ranks < 1 || o.rank < 0 || o.rank >= o.ranks || (o.ranks > 1 && !o.sum_over_ranks))
     fail(Fault::programming, "data", fmt::format("rank {} of {}", o.rank, o.ranks));
   if (o.sequence_length > INT32_MAX / std::min(o.micro_batch, o.batch_size)) {
-    fail(Fault::input, "micro_batch",
+    fail(Fault::input, place_of(o, "micro_batch"),
          fmt::format("{} samples of {} tokens are more than 2^31 rows; use a smaller micro_batch",
                      std::min(o.micro_batch, o.batch_size), o.sequence_length));
   }
@@ -250,9 +251,9 @@ struct DataSource::Impl {
     double weight = weight_of(host);
     if (options.ranks > 1) weight = options.sum_over_ranks(weight);
     if (!(weight > 0)) {
-      fail(Fault::input, "data",
-           fmt::format("no row of this {} has a target: every document is a single token; build the sets again, or set "
-                       "attend_across_documents",
+      fail(Fault::input, place_of(options, "attend_across_documents"),
+           fmt::format("no row of this {} has a target, since every document in it is a single token: set it to true, or build the "
+                       "sets again with larger documents",
                        what));
     }
     std::vector<Batch> batches;
@@ -287,33 +288,36 @@ std::vector<Batch> DataSource::next() {
   return batches;
 }
 
-void DataSource::seek(const DataCursor& cursor) {
-  const auto refuse = [](const std::string& why) {
-    fail(Fault::input, "data cursor", why + "; resume with the data that the run began with, or start a new run");
+void DataSource::seek(const DataCursor& cursor, const std::string& where) {
+  const DataOptions& o = impl_->options;
+  const auto differs = [&](const char* name, const std::string& what) {
+    fail(Fault::input, place_of(o, name), what + "; resume with the data that the run began with, or start a new run");
   };
-  if (cursor.sequence_length != impl_->options.sequence_length) {
-    refuse(fmt::format("sequence_length: expected {}, as the checkpoint has, got {}", cursor.sequence_length,
-                       impl_->options.sequence_length));
+  const auto damaged = [&](const std::string& what) { fail(Fault::input, where, "the data's cursor is damaged: " + what + "; resume from another checkpoint"); };
+  if (cursor.sequence_length != o.sequence_length) {
+    differs("sequence_length", fmt::format("the run has trained on sequences of another length: expected {}, as its checkpoint has, got {}",
+                                           cursor.sequence_length, o.sequence_length));
   }
   if (cursor.counts.size() != impl_->train.size() || cursor.tokens.size() != impl_->train.size()) {
-    refuse(fmt::format("datasets: expected {}, as the checkpoint has, got {}", cursor.counts.size(), impl_->train.size()));
+    differs("sets", fmt::format("the run has trained on another number of datasets: expected {}, as its checkpoint has, got {}",
+                                cursor.counts.size(), impl_->train.size()));
   }
   for (std::size_t i = 0; i < cursor.tokens.size(); ++i) {
     if (cursor.tokens[i] != impl_->train[i].tokens()) {
-      refuse(fmt::format("training tokens of {}: expected {}, as the checkpoint has, got {}", impl_->options.sets[i].prefix,
-                         cursor.tokens[i], impl_->train[i].tokens()));
+      differs("sets", fmt::format("the run has trained on another {} or with another share for validation: expected {} training tokens, as "
+                                  "its checkpoint has, got {}",
+                                  o.sets[i].prefix, cursor.tokens[i], impl_->train[i].tokens()));
     }
   }
   // Counts may not exceed what keeps row numbers in 63 bits; their sum is then safe too.
   const std::int64_t limit =
-      INT64_MAX / 2 / (impl_->options.sequence_length * static_cast<std::int64_t>(cursor.counts.size()));
+      INT64_MAX / 2 / (o.sequence_length * static_cast<std::int64_t>(cursor.counts.size()));
   std::int64_t sum = 0;
   for (const std::int64_t count : cursor.counts) {
-    if (count < 0 || count > limit) refuse(fmt::format("damaged: a set's count is {}", count));
+    if (count < 0 || count > limit) damaged(fmt::format("a set's count is {}", count));
     sum += count;
   }
-  if (sum != cursor.sample)
-    refuse(fmt::format("damaged: {} samples, but the sets' counts add up to {}", cursor.sample, sum));
+  if (sum != cursor.sample) damaged(fmt::format("{} samples, but the sets' counts add up to {}", cursor.sample, sum));
   impl_->stop();
   impl_->queue.clear();
   impl_->error = nullptr;

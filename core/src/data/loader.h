@@ -29,6 +29,9 @@ struct DataOptions {
   bool attend_across_documents = false;
   int prefetch = 2;  ///< steps made ahead by a thread; 0: no thread
   std::uint64_t seed = 0;
+  /// The place of an option in messages, by its name here ("sequence_length"): "recipe.yaml:7, data.sequence_length". Without
+  /// it the name stands.
+  std::function<std::string(const std::string& name)> where;
   /// Ranks that share the samples of a step, and which of them this is. A microbatch is `micro_batch` samples of each.
   int ranks = 1, rank = 0;
   /// With several ranks: the sum over them, which every rank calls for at the same time.
@@ -49,8 +52,8 @@ struct CAPSTAN_API DataCursor {
   std::vector<std::int64_t> tokens;  ///< training tokens of each set, to know it again
   bool operator==(const DataCursor&) const = default;
   std::string to_json() const;
-  /// Error(input) on text that is not a cursor.
-  static DataCursor from_json(const std::string& text);
+  /// Error(input) at `where` on text that is not a cursor.
+  static DataCursor from_json(const std::string& text, const std::string& where = "data cursor");
 };
 
 /// One microbatch on the host.
@@ -82,8 +85,9 @@ class CAPSTAN_API DataSource {
   std::vector<Batch> next();
   /// Behind the last batches that next() returned.
   DataCursor cursor() const { return cursor_; }
-  /// next() goes on behind `cursor`; Error(input) when the cursor is of other data.
-  void seek(const DataCursor& cursor);
+  /// next() goes on behind `cursor`; Error(input) when the cursor is of other data, at the option that says so, or when it is
+  /// damaged, at `where`.
+  void seek(const DataCursor& cursor, const std::string& where = "data cursor");
 
   /// The first `batches` batches of micro_batch samples of the validation documents, fewer when they end; always
   /// the same. The last one may be filled in part. step_weight is of all of them together. Ranks take turns: each gets

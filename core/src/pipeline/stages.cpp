@@ -39,11 +39,11 @@ std::vector<CallCost> call_costs(Model& model, const Batch& batch, DType dtype, 
   return costs;
 }
 
-std::vector<int> cut_into_stages(std::span<const CallCost> calls, int stages) {
+std::vector<int> cut_into_stages(std::span<const CallCost> calls, int stages, const std::string& where) {
   const std::size_t n = calls.size(), parts = static_cast<std::size_t>(stages);
   if (stages < 1 || parts > n)
-    fail(Fault::input, "pipeline", "the model has " + std::to_string(n) + " calls, too few for " + std::to_string(stages) +
-                                       " stages (pp x stages_per_rank): expected at most " + std::to_string(n));
+    fail(Fault::input, where, "the model has " + std::to_string(n) + " calls, too few for " + std::to_string(stages) +
+                                  " stages (mesh.pp x mesh.pipeline.stages_per_rank): expected at most " + std::to_string(n));
   std::vector<double> sum(n + 1, 0);
   for (std::size_t i = 0; i < n; ++i) sum[i + 1] = sum[i] + calls[i].total();
 

@@ -28,8 +28,8 @@ CAPSTAN_API std::vector<CallCost> call_costs(Model& model, std::int64_t samples,
                                              double flop_per_byte = 100);
 
 /// The stage of each call: neighbouring calls, at least one a stage, so that the most expensive stage is as cheap as can be,
-/// and among such cuts the most even one. Error(input) when there are more stages than calls.
-CAPSTAN_API std::vector<int> cut_into_stages(std::span<const CallCost> calls, int stages);
+/// and among such cuts the most even one. Error(input) at `where` when there are more stages than calls.
+CAPSTAN_API std::vector<int> cut_into_stages(std::span<const CallCost> calls, int stages, const std::string& where = "stages");
 
 /// For simulate().
 CAPSTAN_API Costs stage_costs(std::span<const CallCost> calls, std::span<const int> stage_of_call);

@@ -107,7 +107,7 @@ Schema device_schema() {
   s.number("product_depth", 0, "inner dimension at which a product has half of that").at_least(0);
   s.number("tile_m", 1, "rows of the output that a core makes at a time").at_least(1);
   s.number("tile_n", 1, "columns likewise").at_least(1);
-  s.integer("cores", 0, "that tiles are dealt to; 0: no rounding to whole rounds").at_least(0);
+  s.integer("cores", 0, "that tiles are dealt to; 0: no rounding to whole rounds").range(0, 1 << 20);
   s.required(Type::number, "attention_forward", "share of the peak on long sequences").above(0);
   s.required(Type::number, "attention_backward", "likewise").above(0);
   s.number("attention_length", 0, "of a sequence at which the forward has half of that").in("tokens").at_least(0);
@@ -115,7 +115,7 @@ Schema device_schema() {
   s.number("attention_head", 0, "elements of a head at which it has half").at_least(0);
   s.number("op_seconds", 0, "fixed, of each operation").in("seconds").at_least(0);
   s.number("collective_cores", 0, "that a collective takes from the compute beside it").at_least(0);
-  s.integer("per_host", 1, "devices of one host").at_least(1);
+  s.integer("per_host", 1, "devices of one host").range(1, 1 << 20);
   s.group("host", link_schema(), "between devices of one host");
   s.group("network", link_schema(), "of each device to other hosts");
   return s;

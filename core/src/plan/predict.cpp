@@ -2,11 +2,13 @@
 #include "plan/predict.h"
 
 #include "mesh/mesh.h"
+#include "parallel/meta_batch.h"
 #include "pipeline/simulate.h"
 #include "pipeline/stages.h"
 #include "plan/paper_world.h"
 #include "plan/timing.h"
 
+#include <capstan/batch.h>
 #include <capstan/error.h>
 
 #include <algorithm>
@@ -343,7 +345,7 @@ GroupShape group_shape(const MeshLayout& layout, const std::string& axes, int pe
   return shape;
 }
 
-std::vector<std::vector<int>> cut_stages(const Profile& profile, int stages) {
+std::vector<std::vector<int>> cut_stages(const Profile& profile, int stages, const std::string& where) {
   constexpr double flop_per_byte = 100;  // as call_costs() takes it
   std::vector<pipeline::CallCost> costs;
   for (const CallProfile& c : profile.calls) {
@@ -354,17 +356,24 @@ std::vector<std::vector<int>> cut_stages(const Profile& profile, int stages) {
     };
     costs.push_back({sum(c.forward), sum(c.backward), 0});
   }
-  const std::vector<int> stage = pipeline::cut_into_stages(costs, stages);
+  const std::vector<int> stage = pipeline::cut_into_stages(costs, stages, where);
   std::vector<std::vector<int>> cut(static_cast<std::size_t>(stages));
   for (std::size_t c = 0; c < stage.size(); ++c) cut[static_cast<std::size_t>(stage[c])].push_back(static_cast<int>(c));
   return cut;
+}
+
+/// Bytes of a batch as the data comes.
+std::int64_t batch_bytes(std::int64_t sequences, std::int64_t length) {
+  const std::shared_ptr<Device> meta = make_meta_device();
+  const Batch batch = parallel::meta_batch(*meta, sequences, length);
+  return meta->bytes_held();
 }
 
 Prediction predict(const Sources& sources, const Setting& setting, const DeviceModel* device, const Assumptions& assumptions) {
   Prediction p;
   const Profile profile = profile_model(sources.model, setting);
   const int pp = setting.size("pp"), stages = pp > 1 ? setting.pipeline.stages() : 1;
-  std::vector<std::vector<int>> cut = cut_stages(profile, stages);
+  std::vector<std::vector<int>> cut = cut_stages(profile, stages, setting.where_stages);
   if (pp > 1 && setting.engine.stage_of_call.size() == profile.calls.size()) {  // as the session says
     for (auto& calls : cut) calls.clear();
     for (std::size_t c = 0; c < profile.calls.size(); ++c) cut.at(static_cast<std::size_t>(setting.engine.stage_of_call[c])).push_back(static_cast<int>(c));
@@ -404,6 +413,11 @@ Prediction predict(const Sources& sources, const Setting& setting, const DeviceM
     if (r == 0 && setting.sampled_tokens > 0) {
       const bool shared = pp > 1 || setting.size("tensor") > 1 || (setting.engine.sharding.parameter && setting.pieces() > 1);
       m.sampling = setting.sampled_tokens * profile.state_bytes + (shared ? profile.parameters * size_of(setting.engine.compute) : 0);
+    }
+    if (setting.validation > 0) {
+      const std::int64_t mine = (setting.validation + setting.data_ranks() - 1) / setting.data_ranks();
+      m.validation = mine * batch_bytes(setting.validation_micro, setting.length) + profile.evaluation;
+      if (r == 0) m.bigram = setting.bigram_bytes;
     }
     p.memory.push_back(std::move(m));
   }

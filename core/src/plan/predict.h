@@ -41,8 +41,12 @@ struct Memory {
   std::int64_t logits = 0;           ///< the head's own room: a chunk of logits, its gradient
   std::int64_t staging = 0;          ///< what a checkpoint is written from while training goes on
   std::int64_t sampling = 0;         ///< between steps: keys and values of samples, and the whole model for them where ranks share it
-  /// Most at once: samples are written while there are no activations.
-  std::int64_t total() const { return engine.total() + quantized + std::max(activations + logits, sampling) + staging; }
+  std::int64_t validation = 0;       ///< between steps: all of this rank's batches of a validation, and the forward of one
+  std::int64_t bigram = 0;           ///< beside those batches, on the host: counts of token pairs, and the tokens to score
+  /// Most at once: samples and validations come while there are no activations. `host`: with what is in the host's memory anyway.
+  std::int64_t total(bool host = true) const {
+    return engine.total() + quantized + std::max({activations + logits, sampling, validation + (host ? bigram : 0)}) + (host ? staging : 0);
+  }
 };
 
 /// One kind of communication of a step, of the rank that has most to do.

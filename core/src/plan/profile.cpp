@@ -78,6 +78,16 @@ Profile profile_model(const ModelMaker& make, const Setting& setting) {
   };
   forward_backward(*model, run, hooks, options.recompute);
   profile.peak = std::max(peak, meta->bytes_peak()) - weights;
+  if (setting.validation > 0) {
+    const Batch more = parallel::meta_batch(*meta, setting.validation_micro, setting.length, context, tensor);
+    ForwardContext look(more, *meta, options.compute);
+    look.mesh = mesh.get();
+    look.linear = options.linear;
+    const std::int64_t held = meta->bytes_held();
+    meta->reset_peak();
+    run_forward(*model, look, true);
+    profile.evaluation = meta->bytes_peak() - held;
+  }
   return profile;
 }
 

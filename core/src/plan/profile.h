@@ -28,8 +28,12 @@ struct Setting {
   std::int64_t micro = 1;             ///< sequences of one microbatch
   std::int64_t microbatches = 1;      ///< of one step, each rank
   pipeline::Plan pipeline;
+  std::string where_stages = "stages";  ///< the recipe's place that says how many, for messages
   bool staging = false;               ///< checkpoints are written from a copy in memory
   std::int64_t sampled_tokens = 0;    ///< that samples have room for, on rank 0; 0: no samples
+  std::int64_t validation = 0;        ///< microbatches of one validation, all ranks; 0: none
+  std::int64_t validation_micro = 1;  ///< sequences of each, which may be more than `micro`
+  std::int64_t bigram_bytes = 0;      ///< of the bigram model beside it, on rank 0's host
 
   int size(const char* axis) const { return layout.size(axis); }
   int data_ranks() const { return size("replicate") * size("shard"); }
@@ -62,6 +66,7 @@ struct Profile {
   double head_size = 128;       ///< of attention heads; where no segment says it, 128
   double hidden = 0;
   std::int64_t state_bytes = 0; ///< keys and values of one token, whole model
+  std::int64_t evaluation = 0;  ///< most bytes that the forward of a validation's microbatch takes beside it
 };
 
 using ModelMaker = std::function<std::shared_ptr<Model>()>;

@@ -1,21 +1,17 @@
 // Predictions in words and as JSON.
 #include "plan/report.h"
 
+#include "base/short_bytes.h"
+
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
+#include <string_view>
 #include <utility>
 
 namespace capstan::plan {
 
 namespace {
-
-std::string bytes_words(double bytes) {
-  const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
-  int u = 0;
-  for (; bytes >= 1024 && u < 5; ++u) bytes /= 1024;
-  return u == 0 ? fmt::format("{:.0f} B", bytes) : fmt::format("{:.{}f} {}", bytes, bytes < 9.995 ? 2 : bytes < 99.95 ? 1 : 0, units[u]);
-}
 
 std::string time_words(double seconds) {
   if (seconds <= 0) return "0";
@@ -36,12 +32,22 @@ std::vector<std::pair<std::string, std::int64_t>> classes(const Memory& m) {
       {"optimizer state", m.engine.optimizer},    {"gathered parameters", m.engine.gather_pool}, {"whole gradients", m.engine.gradient_pool},
       {"weights in fp8", m.quantized},
       {"activations", m.activations},             {"logits", m.logits},                          {"checkpoint staging", m.staging},
-      {"samples", m.sampling}};
+      {"samples", m.sampling},                    {"validation", m.validation},                  {"bigram model", m.bigram}};
   std::vector<std::pair<std::string, std::int64_t>> present;
   for (const auto& c : all)
     if (c.second > 0) present.push_back(c);
   return present;
 }
+
+std::string_view note_of(std::string_view name) {
+  if (name == "checkpoint staging") return "  of the host";
+  if (name == "samples" || name == "validation") return "  instead of activations";
+  if (name == "bigram model") return "  of the host, beside validation's batches";
+  return "";
+}
+
+/// Whether what is on the host takes from the memory that is asked about. Without a device that is all there is.
+bool in_host_memory(const DeviceModel* device) { return device == nullptr || device->name == "cpu"; }
 
 std::string calls_words(const Memory& m, const Prediction& p, const Setting& s) {
   if (p.memory.size() <= 1) return "";
@@ -59,18 +65,18 @@ std::string to_text(const Prediction& p, const Setting& s, const DeviceModel* de
   line("");
   line("memory of the fullest rank{}", calls_words(m, p, s));
   for (const auto& [name, bytes] : classes(m))
-    line("  {:<22}{:>10}{}", name, bytes_words(double(bytes)), name == "checkpoint staging" ? "  of the host" : name == "samples" ? "  instead of activations" : "");
-  const double on_device = double(m.total() - (device != nullptr && device->name != "cpu" ? m.staging : 0));
-  line("  {:<22}{:>10}", device != nullptr && device->name != "cpu" ? "on the device" : "all", bytes_words(on_device));
+    line("  {:<22}{:>10}{}", name, short_bytes(double(bytes)), note_of(name));
+  const double on_device = double(m.total(in_host_memory(device)));
+  line("  {:<22}{:>10}", in_host_memory(device) ? "all" : "on the device", short_bytes(on_device));
   if (device != nullptr) {
     if (on_device <= device->memory) {
-      line("  fits: {} has {}, {:.0f} % of it used", device->help, bytes_words(device->memory), 100 * on_device / device->memory);
+      line("  fits: {} has {}, {:.0f} % of it used", device->help, short_bytes(device->memory), 100 * on_device / device->memory);
     } else {
-      line("  does not fit: {} has {}", device->help, bytes_words(device->memory));
+      line("  does not fit: {} has {}", device->help, short_bytes(device->memory));
       int shown = 0;
       for (const Advice& a : advice) {
         if (shown++ == 6) break;
-        line("    {:<44} {}{}", a.key, bytes_words(a.bytes), a.fits ? ", fits" : "");
+        line("    {:<44} {}{}", a.key, short_bytes(a.bytes), a.fits ? ", fits" : "");
       }
     }
   }
@@ -80,7 +86,7 @@ std::string to_text(const Prediction& p, const Setting& s, const DeviceModel* de
   } else {
     line("{:<16}{:<17}{:<15}{:>9}{:>12}{}  {}", "sent in a step", "what", "how", "calls", "bytes", p.timed ? "      time   waited for" : "", "among");
     for (const Traffic& t : p.traffic)
-      line("  {:<14}{:<17}{:<15}{:>9.0f}{:>12}{}  {}", t.axes, t.what, name_of(t.collective), t.calls, bytes_words(t.bytes),
+      line("  {:<14}{:<17}{:<15}{:>9.0f}{:>12}{}  {}", t.axes, t.what, name_of(t.collective), t.calls, short_bytes(t.bytes),
            p.timed ? fmt::format("{:>10}{:>13}", time_words(t.seconds), time_words(t.exposed)) : "", place_words(t.group));
   }
   if (!p.timed) return text;
@@ -106,7 +112,7 @@ std::string to_json(const Prediction& p, const Setting& s, const DeviceModel* de
     j["memory"].push_back({{"pipeline_rank", m.pipeline_rank}, {"fullest", i == p.worst}, {"masters", m.engine.masters}, {"working", m.engine.working},
                            {"gradients", m.engine.gradients}, {"optimizer", m.engine.optimizer}, {"gather_pool", m.engine.gather_pool},
                            {"gradient_pool", m.engine.gradient_pool}, {"quantized", m.quantized}, {"activations", m.activations}, {"live_microbatches", m.live}, {"logits", m.logits},
-                           {"staging", m.staging}, {"sampling", m.sampling}, {"total", m.total()}});
+                           {"staging", m.staging}, {"sampling", m.sampling}, {"validation", m.validation}, {"bigram", m.bigram}, {"total", m.total()}});
   }
   j["traffic"] = Json::array();
   for (const Traffic& t : p.traffic) {
@@ -116,7 +122,7 @@ std::string to_json(const Prediction& p, const Setting& s, const DeviceModel* de
   }
   if (device != nullptr) {
     const Memory& m = p.memory[p.worst];
-    j["device"] = {{"name", device->name}, {"memory", device->memory}, {"fits", double(m.total() - (device->name != "cpu" ? m.staging : 0)) <= device->memory}};
+    j["device"] = {{"name", device->name}, {"memory", device->memory}, {"fits", double(m.total(in_host_memory(device))) <= device->memory}};
     j["advice"] = Json::array();
     for (const Advice& a : advice) j["advice"].push_back({{"keys", a.key}, {"bytes", a.bytes}, {"fits", a.fits}});
   }

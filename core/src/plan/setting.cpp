@@ -41,9 +41,12 @@ Setting setting_from(const train::Session& session, int ranks) {
   s.pipeline.kind = pipeline::schedule_kind(mesh.group("pipeline").text("schedule"));
   s.pipeline.ranks = s.size("pp");
   s.pipeline.stages_per_rank = static_cast<int>(mesh.group("pipeline").integer("stages_per_rank"));
+  s.where_stages = session.where_stages();
   share(s, data.integer("micro_batch"), mesh.group("pipeline").integer("microbatches"));
   s.staging = train::saves_from_a_copy(options);
   s.sampled_tokens = train::sampled_tokens(session);
+  const train::Validation validation = train::validation_of(session);
+  if (validation.microbatches > 0) s.validation = validation.microbatches, s.validation_micro = validation.samples, s.bigram_bytes = validation.bigram_bytes;
   return s;
 }
 

@@ -2,6 +2,7 @@
 // is a command of its own below it.
 #include "program/commands.h"
 
+#include "bench/op_table.h"
 #include "train/estimate.h"
 #include "train/machine.h"
 #include "train/precision.h"
@@ -129,6 +130,7 @@ void bench(const Program& program, const Words& words) {
     measure();
     whole = ahead->whole;
   }
+  const double empty_scope = words.profile ? bench::empty_scope_seconds(device) : 0;
   for (int step = 1; !ahead && step <= words.warmup + words.steps; ++step) {
     if (step == words.warmup + 1 && words.profile) device.record(true, true);
     measure();
@@ -179,22 +181,9 @@ void bench(const Program& program, const Words& words) {
     fmt::print("  memory        {} MiB resident at most, {} MiB in tensors\n", usage.ru_maxrss / 1024, device.bytes_peak() >> 20);
   }
   if (!words.profile) return;
-  std::vector<OpRecord> ops = device.ledger();
-  std::sort(ops.begin(), ops.end(), [](const OpRecord& a, const OpRecord& b) { return a.seconds > b.seconds; });
-  double total = 0, known = 0;
+  double total = 0;
   for (double s : whole) total += s;
-  fmt::print("  {:<26} {:>6} {:>9} {:>7} {:>9} {:>8}\n", "op", "calls", "ms/step", "share", "GFLOP/s", "GB/s");
-  for (const OpRecord& op : ops) {
-    known += op.seconds;
-    // No memory is that fast: another op did its work on the way (a product that takes GELU's slope, or a bias's gradient).
-    if (op.cost.read + op.cost.write > 1e14 * op.seconds) {
-      fmt::print("  {:<26} {:>6} {:>9} {:>7} {:>18}\n", op.name, op.calls / words.steps, "-", "-", "within another op");
-      continue;
-    }
-    fmt::print("  {:<26} {:>6} {:>9.2f} {:>6.1f}% {:>9.0f} {:>8.1f}\n", op.name, op.calls / words.steps, 1e3 * op.seconds / words.steps, 100 * op.seconds / total,
-               op.cost.flop / op.seconds * 1e-9, (op.cost.read + op.cost.write) / op.seconds * 1e-9);
-  }
-  fmt::print("  {:<26} {:>6} {:>9.2f} {:>6.1f}%\n", "(between ops)", "", 1e3 * (total - known) / words.steps, 100 * (total - known) / total);
+  fmt::print("{}", bench::op_table(device.ledger(), words.steps, total, empty_scope));
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // `capstan checkpoint info|verify`: what a run's checkpoints hold, and whether they are whole.
 #include "base/look.h"
+#include "base/short_bytes.h"
 #include "checkpoint/loader.h"
 #include "checkpoint/run_state.h"
 #include "program/commands.h"
@@ -23,14 +24,6 @@ struct Words {
   std::string path;
   bool tensors = false;
 };
-
-std::string size_text(std::int64_t bytes) {
-  const char* units[] = {"B", "KiB", "MiB", "GiB", "TiB"};
-  auto value = static_cast<double>(bytes);
-  std::size_t unit = 0;
-  while (value >= 1024 && unit + 1 < std::size(units)) value /= 1024, ++unit;
-  return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, units[unit]);
-}
 
 /// The checkpoints that PATH stands for, newest first: a run's folder, its checkpoints/, or one step in it.
 std::vector<Candidate> chosen(const std::string& text) {
@@ -61,8 +54,8 @@ void print_one(const Candidate& candidate, bool tensors) {
   fmt::print("step {}  {}\n", manifest.step, candidate.folder.string());
   fmt::print("  format:   {}, version {}, written by Capstan {}\n", manifest.format, checkpoint::format_version,
              manifest.program);
-  fmt::print("  size:     {} in {} files\n", size_text(manifest.bytes()), manifest.files.size() + 1);
-  fmt::print("  tensors:  {} ({} elements, {})\n", manifest.tensors.size(), elements, size_text(payload));
+  fmt::print("  size:     {} in {} files\n", short_bytes(static_cast<double>(manifest.bytes())), manifest.files.size() + 1);
+  fmt::print("  tensors:  {} ({} elements, {})\n", manifest.tensors.size(), elements, short_bytes(static_cast<double>(payload)));
   try {
     const auto text = checkpoint::read_state(candidate.folder);
     const auto state = checkpoint::RunState::parse(text, (candidate.folder / checkpoint::state_name).string());

@@ -5,6 +5,7 @@
 #include "data/indexed_dataset.h"
 #include "plugin/host.h"
 #include "program/seed.h"
+#include "terminal/display.h"
 
 #include <capstan/tokenizer.h>
 #include <fmt/format.h>
@@ -43,14 +44,15 @@ std::string bytes_text(double bytes) {
   return unit == 0 ? fmt::format("{:.0f} B", bytes) : fmt::format("{:.3g} {}", bytes, units[unit]);
 }
 
-/// A bar that redraws itself on a terminal; elsewhere a line now and then.
+/// A bar that redraws itself on a terminal, from the first text on; elsewhere a line now and then.
 class ProgressBar {
  public:
-  ProgressBar() : terminal_(::isatty(STDERR_FILENO) == 1), start_(Clock::now()), last_(start_) {}
+  ProgressBar() : terminal_(terminal::is_live(STDERR_FILENO)), start_(Clock::now()), last_(start_) {}
   ~ProgressBar() { clear(); }
   void show(const data::BuildProgress& p) {
     const auto now = Clock::now();
-    if (now - last_ < (terminal_ ? std::chrono::milliseconds(100) : std::chrono::milliseconds(5000))) return;
+    if (p.bytes == 0) return;
+    if ((drawn_ || !terminal_) && now - last_ < (terminal_ ? std::chrono::milliseconds(100) : std::chrono::milliseconds(5000))) return;
     last_ = now;
     const double seconds = std::chrono::duration<double>(now - start_).count();
     const double rate = static_cast<double>(p.bytes) / seconds;
@@ -162,6 +164,7 @@ void info(const Program& program, const Words& words) {
                sidecar->end_of_document);
     fmt::print("  built from {} files, {} of text, xxh3 {}\n", sidecar->inputs,
                bytes_text(static_cast<double>(sidecar->input_bytes)), sidecar->input_digest);
+    for (const std::string& input : sidecar->named) fmt::print("             {}\n", input);
   } else {
     fmt::print("  tokenizer  unknown: no {}.json beside it\n", dataset.prefix());
   }

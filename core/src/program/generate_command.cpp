@@ -61,8 +61,15 @@ std::string ending(const Completion& c) {
   return c.finish;
 }
 
+/// "top_k" -> "--top-k"
+std::string option_of(std::string parameter) {
+  std::replace(parameter.begin(), parameter.end(), '_', '-');
+  return "--" + parameter;
+}
+
 /// One completion is shown as it grows. Of several, each is shown whole, in order.
 void generate(const GenerateOptions& o, const std::string& executable) {
+  check_sampling(o.sampling, option_of);  // by the engine's rules, before anything is read
   const std::filesystem::path folder = o.run;
   if (!is_there(folder / "recipe.yaml")) {
     fail(Fault::input, o.run,
@@ -123,20 +130,15 @@ void add_generate(CLI::App& app, Program& program) {
   auto* prompt = command->add_option("--prompt", o->prompt, "text to continue; empty: a new document");
   command->add_option("--prompt-file", o->prompt_file, "file that holds the prompt; - is standard input")->excludes(prompt);
   command->add_option("--temperature", o->sampling.temperature, "divides the logits; 0: always the likeliest token")
-      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command->add_option("--top-k", o->sampling.top_k, "sample among the k likeliest tokens; 0: all")
-      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command->add_option("--top-p", o->sampling.top_p, "sample among the likeliest tokens that together reach this probability")
-      ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   command->add_option("--min-p", o->sampling.min_p, "drop tokens less likely than this share of the likeliest")
-      ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
   command->add_option("--seed", o->sampling.seed, "the same seed gives the same text")->check(check_seed)->capture_default_str();
   command->add_option("--max-tokens", o->sampling.max_tokens, "longest completion")
-      ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command
       ->add_option("--stop", o->sampling.stop, "text that ends the completion and is not shown; may be given several times")

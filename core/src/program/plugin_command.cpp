@@ -11,8 +11,11 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <sstream>
 #include <tuple>
@@ -157,6 +160,58 @@ std::string read_file(const fs::path& path) {
   return text.str();
 }
 
+/// The files that a new plugin consists of, by name: those of every kind and those of its own, filled in.
+std::map<std::string, std::string> new_files(const fs::path& shared, const fs::path& own, const std::string& kind, const std::string& name) {
+  std::map<std::string, std::string> files;
+  std::error_code error;
+  for (const fs::path& folder : {shared, own}) {
+    fs::directory_iterator file(folder, error);
+    for (; !error && file != fs::directory_iterator(); file.increment(error)) {
+      if (file->is_directory()) continue;
+      const std::string target = fill_in(file->path().filename().string(), kind, name);
+      if (!files.emplace(target, fill_in(read_file(file->path()), kind, name)).second)
+        fail(Fault::runtime, "plugin new", fmt::format("two templates in {} and {} make the file {}: rename one; nothing was written", shared.string(), own.string(), target));
+    }
+    if (error) fail(Fault::runtime, "plugin new", fmt::format("cannot list {}: {}", folder.string(), error.message()));
+  }
+  return files;
+}
+
+/// A folder and the files in it that are taken away again, unless all of them are there.
+class NewFolder {
+ public:
+  explicit NewFolder(const fs::path& folder) {
+    std::error_code error;
+    for (fs::path missing = fs::absolute(folder).lexically_normal(); !fs::exists(missing, error) && missing != missing.root_path(); missing = missing.parent_path())
+      made_.push_back(missing);
+    fs::create_directories(folder, error);
+    if (!error) return;
+    undo();
+    fail(Fault::input, "plugin new", fmt::format("cannot make the folder {}: {}; --dir says where", folder.string(), reason_and_advice(error)));
+  }
+  ~NewFolder() { undo(); }
+  NewFolder(const NewFolder&) = delete;
+  NewFolder& operator=(const NewFolder&) = delete;
+
+  void write(const fs::path& file, const std::string& text) {
+    errno = 0;
+    std::ofstream out(file, std::ios::binary);
+    if (out) written_.push_back(file);
+    out << text;
+    out.close();
+    if (!out) fail(Fault::runtime, "plugin new", fmt::format("cannot write {}: {}; nothing was left behind", file.string(), std::strerror(errno)));
+  }
+  void keep() { made_.clear(), written_.clear(); }
+
+ private:
+  void undo() {
+    std::error_code ignored;  // a folder that somebody put something into stays
+    for (const fs::path& file : written_) fs::remove(file, ignored);
+    for (const fs::path& folder : made_) fs::remove(folder, ignored);
+  }
+  std::vector<fs::path> made_, written_;  // folders from the inside out
+};
+
 void create(const Program& program, const Words& words) {
   const std::string& name = words.name;
   const bool good = !name.empty() && name.size() <= 40 && name[0] >= 'a' && name[0] <= 'z' &&
@@ -189,22 +244,14 @@ void create(const Program& program, const Words& words) {
     if (error) fail(Fault::input, "plugin new", fmt::format("{} cannot be listed: {}", to.string(), reason_and_advice(error)));
     fail(Fault::input, "plugin new", fmt::format("{} exists and is not an empty folder; nothing was written", to.string()));
   }
-  fs::create_directories(to, error);
-  if (error) fail(Fault::input, "plugin new", fmt::format("cannot make the folder {}: {}; --dir says where", to.string(), reason_and_advice(error)));
+  const auto files = new_files(templates, from, words.kind, name);
+  NewFolder folder(to);
   std::vector<std::string> written;
-  for (const fs::path& folder : {templates, from}) {
-    fs::directory_iterator file(folder, error);
-    for (; !error && file != fs::directory_iterator(); file.increment(error)) {
-      if (file->is_directory()) continue;
-      const fs::path target = to / fill_in(file->path().filename().string(), words.kind, name);
-      std::ofstream out(target, std::ios::binary);
-      out << fill_in(read_file(file->path()), words.kind, name);
-      if (!out.flush()) fail(Fault::runtime, "plugin new", fmt::format("cannot write {}", target.string()));
-      written.push_back(target.string());
-    }
-    if (error) fail(Fault::runtime, "plugin new", fmt::format("cannot list {}: {}", folder.string(), error.message()));
+  for (const auto& [file, text] : files) {
+    folder.write(to / file, text);
+    written.push_back((to / file).string());
   }
-  std::sort(written.begin(), written.end());
+  folder.keep();
   const fs::path sdk = templates.parent_path().parent_path().parent_path().parent_path() / "lib/cmake/Capstan";
   fmt::print("wrote {}\n\nBuild it:\n  cmake -S {} -B {}/build -DCapstan_DIR={}\n  cmake --build {}/build\n",
              fmt::join(written, "\n      "), to.string(), to.string(), sdk.string(), to.string());

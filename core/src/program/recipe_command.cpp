@@ -42,7 +42,8 @@ void plan_step(const Program& program, const Words& words) {
   const plan::Setting setting = plan::setting_from(*session, words.ranks);
   const plan::Sources sources = plan::sources_from(*session);
   const plan::DeviceModel* known = device ? &*device : nullptr;
-  const plan::Prediction prediction = plan::predict(sources, setting, known);
+  plan::Prediction prediction;
+  train::with_sizes_of(session->options(), [&] { prediction = plan::predict(sources, setting, known); });
   std::vector<plan::Advice> advice;
   if (known != nullptr && static_cast<double>(prediction.memory[prediction.worst].total()) > known->memory)
     advice = plan::advise(sources, setting, known->memory);
@@ -90,8 +91,10 @@ void check(const Program& program, const Words& words) {
   for (const char* kind : {"model", "tokenizer", "optimizer", "inference"}) row(kind, options.plugin(kind).name);
   row("checkpoint", options.group("checkpoint").plugin("format").name);
   row("precision", train::describe_precision(*session));
-  for (const auto& set : data.groups("sets"))
-    row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")) + (train::missing_set(set).empty() ? "" : "; a run is refused here: " + train::missing_set(set)));
+  for (const auto& set : data.groups("sets")) {
+    const std::string problem = train::problem_of_set(set).what;
+    row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")) + (problem.empty() ? "" : "; a run is refused here: " + problem));
+  }
   row("training", fmt::format("{} steps of {} sequences x {} tokens, {:.4g} million tokens in all", steps, sequences, length,
                               1e-6 * double(steps) * double(sequences) * double(length)));
   row("parameters", fmt::format("{} ({})", estimate.parameters, session->model->describe()));

@@ -69,7 +69,7 @@ Schema data_set() {
   s.number("weight", 1, "how often this set is drawn from, relative to the others").above(0);
   s.list(Type::paths, "text", "[]",
          "text files, folders or globs (** crosses folders) that the set is built from when it does "
-         "not exist yet");
+         "not exist yet; a set that was built from others is refused");
   s.integer("max_bytes", 0, "most text to build from; 0: all of it").in("bytes").at_least(0);
   return s;
 }

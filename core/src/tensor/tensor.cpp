@@ -1,4 +1,6 @@
 // Tensor: construction, views and copies. Differentiable ops are in core/src/ops.
+#include "tensor/too_large.h"
+
 #include <capstan/autograd.h>
 #include <capstan/tensor.h>
 #include <kernels/backend.h>
@@ -7,6 +9,8 @@
 #include <vector>
 
 namespace capstan {
+
+TooLarge::~TooLarge() = default;
 
 namespace {
 
@@ -51,7 +55,7 @@ Tensor Tensor::empty(const Dims& shape, DType dtype, Device& device) {
     room = n > 0 ? room / n : room;
   }
   if (room == 0 && !none)
-    fail(Fault::input, "tensor", "a tensor of shape " + to_string(shape) + " is more than " + std::to_string(most) + " bytes: expected smaller sizes in the recipe's model or data");
+    throw TooLarge(Fault::input, "a tensor of shape " + to_string(shape) + " has more than " + std::to_string(most) + " bytes");
   Tensor t;
   t.storage_ = std::make_shared<Storage>();
   t.storage_->device = device.shared_from_this();

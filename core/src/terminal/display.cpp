@@ -10,10 +10,12 @@
 
 namespace capstan::terminal {
 
-Display::Display(bool shown) : shown_(shown) {
-  const char* term = std::getenv("TERM");  // "dumb" terminals cannot rewrite a line
-  live_ = shown && isatty(STDOUT_FILENO) == 1 && term != nullptr && std::string(term) != "dumb";
+bool is_live(int descriptor) {
+  const char* term = std::getenv("TERM");
+  return isatty(descriptor) == 1 && term != nullptr && std::string(term) != "dumb";
 }
+
+Display::Display(bool shown) : shown_(shown), live_(shown && is_live(STDOUT_FILENO)) {}
 
 Display::~Display() { done(); }
 
@@ -61,7 +63,7 @@ void Display::warn(const std::string& line) {
   if (!shown_) return;
   clear();
   std::fflush(stdout);  // the live line is gone before this one comes
-  const bool color = live_ && isatty(STDERR_FILENO) == 1;
+  const bool color = live_ && is_live(STDERR_FILENO);
   fmt::print(stderr, "{}warning:{} {}\n", color ? "\x1b[33m" : "", color ? "\x1b[0m" : "", line);
   std::fflush(stderr);
 }

@@ -1,4 +1,4 @@
-// defines: Display: the run's face on the terminal: a header, one live line, notes above it. Plain lines
+// defines: is_live(), Display: the run's face on the terminal: a header, one live line, notes above it. Plain lines
 // when the output is no terminal.
 #pragma once
 #include <capstan/export.h>
@@ -9,6 +9,9 @@
 #include <vector>
 
 namespace capstan::terminal {
+
+/// Whether a line on this file descriptor can be rewritten: a terminal that is not TERM=dumb.
+CAPSTAN_API bool is_live(int descriptor);
 
 class CAPSTAN_API Display {
  public:

@@ -1,6 +1,7 @@
 #include "train/estimate.h"
 
 #include "base/short_bytes.h"
+#include "data/bigram.h"
 #include "parallel/meta_batch.h"
 
 #include <capstan/error.h>
@@ -35,7 +36,22 @@ std::int64_t state_bytes_per_token(const Model& model, DType compute) {
   return bytes;
 }
 
-Estimate estimate_step(const Session& session) {
+Validation validation_of(const Session& session) {
+  const Options& data = session.options().group("data");
+  const Options& train = session.options().group("train");
+  if (train.integer("validate_every") == 0 || data.number("validation") == 0) return {};
+  Validation v;
+  v.samples = session.micro_batch();
+  v.microbatches = (train.integer("validate_batches") * data.integer("batch_size") + v.samples - 1) / v.samples;
+  v.bigram_bytes = data::bigram_bytes(session.tokenizer->vocabulary());
+  constexpr std::int64_t row = 3 * sizeof(std::int32_t) + sizeof(std::int64_t);  // of data::Rows: token, target, weight, id
+  if (v.bigram_bytes > 0) v.bigram_bytes += row * v.microbatches * v.samples * data.integer("sequence_length");
+  return v;
+}
+
+namespace {
+
+Estimate estimate(const Session& session) {
   const Options& data = session.options().group("data");
   const std::int64_t batch_size = data.integer("batch_size"), length = data.integer("sequence_length");
   const std::int64_t micro = data.integer("micro_batch") > 0 ? std::min(data.integer("micro_batch"), batch_size) : batch_size;
@@ -60,6 +76,14 @@ Estimate estimate_step(const Session& session) {
   for (const Parameter* p : engine.model().parameters()) e.quantized_bytes += p->derived_bytes();
   e.activations_bytes = meta->bytes_peak() - e.weights_bytes - e.quantized_bytes;
   e.model_flop_per_token = flop / static_cast<double>(micro * length);
+  if (const Validation v = validation_of(session); v.microbatches > 0) {
+    const std::int64_t before = meta->bytes_held();
+    const Batch another = parallel::meta_batch(*meta, v.samples, length);
+    const std::int64_t batch_bytes = meta->bytes_held() - before;
+    meta->reset_peak();
+    engine.evaluate(another);
+    e.validation_bytes = batch_bytes * v.microbatches + std::max(meta->bytes_peak() - before - batch_bytes, v.bigram_bytes);
+  }
   if (options.recompute) {  // model FLOPs leave the second forward out
     EngineOptions plain = options;
     plain.recompute = false;
@@ -73,6 +97,14 @@ Estimate estimate_step(const Session& session) {
   return e;
 }
 
+}  // namespace
+
+Estimate estimate_step(const Session& session) {
+  Estimate e;
+  with_sizes_of(session.options(), [&] { e = estimate(session); });
+  return e;
+}
+
 std::string describe_memory(const Estimate& e, bool shared) {
   const auto words = [](std::int64_t bytes) { return short_bytes(static_cast<double>(bytes)); };
   std::string text = words(e.total_bytes()) + ": " + words(e.weights_bytes) + " weights, gradients and optimizer, ";
@@ -80,6 +112,7 @@ std::string describe_memory(const Estimate& e, bool shared) {
   text += words(e.activations_bytes) + " activations";
   if (e.staging_bytes > 0) text += ", " + words(e.staging_bytes) + " to write checkpoints from";
   if (e.sampling_bytes > 0) text += ", " + words(e.sampling_bytes) + " between steps for samples";
+  if (e.validation_bytes > 0) text += ", " + words(e.validation_bytes) + " between steps for validation";
   return shared ? text + "; the mesh shares it: `capstan recipe check RECIPE --ranks N` says what a rank has" : text;
 }
 

@@ -21,9 +21,20 @@ struct Estimate {
   std::int64_t activations_bytes = 0;  ///< most that a microbatch holds beside them
   std::int64_t staging_bytes = 0;   ///< the copy that a checkpoint is written from while training goes on
   std::int64_t sampling_bytes = 0;  ///< keys and values that samples have room for; between steps
-  /// Most at once: samples are written while there are no activations.
-  std::int64_t total_bytes() const { return weights_bytes + quantized_bytes + std::max(activations_bytes, sampling_bytes) + staging_bytes; }
+  std::int64_t validation_bytes = 0;  ///< all batches of a validation, and the larger of a forward's room and the bigram model; between steps
+  /// Most at once: samples and validations come while there are no activations.
+  std::int64_t total_bytes() const {
+    return weights_bytes + quantized_bytes + std::max({activations_bytes, sampling_bytes, validation_bytes}) + staging_bytes;
+  }
 };
+
+/// What a validation holds beside the forward of one of its microbatches.
+struct Validation {
+  std::int64_t microbatches = 0;  ///< of all ranks, made at once; 0: there is no validation
+  std::int64_t samples = 0;       ///< of each
+  std::int64_t bigram_bytes = 0;  ///< of the bigram model, on the first rank's host: its counts and the tokens that it scores
+};
+CAPSTAN_API Validation validation_of(const Session& session);
 
 /// Whether checkpoints are written from a copy in memory.
 CAPSTAN_API bool saves_from_a_copy(const Options& options);

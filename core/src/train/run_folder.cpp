@@ -33,7 +33,12 @@ void replace_file(const fs::path& file, const std::string& text) {
     std::ofstream out(fresh, std::ios::binary);
     out << text;
     out.flush();
-    if (!out) fail(Fault::runtime, fresh.string(), std::string("cannot write: ") + std::strerror(errno) + "; free space or choose another run.dir");
+    if (!out) {
+      const int code = errno;
+      std::error_code ignored;
+      if (!is_folder(fresh)) fs::remove(fresh, ignored);
+      fail(Fault::runtime, fresh.string(), std::string("cannot write: ") + std::strerror(code) + "; free space or choose another run.dir");
+    }
   }
   std::error_code error;
   fs::rename(fresh, file, error);
@@ -123,12 +128,15 @@ void RunFolder::rewind_metrics(std::int64_t step) {
   if (rank_ != 0) return;
   const fs::path file = metrics_.path();
   metrics_.close();
+  const std::string text = text_of_metrics(file);
   std::string kept;
-  std::istringstream all(text_of_metrics(file));
+  std::istringstream all(text);
   for (std::string line; std::getline(all, line);) {
     const nlohmann::json j = nlohmann::json::parse(line, nullptr, false);  // a killed run may have left half a line
     if (!j.is_discarded() && j.is_object() && j.contains("step") && j["step"].is_number_integer() && j["step"].get<std::int64_t>() <= step) kept += line + "\n";
   }
+  // Steps come in order, so that what is dropped stands at the end: cutting it off needs no room on the disk.
+  if (!text.empty() && text.starts_with(kept) && ::truncate(file.c_str(), static_cast<off_t>(kept.size())) == 0) return;
   replace_file(file, kept);
 }
 

@@ -47,7 +47,7 @@ class CAPSTAN_API RunFolder {
   /// cannot be kept.
   std::string keep_recipe(std::int64_t step);
   /// Drops metrics of steps after `step`: the run goes on from there and will write them again. Error, with the file as it
-  /// was, when it cannot be read.
+  /// was, when it cannot be read or changed.
   void rewind_metrics(std::int64_t step);
   /// One JSON object, one line, flushed. See docs/runs.md for the schema. One that cannot be written is left out; the first
   /// time that happens, returns what there is to say of it.

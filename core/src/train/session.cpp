@@ -4,20 +4,27 @@
 #include "base/look.h"
 #include "checkpoint/loader.h"
 #include "comm/gpu_world.h"
+#include "data/indexed_dataset.h"
+#include "data/inputs.h"
 #include "pipeline/stages.h"
 #include "launch/launch.h"
 #include "recipe/mesh_schema.h"
 #include "recipe/run_schema.h"
+#include "tensor/too_large.h"
 #include "train/precision.h"
 #include "train/state_tensors.h"
 
 #include <kernels/backend.h>
 #include <kernels/queue.h>
 
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <numeric>
+#include <optional>
 #include <stdexcept>
 
 namespace capstan::train {
@@ -49,7 +56,13 @@ void Session::cut_into_stages(EngineOptions& e) const {
   const Options& data = options().group("data");
   const std::int64_t micro = data.integer("micro_batch") > 0 ? data.integer("micro_batch") : data.integer("batch_size");
   const std::vector<pipeline::CallCost> costs = pipeline::call_costs(*make_model(), micro, data.integer("sequence_length"), e.compute, e.recompute);
-  e.stage_of_call = pipeline::cut_into_stages(costs, e.pipeline.stages());
+  e.stage_of_call = pipeline::cut_into_stages(costs, e.pipeline.stages(), where_stages());
+}
+
+std::string Session::where_stages() const {
+  const Options& mesh_options = options().group("mesh");
+  const Options& p = mesh_options.group("pipeline");
+  return p.integer("stages_per_rank") > 1 ? p.where("stages_per_rank") : mesh_options.where("pp");
 }
 
 bool Session::pipeline_cuts_batches() const {
@@ -150,9 +163,13 @@ std::unique_ptr<Session> open_session(const std::string& recipe, const std::vect
   }
   s->model = s->make_model();
   if (placement == Placement::none) check_precision(*s, false);
-  if (s->model->vocabulary() < s->tokenizer->vocabulary())
-    fail(Fault::input, "model", "its vocabulary of " + std::to_string(s->model->vocabulary()) + " is smaller than the tokenizer's " +
-                                    std::to_string(s->tokenizer->vocabulary()) + ": set model.vocabulary to 0 or to at least that");
+  if (s->model->vocabulary() < s->tokenizer->vocabulary()) {
+    const bool option = schema.find("vocabulary") != nullptr;
+    fail(Fault::input, option ? s->options().plugin("model").options.where("vocabulary") : s->options().where("model"),
+         "the model's vocabulary is smaller than the tokenizer's (" + s->options().plugin("tokenizer").name + "): expected " +
+             std::to_string(s->tokenizer->vocabulary()) + " tokens or more, got " + std::to_string(s->model->vocabulary()) +
+             (option ? "; 0 takes the tokenizer's" : "; choose a tokenizer that this model knows"));
+  }
   if (placement != Placement::none) place(*s, placement);
   return s;
 }
@@ -163,7 +180,7 @@ void place(Session& s, Placement placement) {
   if (s.device->kind() == DeviceKind::cuda) gpu_of(*s.device).allow_any_order(s.options().group("run").text("attention_backward") == "free");
   EngineOptions e = s.engine_options(placement == Placement::gradients);
   if (s.mesh && s.mesh->size("pp") > 1) s.cut_into_stages(e);
-  s.engine = std::make_unique<Engine>(s.model, s.device, std::move(e), s.mesh);
+  with_sizes_of(s.options(), [&] { s.engine = std::make_unique<Engine>(s.model, s.device, std::move(e), s.mesh); });
 }
 
 void check_lengths(const Session& session) {
@@ -178,10 +195,30 @@ void check_lengths(const Session& session) {
   data.refuse(data.integer("micro_batch") > 0 ? "micro_batch" : "batch_size", why + "set data.micro_batch to at most " + std::to_string(most));
 }
 
-std::string missing_set(const Options& set) {
+void with_sizes_of(const Options& recipe, const std::function<void()>& work) {
+  try {
+    work();
+  } catch (const TooLarge& e) {
+    fail(Fault::input, recipe.where("model"), std::string(e.what()) + ": expected a smaller model, or smaller data.batch_size, data.micro_batch or data.sequence_length");
+  }
+}
+
+SetProblem problem_of_set(const Options& set) {
   const std::string& prefix = set.path("path");
-  if (is_there(prefix + ".idx") || !set.texts("text").empty()) return "";
-  return "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`";
+  const std::vector<std::string>& text = set.texts("text");
+  if (!is_there(prefix + ".idx")) {
+    if (!text.empty()) return {};
+    return {"path", "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`"};
+  }
+  const std::optional<data::Sidecar> note = data::Sidecar::read(prefix);
+  if (text.empty() || !note || note->named.empty()) return {};
+  const std::string remedy = "; to build it again remove " + prefix + ".idx, .bin and .json, to keep both give this one another `path`";
+  if (!data::same_inputs(note->named, note->folder, text, data::folder_of(prefix)))
+    return {"text", "the dataset " + prefix + " was built from other text: expected " + fmt::format("{}", fmt::join(note->named, ", ")) + ", got " +
+                        fmt::format("{}", fmt::join(text, ", ")) + remedy};
+  if (note->max_bytes != set.integer("max_bytes"))
+    return {"max_bytes", fmt::format("the dataset {} was built with another limit: expected {}, got {} (0: all text){}", prefix, note->max_bytes, set.integer("max_bytes"), remedy)};
+  return {};
 }
 
 std::int64_t load_weights(Session& session, const std::string& run_folder, std::int64_t step, const std::function<void(const std::string&)>& report) {

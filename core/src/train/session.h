@@ -35,6 +35,8 @@ struct CAPSTAN_API Session {
   EngineOptions engine_options(bool gradients) const;
   /// Says in `e` which of the model's calls are on which pipeline stage: as even as their costs allow.
   void cut_into_stages(EngineOptions& e) const;
+  /// The recipe's place that says how many stages there are, for messages.
+  std::string where_stages() const;
   /// Whether mesh.pipeline.microbatches says how many microbatches there are, and not data.micro_batch.
   bool pipeline_cuts_batches() const;
   /// Samples of a microbatch on one rank, at most.
@@ -61,8 +63,13 @@ CAPSTAN_API std::unique_ptr<Session> open_session(const std::string& recipe, con
 CAPSTAN_API void place(Session& session, Placement placement);
 /// Error(input) when sequences are longer than the model's context, or a microbatch has more rows than can be counted.
 CAPSTAN_API void check_lengths(const Session& session);
-/// Why a data set can neither be read nor built from its text; "" when one of the two can be.
-CAPSTAN_API std::string missing_set(const Options& set);
+/// Runs `work`, which makes tensors of the recipe's sizes: a size that no memory has is Error(input) at the recipe's model.
+CAPSTAN_API void with_sizes_of(const Options& recipe, const std::function<void()>& work);
+
+/// Which key of a data set a run is refused for, and why; both "" when the set is there or can be built.
+struct SetProblem { std::string key, what; };
+/// A set that can neither be read nor built from its text, or that was built from another text than the recipe's.
+CAPSTAN_API SetProblem problem_of_set(const Options& set);
 
 /// Fills the weights from a run folder's newest good checkpoint, or from that of `step` when it is not
 /// negative. `report` hears of damaged ones. Returns the step; Error(input) when there is none.

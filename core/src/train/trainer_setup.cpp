@@ -30,7 +30,7 @@ namespace {
 std::string checked_folder(const Session& session) {
   check_lengths(session);
   for (const Options& set : session.options().group("data").groups("sets"))
-    if (const std::string missing = missing_set(set); !missing.empty()) set.refuse("path", missing);
+    if (const SetProblem problem = problem_of_set(set); !problem.key.empty()) set.refuse(problem.key, problem.what);
   const Options& run = session.options().group("run");
   const std::string& mode = run.text("resume");
   std::string folder = session.run_folder();
@@ -78,6 +78,7 @@ data::DataOptions data_options(const Session& session) {
   const Options& d = options.group("data");
   data::DataOptions o;
   for (const Options& set : d.groups("sets")) o.sets.push_back({set.path("path"), set.number("weight")});
+  o.where = [d](const std::string& name) { return d.where(name); };  // these options are called as the recipe's keys are
   o.sequence_length = d.integer("sequence_length"), o.batch_size = d.integer("batch_size");
   o.micro_batch = session.micro_batch();
   o.validation = d.number("validation"), o.attend_across_documents = d.flag("attend_across_documents");
@@ -183,7 +184,8 @@ void Trainer::resume() {
       session_->options().group("train").refuse("steps", fmt::format("the run in {} is at step {} already, past the last of {}: ask for more steps, or choose another run.dir",
                                                                      folder_.path(), state.step, steps_));
     step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
-    data_->seek(data::DataCursor::from_json(state.data_cursor));
+    const std::string where = loaded->folder.string();
+    data_->seek(data::DataCursor::from_json(state.data_cursor, where), where);
     if (const auto it = state.more.find("spikes"); it != state.more.end())
       std::sscanf(it->second.c_str(), "%lf %lf %ld", &spike_mean_, &spike_square_, &spike_count_);
     const bool drifts = session_->device->kind() == DeviceKind::cuda && run.text("attention_backward") == "free";
@@ -206,7 +208,13 @@ void Trainer::roll_back(const std::string& why) {
   data_->seek(after);
   fetched_.clear();
   step_ = state.step, tokens_ = state.tokens, saved_step_ = state.step;
-  folder_.rewind_metrics(step_);
+  try {
+    folder_.rewind_metrics(step_);
+  } catch (const Error& e) {  // lines too many are no reason to lose the run
+    const std::string line = fmt::format("{}. metrics.jsonl keeps its lines of steps after {}, which are taken again, and this does not end the run", e.what(), step_);
+    display_.warn(line);
+    folder_.log(line);
+  }
   display_.warn(why + fmt::format("; rolled back to step {} and past the batch", step_));
 }
 

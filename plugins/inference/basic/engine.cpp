@@ -24,7 +24,7 @@ void BasicEngine::attach(std::shared_ptr<Model> model, std::shared_ptr<const Tok
              std::to_string(model->vocabulary()));
   }
   if (options_.record_or_fail && device->kind() != DeviceKind::cuda)
-    fail(Fault::input, "basic", "cuda_graphs: there is no GPU to record steps on; expected auto or off here");
+    fail(Fault::input, options_.record_where, "there is no GPU to record steps on: expected auto or off here, got on");
   decodes_.clear();
   state_.reset();
   model_ = std::move(model);
@@ -42,7 +42,7 @@ void BasicEngine::attach(std::shared_ptr<Model> model, std::shared_ptr<const Tok
 void BasicEngine::submit(Request request) {
   if (!model_) fail(Fault::programming, "basic", "submit() before attach()");
   const std::string where = "request " + std::to_string(request.id);
-  check_sampling(request.sampling, where);
+  check_sampling(request.sampling, [&](const std::string& name) { return where + ", " + name; });
   if (request.prompt.empty()) fail(Fault::input, where, "the prompt has no tokens: expected at least one to continue from");
   const auto length = static_cast<std::int64_t>(request.prompt.size());
   if (length > longest_) {

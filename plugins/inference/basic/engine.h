@@ -21,6 +21,7 @@ struct EngineOptions {
   std::int64_t max_batch_tokens = 512;   ///< rows of one forward: decoded tokens and chunks of prompts together
   std::int64_t max_batch = 32;           ///< requests in progress at once
   bool record = true, record_or_fail = false;  ///< steps on a GPU in which every request decodes
+  std::string record_where = "cuda_graphs";    ///< the place that asks for it, in messages
 };
 
 /// Every request has tokens (its prompt and what was sampled) of which the state holds the first ones. A step gives each

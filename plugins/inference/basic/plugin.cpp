@@ -16,7 +16,8 @@ CAPSTAN_PLUGIN("inference", "basic", "1.0.0") {
       .one_of({"auto", "on", "off"});
   registrar.add("inference", "basic", schema, [](const capstan::Options& o, capstan::Registrar&) {
     const capstan::basic::EngineOptions options{o.integer("max_tokens_held"), o.integer("max_batch_tokens"),
-                                                o.integer("max_batch"), o.text("cuda_graphs") != "off", o.text("cuda_graphs") == "on"};
+                                                o.integer("max_batch"), o.text("cuda_graphs") != "off", o.text("cuda_graphs") == "on",
+                                                o.where("cuda_graphs")};
     return capstan::as_interface<capstan::InferenceEngine>(std::make_shared<capstan::basic::BasicEngine>(options));
   });
 }

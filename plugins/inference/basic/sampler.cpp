@@ -8,15 +8,6 @@
 namespace capstan::basic {
 namespace {
 
-std::string number(double v) {
-  std::string s = std::to_string(v);
-  return s;
-}
-
-[[noreturn]] void refuse(const std::string& where, const char* name, const char* expected, const std::string& got) {
-  fail(Fault::input, where, std::string(name) + ": expected " + expected + ", got " + got);
-}
-
 /// The lowest id of the largest logit, which must be a number.
 std::size_t largest(std::span<const float> logits) {
   std::size_t best = 0;
@@ -33,17 +24,6 @@ std::size_t largest(std::span<const float> logits) {
 }
 
 }  // namespace
-
-void check_sampling(const SamplingParams& p, const std::string& where) {
-  if (!(p.temperature >= 0) || std::isinf(p.temperature)) refuse(where, "temperature", "0 or more", number(p.temperature));
-  if (p.top_k < 0) refuse(where, "top_k", "0 (all) or more", std::to_string(p.top_k));
-  if (!(p.top_p > 0 && p.top_p <= 1)) refuse(where, "top_p", "more than 0, at most 1", number(p.top_p));
-  if (!(p.min_p >= 0 && p.min_p <= 1)) refuse(where, "min_p", "from 0 to 1", number(p.min_p));
-  if (p.max_tokens < 1) refuse(where, "max_tokens", "1 or more", std::to_string(p.max_tokens));
-  for (const std::string& stop : p.stop) {
-    if (stop.empty()) refuse(where, "stop", "texts of at least one character", "an empty text");
-  }
-}
 
 Candidates filter(std::span<const float> logits, const SamplingParams& params) {
   const double highest = logits[largest(logits)];

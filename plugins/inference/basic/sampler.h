@@ -1,4 +1,4 @@
-// defines: check_sampling, sample: from logits to a token, exactly. Knows nothing of models.
+// defines: filter, sample: from logits to a token, exactly. Knows nothing of models.
 #pragma once
 #include <capstan/inference.h>
 #include <capstan/random.h>
@@ -9,9 +9,6 @@
 #include <vector>
 
 namespace capstan::basic {
-
-/// Error(input) at `where` when a sampling parameter is out of its range.
-void check_sampling(const SamplingParams& params, const std::string& where);
 
 /// The tokens that filtering leaves, in order of id, and their probabilities, which sum to 1.
 struct Candidates {

@@ -148,6 +148,47 @@ TEST_F(Autograd, ErrorsSayWhatToDo) {
   EXPECT_THAT(error_of([&] { backward(root, wrong); }), AllOf(HasSubstr("expected [3]"), HasSubstr("got [4]")));
 }
 
+/// Returns whatever it was made with, where it is wanted.
+struct Returning : Node {
+  explicit Returning(std::vector<Tensor> gradients) : gradients(std::move(gradients)) {}
+  std::string_view name() const override { return "returning"; }
+  std::vector<Tensor> backward(std::span<const Tensor>, Part part) override {
+    std::vector<Tensor> returned = gradients;
+    for (int i = 0; i < static_cast<int>(returned.size()); ++i)
+      if (!wants(i, part)) returned[static_cast<std::size_t>(i)] = Tensor();
+    return returned;
+  }
+  void release() override {}
+  std::vector<Tensor> gradients;
+};
+
+// A plugin's node may be wrong: its gradients are taken by number of elements, and one too short would be read past its end.
+TEST_F(Autograd, GradientsOfAnotherShapeOrTypeAreRefused) {
+  const auto walk = [&](const Tensor& second, const Tensor& gradient, Part part = Part::both) {
+    const Tensor first = make_leaf(random({2, 3}, DType::f32, "first"), false);
+    Tensor out = scalar(1);
+    record(std::make_shared<Returning>(std::vector<Tensor>{Tensor(), gradient}), {&first, &second}, {&out});
+    const Tensor roots[] = {out};
+    backward(roots, {}, part).run();
+  };
+  const auto refused = [&](const Tensor& second, const Tensor& gradient, Part part, const std::string& expected_got) {
+    EXPECT_EQ(error_of([&] { walk(second, gradient, part); }),
+              "[returning] the gradient that its backward returned for input 1: " + expected_got);
+  };
+  const Tensor input = make_leaf(random({4, 3}, DType::f32, "input"), false), weight = make_leaf(random({4, 3}, DType::f32, "weight"), true);
+  const Tensor inner = ops::scale(input, 2);
+  const Tensor good = random({4, 3}, DType::f32, "good"), turned = random({3, 4}, DType::f32, "turned"), wide = random({4, 3}, DType::f64, "wide");
+  for (const Tensor& t : {input, inner}) {
+    refused(t, turned, Part::both, "expected f32 [4, 3], as the input, got f32 [3, 4]");
+    refused(t, wide, Part::both, "expected f32 [4, 3], as the input, got f64 [4, 3]");
+  }
+  refused(weight, turned, Part::both, "expected [4, 3], as the input, got f32 [3, 4]");
+  refused(weight, turned, Part::input, "expected [4, 3], as the input, got f32 [3, 4]");
+  walk(inner, good);
+  walk(weight, good);
+  walk(weight, wide);  // a parameter adds in the type of its own gradient
+}
+
 TEST_F(Autograd, SavedTensorsGoAsTheWalkGoes) {
   const Tensor w = make_leaf(random({64, 64}, DType::f32, "w"), true);
   const Tensor x = make_leaf(random({512, 64}, DType::f32, "x"), false);

@@ -1,6 +1,7 @@
 // What `capstan bench gpu` computes from what it measures: by a clock that tests wind, and end to end on the emulated GPU.
 #include "bench/child.h"
 #include "bench/measure_device.h"
+#include "bench/op_table.h"
 #include "bench/steps.h"
 
 #include <kernels/backend.h>
@@ -22,6 +23,7 @@ namespace {
 namespace fs = std::filesystem;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 /// Runs the work once and says that it took this long.
 class Wound final : public Stopwatch {
@@ -36,6 +38,36 @@ class Wound final : public Stopwatch {
  private:
   double seconds_;
 };
+
+TEST(OpTable, RatesStandWhereTheClockCanTellThem) {
+  // Two steps of one second in all, by a clock whose readings take a microsecond.
+  const std::vector<OpRecord> ops{{"none", 20, {}, 20e-6},
+                                  {"short", 20, {1e6, 1e6, 1e6}, 199e-6},
+                                  {"linear", 20, {4e8, 1e7, 1e7}, 0.4},
+                                  {"norm", 20, {1e6, 1e6, 1e6}, 201e-6},
+                                  {"elsewhere", 20, {1e9, 1e10, 1e10}, 20e-6},
+                                  {"no time", 2, {1, 0, 0}, 0}};
+  const std::string text = op_table(ops, 2, 1, 1e-6);
+  for (const char* line : {"  linear                         10    200.00   40.0%         1      0.1\n",
+                           "  norm                           10      0.10    0.0%         5     10.0\n",
+                           "  short                          10      0.10    0.0%         -        -\n",
+                           "  none                           10      0.01    0.0%         -        -\n",
+                           "  no time                         1      0.00    0.0%         -        -\n",
+                           "  elsewhere                      10         -       -  within another op\n"})
+    EXPECT_THAT(text, HasSubstr(line));
+  EXPECT_LT(text.find("linear"), text.find("norm"));
+  EXPECT_THAT(text, AllOf(HasSubstr("(between ops)"), Not(HasSubstr("nan")), Not(HasSubstr("inf"))));
+}
+
+TEST(OpTable, AnEmptyScopeTakesLittleAndIsForgotten) {
+  const auto device = make_cpu_device(1);
+  { OpScope scope(*device, "before", {}); }
+  const double seconds = empty_scope_seconds(*device);
+  EXPECT_GT(seconds, 0);
+  EXPECT_LT(seconds, 1e-3);
+  EXPECT_TRUE(device->ledger().empty());
+  EXPECT_FALSE(device->recording());
+}
 
 TEST(BenchTable, RatesAndSharesFollowFromBytesFlopAndSeconds) {
   Table t;

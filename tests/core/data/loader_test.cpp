@@ -16,6 +16,7 @@ namespace capstan::data {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::StartsWith;
 
 constexpr std::int64_t vocabulary = 100000;
 
@@ -374,7 +375,7 @@ TEST_F(Loader, CursorsOfOtherDataAreRefused) {
     change(c);
     return error_of(Fault::input, [&] { s->seek(c); });
   };
-  EXPECT_THAT(refused([](DataCursor& c) { c.sequence_length = 8; }), HasSubstr("sequence_length: expected 8"));
+  EXPECT_THAT(refused([](DataCursor& c) { c.sequence_length = 8; }), AllOf(HasSubstr("[sequence_length]"), HasSubstr("expected 8, as its checkpoint has")));
   EXPECT_THAT(refused([](DataCursor& c) { c.tokens[0] += 1; }), HasSubstr("training tokens"));
   EXPECT_THAT(refused([](DataCursor& c) { c.counts.push_back(0), c.tokens.push_back(5); }), HasSubstr("datasets"));
   EXPECT_THAT(refused([](DataCursor& c) { c.sample += 1; }), HasSubstr("add up"));
@@ -384,6 +385,28 @@ TEST_F(Loader, CursorsOfOtherDataAreRefused) {
     EXPECT_THAT(error_of(Fault::input, [&] { DataCursor::from_json(text); }), HasSubstr("damaged"));
   }
   EXPECT_EQ(s->cursor() == good, true);
+}
+
+// Whoever read a recipe says where its keys are; a checkpoint's folder says where its cursor is.
+TEST_F(Loader, RefusalsBeginWithTheKeysPlace) {
+  const auto refused = [&](auto&& change, const char* checkpoint = "data cursor") {
+    const auto s = source();
+    DataCursor c = s->cursor();
+    change(c);
+    return error_of(Fault::input, [&] { s->seek(c, checkpoint); });
+  };
+  options_.where = [](const std::string& name) { return "r.yaml:7, data." + name; };
+  EXPECT_THAT(refused([](DataCursor& c) { c.sequence_length = 8; }), StartsWith("[r.yaml:7, data.sequence_length] the run has trained on"));
+  EXPECT_THAT(refused([](DataCursor& c) { c.tokens[0] += 1; }), StartsWith("[r.yaml:7, data.sets] the run has trained on"));
+  EXPECT_THAT(refused([](DataCursor& c) { c.counts.push_back(0), c.tokens.push_back(5); }), StartsWith("[r.yaml:7, data.sets]"));
+  EXPECT_THAT(refused([](DataCursor& c) { c.sample += 1; }, "step_000010"), StartsWith("[step_000010] the data's cursor is damaged"));
+  EXPECT_THAT(error_of(Fault::input, [] { DataCursor::from_json("", "step_000010"); }), StartsWith("[step_000010] the data's cursor is damaged"));
+  options_.sequence_length = 1 << 30, options_.micro_batch = options_.batch_size = 4;
+  EXPECT_THAT(refusal(), StartsWith("[r.yaml:7, data.micro_batch]"));
+  options_.sequence_length = 1;
+  write_dataset(folder_ / "ones", Documents(100, {5}));
+  options_.sets = {{folder_ / "ones", 1}};
+  EXPECT_THAT(error_of(Fault::input, [&] { source()->next(); }), StartsWith("[r.yaml:7, data.attend_across_documents] no row of this batch"));
 }
 
 TEST_F(Loader, WhatCannotBeTrainedOnIsRefused) {

@@ -61,11 +61,11 @@ TEST(Stages, AreTheBestCut) {
 
 TEST(Stages, AreAtMostTheCalls) {
   try {
-    cut_into_stages(costs_of({1, 1, 1}), 4);
+    cut_into_stages(costs_of({1, 1, 1}), 4, "r.yaml:3, mesh.pp");
     FAIL();
   } catch (const Error& e) {
     EXPECT_EQ(e.fault(), Fault::input);
-    EXPECT_THAT(e.what(), ::testing::AllOf(HasSubstr("3 calls"), HasSubstr("4 stages")));
+    EXPECT_THAT(e.what(), ::testing::AllOf(HasSubstr("[r.yaml:3, mesh.pp] "), HasSubstr("3 calls"), HasSubstr("4 stages")));
   }
 }
 

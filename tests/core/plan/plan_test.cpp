@@ -15,14 +15,18 @@
 #include <cstdio>
 #include <ctime>
 #include <exception>
+#include <fstream>
+#include <iterator>
 #include <map>
 #include <span>
 #include <thread>
+#include <tuple>
 #include <utility>
 
 namespace capstan::plan::testing {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 /// What real ranks held and sent in one step.
@@ -272,6 +276,25 @@ TEST(Devices, TheInstalledTableIsGoodAndWrongNamesListTheRightOnes) {
   }
 }
 
+// A number that no int holds must not become another one on its way.
+TEST(Devices, CountsAreKeptWithinTheirRange) {
+  std::ifstream in(devices_file(CAPSTAN_PROGRAM));
+  const std::string table(std::istreambuf_iterator<char>(in), {});
+  const Folder folder;
+  for (const auto& [good, bad, key] : {std::tuple{"cores: 132", "cores: 4294967428", "cores"}, std::tuple{"per_host: 8", "per_host: 4294967304", "per_host"}}) {
+    const std::string file = folder.recipe() + ".devices.yaml";
+    std::string changed = table;
+    ASSERT_NE(changed.find(good), std::string::npos);
+    std::ofstream(file) << changed.replace(changed.find(good), std::string(good).size(), bad);
+    try {
+      load_device(file, "h100");
+      ADD_FAILURE() << key << " was taken";
+    } catch (const Error& e) {
+      EXPECT_THAT(e.what(), AllOf(HasSubstr("devices.yaml:"), HasSubstr(std::string("devices.0.") + key), HasSubstr("1048576")));
+    }
+  }
+}
+
 // The table's own sources: what the model must give back of them.
 TEST(Devices, KernelsMeasuredAloneAreWithinTenPercent) {
   const DeviceModel h100 = device("h100"), h200 = device("h200");
@@ -295,6 +318,23 @@ TEST(Devices, AcrossHostsAGroupSharesTheirAdapters) {
   EXPECT_NEAR(whole_hosts, bytes * 15 / 16 / h100.host.bandwidth, 0.05 * whole_hosts);   // the ring within is the slower part
   EXPECT_NEAR(one_each, bytes / 2 / h100.network.bandwidth, 0.05 * one_each);
   EXPECT_DOUBLE_EQ(h100.collective(Collective::all_reduce, bytes, {8, 1, 8}), 2 * h100.collective(Collective::reduce_scatter, bytes, {8, 1, 8}));
+}
+
+// Each of the four data ranks has two of the eight microbatches, which are as large as data.micro_batch says, or the whole step.
+TEST(Memory, ValidationsComeBetweenSteps) {
+  const Planned none = plan_of({}, 4), some = plan_of({"train.validate_every=1", "data.validation=0.1"}, 4);
+  EXPECT_EQ(none.prediction.memory[0].validation + none.prediction.memory[0].bigram, 0);
+  const Memory& m = some.prediction.memory[0];
+  EXPECT_GT(m.validation, 2 * 16 * 64 * 24);
+  EXPECT_LT(m.validation, none.prediction.memory[0].activations + none.prediction.memory[0].logits);
+  EXPECT_EQ(m.bigram, 257 * 258 * 8 + 8 * 16 * 64 * 20);
+  EXPECT_EQ(m.total(), none.prediction.memory[0].total()) << "activations are more";
+  Memory most = m;
+  most.validation = 1 << 30, most.bigram = 1 << 20, most.staging = 1 << 10;
+  EXPECT_EQ(most.total(true), most.engine.total() + (1 << 30) + (1 << 20) + (1 << 10));
+  EXPECT_EQ(most.total(false), most.engine.total() + (1 << 30)) << "a device does not hold what is its host's";
+  EXPECT_THAT(to_text(some.prediction, some.setting, nullptr, {}), AllOf(HasSubstr("  validation "), HasSubstr("  bigram model ")));
+  EXPECT_THAT(to_text(none.prediction, none.setting, nullptr, {}), ::testing::Not(HasSubstr("validation")));
 }
 
 TEST(Report, JsonSaysWhatTheTableSays) {

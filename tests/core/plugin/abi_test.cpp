@@ -119,7 +119,7 @@ REVEAL(Cost, &Cost::flop, &Cost::read, &Cost::write, &Cost::comm);
 REVEAL(OpRecord, &OpRecord::name, &OpRecord::calls, &OpRecord::cost, &OpRecord::seconds);
 REVEAL(Device, &Device::held_, &Device::peak_, &Device::recording_, &Device::timed_, &Device::ledger_);
 REVEAL(OpScope, &OpScope::name_, &OpScope::cost_, &OpScope::start_, &OpScope::meta_);
-REVEAL(Edge, &Edge::node, &Edge::index);
+REVEAL(Edge, &Edge::node, &Edge::index, &Edge::dtype, &Edge::shape);
 REVEAL(Node, &Node::inputs, &Node::outputs, &Node::released, &Node::readers);
 REVEAL(Leaf, &Leaf::hook, &Leaf::parameter_, &Leaf::filled_, &Leaf::uses_, &Leaf::grad_);
 REVEAL(Deferred, &Deferred::items);
@@ -243,8 +243,8 @@ Cost 32/8: flop@0+8 read@8+8 write@16+8 comm@24+8
 OpRecord 80/8: name@0+32[1] calls@32+8 cost@40+32 seconds@72+8
 Device 72/8: held_@24+8 peak_@32+8 recording_@40+1 timed_@41+1 ledger_@48+24[80]
 OpScope 72/8: name_@8+16[1] cost_@24+32 start_@56+8 meta_@64+1
-Edge 24/8: node@0+16 index@16+4
-Node 48/8: inputs@8+24[24] outputs@32+4 released@36+1 readers@40+4
+Edge 80/8: node@0+16 index@16+4 dtype@20+1 shape@24+56
+Node 48/8: inputs@8+24[80] outputs@32+4 released@36+1 readers@40+4
 Leaf 248/8: hook@48+32 parameter_@80+1 filled_@81+1 uses_@84+4 grad_@88+160
 Deferred 24/8: items@0+24[40]
 Deferred::Item 40/8: node@0+16 grads@16+24[160]

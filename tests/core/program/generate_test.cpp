@@ -16,6 +16,7 @@ namespace {
 namespace fs = std::filesystem;
 using testing::AllOf;
 using testing::HasSubstr;
+using testing::Not;
 using testing::StartsWith;
 
 struct Result {
@@ -134,18 +135,39 @@ TEST_F(Generate, BadInputIsSaidAndEndsWithTwo) {
     EXPECT_EQ(r.code, 2) << r.err;
     EXPECT_THAT(r.err, HasSubstr(what));
     EXPECT_EQ(r.out, "");
+    EXPECT_THAT(r.err, Not(HasSubstr("weights of step")));
   };
   refused(run("generate " + (folder / "nowhere").string()), "no run folder");
   refused(generate("--step 7"), "step 7");
   refused(generate("--prompt-file " + (folder / "none").string()), "cannot be read");
   refused(generate("--prompt-file " + folder.string()), "cannot be read");
-  refused(generate("--top-p 2"), "--top-p");
   refused(generate("--prompt x --seed -1"), "--seed: expected an integer from 0 to 18446744073709551615, got -1");
   refused(generate("--prompt x --seed=-1"), "got -1");
   refused(generate("--prompt x --seed 18446744073709551616"), "got 18446744073709551616");
   refused(generate("--prompt x --prompt-file y"), "--prompt");
-  refused(generate("--stop ''"), "stop");
-  refused(generate("--prompt " + std::string(65, 'x')), "at most 64");
+  const Result graphs = generate("--prompt x inference.cuda_graphs=on");
+  EXPECT_EQ(graphs.code, 2);
+  EXPECT_THAT(graphs.err, HasSubstr("[command line, inference.cuda_graphs] there is no GPU to record steps on: expected auto or off here, got on"));
+  EXPECT_EQ(generate("--prompt " + std::string(65, 'x')).code, 2);
+  EXPECT_THAT(generate("--prompt " + std::string(65, 'x')).err, HasSubstr("at most 64"));
+}
+
+TEST_F(Generate, SamplingOptionsOutOfRangeAreNamedBeforeAnythingIsRead) {
+  const auto refused = [](const std::string& words, const std::string& what) {
+    const Result r = run("generate " + (folder / "nowhere").string() + " " + words);
+    EXPECT_EQ(r.code, 2) << r.err;
+    EXPECT_THAT(r.err, HasSubstr(what));
+    EXPECT_THAT(r.err, Not(HasSubstr("no run folder")));
+  };
+  refused("--temperature=-0.5", "[--temperature] expected a number of 0 or more, got -0.5");
+  refused("--temperature nan", "[--temperature] expected a number of 0 or more, got nan");
+  refused("--temperature inf", "[--temperature] expected");
+  refused("--top-k=-1", "[--top-k] expected 0 (all tokens) or more, got -1");
+  refused("--top-p 2", "[--top-p] expected a number above 0, at most 1 (all tokens), got 2");
+  refused("--top-p 0", "[--top-p] expected a number above 0, at most 1 (all tokens), got 0");
+  refused("--min-p 1.5", "[--min-p] expected a number from 0 (all tokens) to 1, got 1.5");
+  refused("--max-tokens 0", "[--max-tokens] expected 1 or more, got 0");
+  refused("--stop end --stop ''", "[--stop] expected a text of at least one character, got an empty one");
 }
 
 TEST_F(Generate, ADamagedCheckpointIsPassedOverLoudly) {

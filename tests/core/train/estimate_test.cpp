@@ -65,6 +65,43 @@ INSTANTIATE_TEST_SUITE_P(Forms, EstimateOf,
                                            std::vector<std::string>{"precision.compute=bf16", "precision.linear=fp8"},
                                            std::vector<std::string>{"precision.linear=mxfp8", "train.recompute=block"}));
 
+// All of its batches are made at once; then one forward after the other, and the bigram model once.
+TEST_F(EstimateOf, AValidationIsWithinFivePercentOfTheRealOne) {
+  const auto with = [&](std::vector<std::string> more) {
+    std::vector<std::string> words{"data.sequence_length=128", "data.batch_size=6", "data.micro_batch=3", "model.context=128", "model.width=96", "model.layers=3"};
+    words.insert(words.end(), more.begin(), more.end());
+    return open(words);
+  };
+  auto s = with({"train.validate_every=1", "train.validate_batches=20", "data.validation=0.1"});
+  const std::int64_t weights = s->device->bytes_held();
+  std::vector<Batch> all;
+  const std::vector<std::int32_t> tokens(3 * 128, 65), targets(3 * 128, 66), lengths(3, 128);
+  for (int i = 0; i < 40; ++i) all.push_back(make_batch(*s->device, tokens, lengths, targets));
+  s->engine->evaluate(all[0]);
+  const std::int64_t batches = s->device->bytes_held() - weights;
+  s->device->reset_peak();
+  s->engine->evaluate(std::span<const Batch>(all));
+  const std::int64_t forward = s->device->bytes_peak() - weights - batches;
+  const Validation v = validation_of(*s);
+  EXPECT_EQ(v.microbatches, 40);
+  EXPECT_EQ(v.bigram_bytes, 257 * 258 * 8 + 40 * 3 * 128 * 20);
+  const Estimate e = estimate_step(*s);
+  EXPECT_NEAR(static_cast<double>(e.validation_bytes) / static_cast<double>(batches + std::max(forward, v.bigram_bytes)), 1, 0.05);
+  EXPECT_THAT(describe_memory(e, false), ::testing::HasSubstr(" between steps for validation"));
+  s.reset();
+
+  s = with({"train.validate_every=1", "train.validate_batches=100000", "data.validation=0.1"});
+  const Estimate many = estimate_step(*s);
+  EXPECT_EQ(many.total_bytes(), many.weights_bytes + many.validation_bytes + many.staging_bytes);
+  EXPECT_GT(many.validation_bytes, 200000 * 3 * 128 * 24ll);
+  s.reset();
+  for (const char* none : {"train.validate_every=0", "data.validation=0"}) {
+    s = none[0] == 't' ? with({none, "data.validation=0.1"}) : with({none});
+    EXPECT_EQ(estimate_step(*s).validation_bytes, 0) << none;
+    s.reset();
+  }
+}
+
 TEST_F(EstimateOf, ARunThatFitsNoMachineIsEstimatedAtOnce) {
   auto s = open({});
   auto big = open_session(recipe(), {"model.layers=2", "model.width=64", "data.batch_size=1000000", "data.sequence_length=32"}, CAPSTAN_PROGRAM, train::Placement::gradients);

@@ -1,4 +1,4 @@
-// The run's folder: whose it is, what resume allows, what it holds; and the exit codes of what goes wrong.
+// The run's folder: whose it is, what resume allows, what it holds, and what a full disk does to it.
 #include "checkpoint/saver.h"
 #include "support.h"
 #include "train/run_folder.h"
@@ -116,12 +116,6 @@ TEST(RunFolder, LogEveryThinsTheMetrics) {
   for (const auto& line : metrics_with(project / "run", "lr")) steps.push_back(line.at("step"));
   EXPECT_EQ(steps, (std::vector<std::int64_t>{6, 12, 18, 20}));
   EXPECT_EQ(metrics_with(project / "run", "validation_loss").size(), 4u);
-}
-
-bool built_data(const Project& project) {
-  for (const auto& entry : fs::recursive_directory_iterator(project / "."))
-    if (entry.path().extension() == ".idx") return true;
-  return false;
 }
 
 TEST(RunFolder, MinutesBetweenCheckpoints) {
@@ -265,81 +259,6 @@ TEST(RunFolder, AFileSystemWithoutLocksIsNoSecondTrainer) {
   }
   const RunFolder first((project / "run").string());
   EXPECT_THROW(RunFolder((project / "run").string()), Error);
-}
-
-TEST(ExitCode, UnknownKeyIsTwo) {
-  Project project;
-  const Exit exit = train(project.recipe(), {"train.stepz=3"});
-  EXPECT_EQ(exit.code, 2);
-  EXPECT_THAT(exit.err, AllOf(HasSubstr("stepz"), HasSubstr("steps")));
-  EXPECT_FALSE(fs::exists(project / "run"));
-}
-
-TEST(ExitCode, MissingDatasetIsTwo) {
-  Project project;
-  const Exit exit = train(project.recipe(), {"data.sets=[{path: " + (project / "nowhere").string() + "}]"});
-  EXPECT_EQ(exit.code, 2);
-  EXPECT_THAT(exit.err, AllOf(HasSubstr((project / "nowhere.idx").string()), HasSubstr("capstan data build")));
-}
-
-TEST(ExitCode, UnknownPluginIsTwo) {
-  Project project;
-  const Exit exit = train(project.recipe(), {"optimizer={plugin: adamv}"});
-  EXPECT_EQ(exit.code, 2);
-  EXPECT_THAT(exit.err, AllOf(HasSubstr("adamv"), HasSubstr("adamw")));
-}
-
-TEST(ExitCode, ContextShorterThanTheSequencesIsTwo) {
-  Project project;
-  const Exit exit = train(project.recipe(), {"data.sequence_length=64"});
-  EXPECT_EQ(exit.code, 2);
-  EXPECT_THAT(exit.err, AllOf(HasSubstr("data.sequence_length"), HasSubstr("32 tokens")));
-  EXPECT_FALSE(fs::exists(project / "run"));
-  EXPECT_FALSE(built_data(project));
-}
-
-TEST(ExitCode, AMicrobatchOfTooManyRowsIsTwoForTrainAndForCheck) {
-  Project project;
-  const std::vector<std::string> words{"model.context=128", "data.sequence_length=128", "data.batch_size=16777216"};
-  const auto refused = [&](std::vector<std::string> command, const std::vector<std::string>& more, const std::string& what) {
-    command.push_back(project.recipe());
-    command.insert(command.end(), words.begin(), words.end());
-    command.insert(command.end(), more.begin(), more.end());
-    const Exit exit = Child(command).wait();
-    EXPECT_EQ(exit.code, 2) << exit.out;
-    EXPECT_THAT(exit.err, AllOf(HasSubstr(what), HasSubstr("more than 2^31 - 1 rows"), HasSubstr("16777216 samples of 128 tokens")));
-    EXPECT_THAT(exit.out, Not(HasSubstr("is valid")));
-  };
-  for (const char* first : {"train", "recipe"}) {
-    const std::vector<std::string> command = *first == 't' ? std::vector<std::string>{"train"} : std::vector<std::string>{"recipe", "check"};
-    refused(command, {"data.micro_batch=0"}, "[command line, data.batch_size]");
-    refused(command, {"data.micro_batch=16777216"}, "[command line, data.micro_batch]");
-  }
-  EXPECT_FALSE(fs::exists(project / "run"));
-  EXPECT_FALSE(built_data(project));
-}
-
-TEST(ExitCode, CheckpointOfAnotherModelIsTwoAndNamesTensors) {
-  Project project;
-  ASSERT_EQ(train(project.recipe(), {}).code, 0);
-  const auto before = weights(project / "run", 20);
-  const Exit exit = train(project.recipe(), {"model.width=64"});
-  EXPECT_EQ(exit.code, 2);
-  EXPECT_THAT(exit.err, AllOf(HasSubstr("model/layers.0.attention.qkv.weight"), HasSubstr("[96, 32]"), HasSubstr("[192, 64]")));
-  EXPECT_EQ(weights(project / "run", 20), before);
-  EXPECT_THAT(read_file(project / "run/recipe.yaml"), HasSubstr("width: 32"));
-  EXPECT_EQ(metrics_with(project / "run", "lr").size(), 20u);
-  const Exit other = train(project.recipe(), {"optimizer={plugin: sgd}"});
-  EXPECT_EQ(other.code, 2);
-  EXPECT_THAT(other.err, HasSubstr("optimizer/"));
-}
-
-TEST(ExitCode, AFolderThatCannotBeMadeIsTwo) {
-  Project project;
-  write_file(project / "file", "");
-  const Exit exit = train(project.recipe(), {project.dir("file/run")});
-  EXPECT_EQ(exit.code, 2);
-  EXPECT_THAT(exit.err, AllOf(HasSubstr((project / "file/run").string()), HasSubstr("run.dir")));
 }
 
 // As when the disk is full: the kernel refuses to make files of more than 64 KiB.

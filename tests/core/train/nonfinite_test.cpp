@@ -96,6 +96,36 @@ TEST(NonFinite, RollbackReturnsToTheCheckpointAndPassesTheBatch) {
   EXPECT_EQ(state.at("data_cursor").at("sample"), 8 * 4 + 7 * 4);  // eight steps, then seven from there on
 }
 
+// As on a full disk: no new file can be written where the metrics would be written anew.
+TEST(NonFinite, RollbackNeedsNoRoomForMetrics) {
+  Project project;
+  const Outcome run = run_trainer(project.recipe(), words(project, "rollback"), [&](const Tensor& h, ForwardContext& context) {
+    if (holds_sample(context, 30)) fs::create_directories(project / "run/metrics.jsonl.tmp");
+    return bad_sample(h, context);
+  });
+  ASSERT_FALSE(run.error) << run.error->what();
+  EXPECT_THAT(run.err, HasSubstr("rolled back to step 5"));
+  EXPECT_THAT(steps_of(metrics_with(project / "run", "lr")), ElementsAre(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12));
+}
+
+TEST(NonFinite, RollbackGoesOnWhereMetricsCannotBeRewritten) {
+  Project project;
+  const Outcome run = run_trainer(project.recipe(), words(project, "rollback"), [&](const Tensor& h, ForwardContext& context) {
+    if (holds_sample(context, 30)) {
+      fs::create_directories(project / "run/metrics.jsonl.tmp");
+      const std::string text = read_file(project / "run/metrics.jsonl"), last = text.substr(text.rfind('\n', text.size() - 2) + 1);
+      write_file(project / "run/metrics.jsonl", last + text);  // somebody has edited it
+    }
+    return bad_sample(h, context);
+  });
+  ASSERT_FALSE(run.error) << run.error->what();
+  const std::string words = "metrics.jsonl keeps its lines of steps after 5, which are taken again, and this does not end the run";
+  EXPECT_THAT(run.err, AllOf(HasSubstr("metrics.jsonl.tmp] cannot write: Is a directory"), HasSubstr(words), HasSubstr("rolled back to step 5")));
+  EXPECT_THAT(read_file(project / "run/log.txt"), HasSubstr(words));
+  EXPECT_THAT(steps_of(metrics_with(project / "run", "lr")), ElementsAre(7, 1, 2, 3, 4, 5, 6, 7, 6, 7, 8, 9, 10, 11, 12));
+  EXPECT_EQ(latest(project / "run"), 12);
+}
+
 std::int64_t times_in(const std::string& text, const std::string& words) {
   std::int64_t n = 0;
   for (auto at = text.find(words); at != std::string::npos; at = text.find(words, at + 1)) ++n;

@@ -69,6 +69,12 @@ std::string some_text(std::uint64_t number) {
   return text;
 }
 
+bool built_data(const Project& project) {
+  for (const auto& entry : fs::recursive_directory_iterator(project / "."))
+    if (entry.path().extension() == ".idx") return true;
+  return false;
+}
+
 Child::Child(const std::vector<std::string>& words, const std::function<void()>& before) {
   int ends[2];
   if (::socketpair(AF_UNIX, SOCK_STREAM, 0, ends) != 0) throw std::runtime_error("socketpair");

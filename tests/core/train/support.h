@@ -50,6 +50,9 @@ struct Exit {
   std::string out, err;
 };
 
+/// Whether the data set of the project is there.
+bool built_data(const Project& project);
+
 /// `capstan WORDS...` whose standard output holds only about six unread lines: a test that stops reading stops the
 /// program soon after.
 class Child {

@@ -1,7 +1,6 @@
 // Sampling: what each filter keeps, that draws follow the distribution, and that they depend on their address only.
 #include "plugins/inference/basic/sampler.h"
 
-#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -144,31 +143,6 @@ TEST(Sampler, BrokenLogitsAreErrors) {
     EXPECT_THROW(sample(std::vector<float>{0, inf, 1}, params(temperature), 0, 0), Error);
     EXPECT_THROW(sample(std::vector<float>{-inf, -inf}, params(temperature), 0, 0), Error);
   }
-}
-
-TEST(Sampler, ParametersOutOfRangeAreNamed) {
-  const auto message = [](const SamplingParams& p) -> std::string {
-    try {
-      check_sampling(p, "request 4");
-    } catch (const Error& e) {
-      EXPECT_EQ(e.fault(), Fault::input);
-      return e.what();
-    }
-    return "";
-  };
-  EXPECT_EQ(message(params(0.7, 5, 0.9, 0.1)), "");
-  EXPECT_THAT(message(params(-1)), testing::AllOf(testing::HasSubstr("request 4"), testing::HasSubstr("temperature")));
-  EXPECT_THAT(message(params(std::nan(""))), testing::HasSubstr("temperature"));
-  EXPECT_THAT(message(params(1, -1)), testing::HasSubstr("top_k"));
-  EXPECT_THAT(message(params(1, 0, 0)), testing::HasSubstr("top_p"));
-  EXPECT_THAT(message(params(1, 0, 1.1)), testing::HasSubstr("top_p"));
-  EXPECT_THAT(message(params(1, 0, 1, 1.5)), testing::HasSubstr("min_p"));
-  SamplingParams p;
-  p.max_tokens = 0;
-  EXPECT_THAT(message(p), testing::HasSubstr("max_tokens"));
-  p.max_tokens = 1;
-  p.stop = {"end", ""};
-  EXPECT_THAT(message(p), testing::HasSubstr("stop"));
 }
 
 }  // namespace

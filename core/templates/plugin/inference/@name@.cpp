@@ -72,12 +72,7 @@ class @Name@ : public InferenceEngine {
   void submit(Request request) override {
     if (!model_) fail(Fault::programming, "@name@", "submit() before attach()");
     const std::string where = "request " + std::to_string(request.id);
-    const SamplingParams& s = request.sampling;
-    if (!(s.temperature >= 0 && std::isfinite(s.temperature) && s.top_k >= 0 && s.top_p > 0 && s.top_p <= 1 && s.min_p >= 0 &&
-          s.min_p <= 1 && s.max_tokens >= 1) || std::find(s.stop.begin(), s.stop.end(), "") != s.stop.end()) {
-      fail(Fault::input, where, "expected temperature and top_k of 0 or more, top_p in (0, 1], min_p in [0, 1], max_tokens of 1 or "
-                                "more and stop texts that are not empty");
-    }
+    check_sampling(request.sampling, [&](const std::string& name) { return where + ", " + name; });
     if (request.prompt.empty() || full(request.prompt.size() - 1)) {
       fail(Fault::input, where, "expected a prompt of 1 to " + std::to_string(model_->longest()) + " tokens, got " +
                                     std::to_string(request.prompt.size()));
