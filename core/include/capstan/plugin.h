@@ -27,7 +27,7 @@ namespace capstan {
 
 /// Raised by hand whenever a public type of core changes its layout or a virtual function changes
 /// (tests/core/plugin pins the layouts); every plugin must then be rebuilt.
-inline constexpr std::uint32_t core_epoch = 6;
+inline constexpr std::uint32_t core_epoch = 7;
 
 /// One epoch for each kind of plugin, raised when that kind's interface changes.
 constexpr std::uint32_t kind_epoch(std::string_view kind) {
