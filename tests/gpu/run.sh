@@ -341,7 +341,7 @@ part_steps_qwen() { steps_of qwen2_5_0_5b; }
 part_steps_qwen_xl() { steps_of qwen2_5_1_5b; }
 part_steps_8b() { steps_of llama3_8b_8_layers; }
 
-# Every op under memcheck, in two parts: what reads by rows, and the rest.
+# Every op under memcheck, and under racecheck, in two parts: what reads by rows, and the rest.
 by_rows='Attention*:Of/AttentionWindow*:CrossEntropy*:Norm*:Embedding*:Softmax*'
 large='Attention.HoldsNoMatrixOfAllPairs:CrossEntropyObjective.HoldsAChunkOfLogits:CrossEntropyObjective.ChunksMakeTheWhole'  # they take what checking cannot wait for
 part_memcheck() {
@@ -357,9 +357,11 @@ part_memcheck_ops() {
 part_racecheck() {
   has_sanitizer "kernels under racecheck" && check "kernels under racecheck" 550 sanitized racecheck "$home/bin/capstan_gpu_kernels" small
 }
-# Sums and copies go through shared memory, as norms do.
+part_racecheck_rows() {
+  has_sanitizer "ops by rows under racecheck" && check "ops by rows under racecheck" 550 sanitized racecheck "$home/bin/gpu_ops" "--gtest_filter=$by_rows-$large" --gtest_brief=1
+}
 part_racecheck_ops() {
-  has_sanitizer "ops under racecheck" && check "ops under racecheck" 550 sanitized racecheck "$home/bin/gpu_ops" '--gtest_filter=Reduce*:Max*:Shape*:Norm*:Gpu.*' --gtest_brief=1
+  has_sanitizer "other ops under racecheck" && check "other ops under racecheck" 550 sanitized racecheck "$home/bin/gpu_ops" "--gtest_filter=-$by_rows:$large" --gtest_brief=1
 }
 nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader 2>&1 | tee -a "$table"
 for part in $parts; do
