@@ -319,9 +319,9 @@ TEST_F(Gpu, SaysWhatMemoryIsForWhenItRunsOut) {
   };
   Tensor weights = take(Holding::weights, 40);
   const Tensor gradients = take(Holding::gradients, 20), state = take(Holding::optimizer, 80), other = Tensor::empty(Dims{10 << 18}, DType::f32, *gpu);
-  expect("tensors hold 150 MiB (weights 40 MiB, gradients 20 MiB, optimizer state 80 MiB, activations and the rest 10 MiB)");
+  expect("tensors hold 150 MiB (weights 40.0 MiB, gradients 20.0 MiB, optimizer state 80.0 MiB, activations and the rest 10.0 MiB)");
   weights = Tensor();
-  expect("tensors hold 110 MiB (weights 0 KiB, gradients 20 MiB");
+  expect("tensors hold 110 MiB (weights 0 B, gradients 20.0 MiB");
 }
 
 TEST_F(Gpu, SaysItForTheKernelsOwnMemoryToo) {
