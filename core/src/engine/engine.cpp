@@ -1,5 +1,5 @@
 // The engine over flat units: how they are made, and the walks over them. Where parameters are meanwhile is in gathered.cpp,
-// gradients in gradients.cpp, the optimizer's part in update.cpp, what others see in contents.cpp.
+// gradients in gradients.cpp, their sums over ranks in sums.cpp, the optimizer's part in update.cpp, what others see in contents.cpp.
 #include "engine/internal.h"
 
 #include "base/cuda_device.h"
