@@ -200,7 +200,7 @@ TEST_P(RecordedOnGpus, StepsHaveTheBitsOfUnrecordedOnes) {
 INSTANTIATE_TEST_SUITE_P(Layouts, RecordedOnGpus,
                          ::testing::Values(Case{{1, 1, 2, 1, 1}, "llama", "f32", "nccl"}, Case{{1, 1, 2, 1, 1}, "gpt2", "bf16", "nccl", {"mesh.reduce=bf16", "precision.linear=fp8"}, "narrow_fp8"},
                                            Case{{1, 1, 2, 1, 1}, "llama", "f32", "nccl", {"train.recompute=block"}, "recompute"},
-                                           Case{{1, 1, 2, 1, 1, "zero1"}, "gpt2", "f32", "nccl"}, Case{{1, 2, 1, 1, 1}, "odd", "f32", "nccl"},
+                                           Case{{1, 1, 2, 1, 1, "zero1"}, "gpt2", "f32", "nccl"}, Case{{1, 1, 2, 1, 1, "ddp"}, "llama", "f32", "nccl"}, Case{{1, 2, 1, 1, 1}, "odd", "f32", "nccl"},
                                            Case{{1, 1, 1, 1, 2}, "gpt2", "bf16", "nccl"}, Case{{1, 1, 2, 1, 2}, "llama", "f32", "nccl"}),
                          [](const auto& info) {
                            const Case& c = info.param;

@@ -113,6 +113,30 @@ TEST(OnGpusToo, NarrowGradientsAreSummedWide) {
     }
 }
 
+/// What is sent as it lies is in memory that NCCL has registered: whole gradients, not when narrow copies are sent; whole weights that are
+/// gathered; pieces that replicas sum. `held`: what NCCL holds then, against a run where the same communicators send something else.
+TEST(OnGpusToo, WhatIsSentAsItLiesIsRegistered) {
+  const auto held = [](const Layout& layout, const char* reduce) {
+    std::pair<std::int64_t, EngineMemory> found;
+    on_ranks(layout, {"model={plugin: gpt, layers: 4, heads: 4, width: 256, context: 64, vocabulary: 512}", "run.device=cuda", "mesh.gpu_communication=nccl", std::string("mesh.reduce=") + reduce},
+             [&](train::Session& session) {
+               if (session.rank() == 0) found = {communication_bytes(*session.device), session.engine->memory()};
+             });
+    return found;
+  };
+  constexpr double buffers = 1 << 20;  // may differ by as much
+  if (cuda_device_count() < 2) GTEST_SKIP() << "NCCL wants a GPU for each rank";
+  for (const char* strategy : {"ddp", "zero1"}) {
+    const auto [wide, memory] = held({1, 1, 2, 1, 1, strategy}, "f32");
+    EXPECT_NEAR(static_cast<double>(wide - held({1, 1, 2, 1, 1, strategy}, "bf16").first), static_cast<double>(memory.gradients), buffers) << strategy;
+  }
+  const auto [ddp, whole] = held({1, 1, 2, 1, 1, "ddp"}, "f32");
+  EXPECT_NEAR(static_cast<double>(held({1, 1, 2, 1, 1, "zero1"}, "f32").first - ddp), static_cast<double>(whole.masters), buffers) << "weights";
+  if (cuda_device_count() < 4) return;
+  const auto [hsdp, pieces] = held({1, 2, 2, 1, 1, "fsdp"}, "f32");
+  EXPECT_NEAR(static_cast<double>(hsdp - held({1, 1, 4, 1, 1, "fsdp"}, "f32").first), static_cast<double>(pieces.gradients), 2 * buffers) << "replicas";
+}
+
 TEST(OnGpusToo, ACheckpointOfGpusGoesOnOnACpuAndBack) {
   const Project project;
   const Values whole = run(project, {}, "whole", 6, {});
