@@ -84,10 +84,10 @@ std::shared_ptr<World> make_mpi_world(double timeout_seconds, int ranks_per_host
 }
 
 std::vector<std::string> mpi_launch_arguments(double timeout_seconds) {
-  // mpirun ends all ranks when one ends badly; it lets the others live for two seconds first, in which they say who it was.
-  std::vector<std::string> arguments{
-      "--oversubscribe", "--bind-to",           "none", "--quiet", "--mca", "odls_base_sigkill_timeout", "2",
-      "--mca",           "mpi_yield_when_idle", "1"};
+  // mpirun ends all ranks when one ends badly; it lets the others live for two seconds first, in which they say who it was. Only
+  // words that Open MPI 4 and 5 both know: 5 refuses --quiet.
+  std::vector<std::string> arguments{"--oversubscribe", "--bind-to",           "none", "--mca", "odls_base_sigkill_timeout", "2",
+                                     "--mca",           "mpi_yield_when_idle", "1"};
   // Half of the time without a word, then five questions.
   const auto whole = [](double seconds) { return std::to_string(std::max(1, static_cast<int>(seconds))); };
   for (const std::string& a : {std::string("--mca"), std::string("oob_tcp_keepalive_time"), whole(timeout_seconds / 2),

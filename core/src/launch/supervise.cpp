@@ -245,9 +245,7 @@ std::string status_words(const Job& job, int status) {
 
 std::vector<std::string> mpirun_words(int ranks) {
   std::vector<std::string> words{"mpirun"};
-  for (std::string& word : mpi_launch_arguments())
-    if (word != "--quiet")
-      words.push_back(std::move(word));  // what it says is kept for jobs that do not speak for themselves
+  for (std::string& word : mpi_launch_arguments()) words.push_back(std::move(word));
   const int threads = threads_of_rank(0, ranks);
   words.insert(words.end(), {"-np", std::to_string(ranks)});
   if (std::getenv("OMP_NUM_THREADS") == nullptr)

@@ -69,7 +69,7 @@ class Invariance : public ::testing::TestWithParam<Case> {};
 
 TEST_P(Invariance, LossAndEveryGradientAreThoseOfOneRank) {
   const auto& [layout, form, type] = GetParam();
-  const Trained& one = reference(form, type, 2);
+  const Trained one = reference(form, type, 2);
   auto words = overrides_of(form);
   words.push_back("precision.compute=" + type);
   const Trained run = train_on(layout, words, 2);
@@ -105,7 +105,7 @@ TEST_P(Schedules, EveryPipelineScheduleGivesTheGradientsOfOneRank) {
   const auto& [schedule, layout, form] = GetParam();
   auto words = overrides_of(form);
   words.push_back("precision.compute=f64");
-  const Trained& one = reference(form, "f64", 2);
+  const Trained one = reference(form, "f64", 2);
   words.push_back("mesh.pipeline.schedule=" + schedule);
   if (schedule == "interleaved") words.push_back("mesh.pipeline.stages_per_rank=2");
   const Trained run = train_on(layout, words, 2);
@@ -129,7 +129,7 @@ INSTANTIATE_TEST_SUITE_P(Pipelines, Schedules,
 class Curve : public ::testing::TestWithParam<Layout> {};
 
 TEST_P(Curve, ThirtyStepsFollowThoseOfOneRank) {
-  const Trained& one = reference("llama", "f32", 30);
+  const Trained one = reference("llama", "f32", 30);
   auto words = overrides_of("llama");
   words.push_back("precision.compute=f32");
   const Trained run = train_on(GetParam(), words, 30, false);
