@@ -247,7 +247,8 @@ std::vector<std::string> mpirun_words(int ranks) {
   std::vector<std::string> words{"mpirun"};
   for (std::string& word : mpi_launch_arguments()) words.push_back(std::move(word));
   const int threads = threads_of_rank(0, ranks);
-  words.insert(words.end(), {"-np", std::to_string(ranks)});
+  // All on this machine: Open MPI 5 would look at its network first, and may write of what it finds there.
+  words.insert(words.end(), {"--mca", "btl", "^tcp", "-np", std::to_string(ranks)});
   if (std::getenv("OMP_NUM_THREADS") == nullptr)
     words.insert(words.end(), {"-x", fmt::format("OMP_NUM_THREADS={}", threads)});
   // Threads that wait for work give their core to ranks that have some.
