@@ -20,14 +20,14 @@ using kernels::Backend;
 using kernels::Num;
 constexpr Num bf16 = Num::bf16;
 
-/// Adds cases whose operands are made when they run.
-class Cases {
+/// Adds cases whose operands are made when they run: each case keeps it alive until then.
+class Cases : public std::enable_shared_from_this<Cases> {
  public:
   Cases(Device& device, Size size) : device_(device), small_(size == Size::small) {}
 
   template <class Prepare>
   void add(std::string name, double bytes, Prepare prepare) {
-    all.push_back({std::move(name), Bound::memory(), bytes, [prepare = std::move(prepare)]() -> std::function<void()> { return prepare(); }});
+    all.push_back({std::move(name), Bound::memory(), bytes, [self = shared_from_this(), prepare = std::move(prepare)]() -> std::function<void()> { return prepare(); }});
   }
   Tensor make(const Dims& shape, DType dtype, std::uint64_t key, double spread = 1) const { return random_tensor(device_, shape, dtype, key, spread); }
   Tensor empty(const Dims& shape, DType dtype) const { return Tensor::empty(shape, dtype, device_); }
@@ -221,7 +221,8 @@ Case copy_case(Device& device, Size size) {
 }
 
 std::vector<Case> memory_cases(Device& device, Size size) {
-  Cases cases(device, size);
+  const auto made = std::make_shared<Cases>(device, size);
+  Cases& cases = *made;
   const bool small = size == Size::small;
   if (small) {
     cases.rows(48, 96), cases.scores(8, 512);
