@@ -176,11 +176,12 @@ TEST_F(Supervisor, MpirunsOwnWordsAreKeptForJobsWithoutOne) {
 }
 
 TEST_F(Supervisor, SignalsReachRanksUnderMpirun) {
-  // mpirun forwards these two and would take SIGINT and SIGTERM for itself. What it sends to all when the first has ended is not meant.
-  const std::string script =
-      "trap '' TERM; trap 'echo $R was asked; [ $R = 0 ] && record stopped 1 \"\"; exit 1' USR1; trap 'echo $R was told; [ $R = 0 ] && "
-      "record stopped 1 \"\"; exit 1' USR2\n"
-      "echo up $R; while :; do sleep 0.05; done";
+  // mpirun forwards these two and would take SIGINT and SIGTERM for itself. Nobody leaves before both were told: mpirun ends the others then.
+  const auto told = [&](const std::string& word) {
+    const std::string file = folder_ + "/" + word + ".";
+    return "'echo $R was " + word + "; : > " + file + "$R; until [ -e " + file + "0 ] && [ -e " + file + "1 ]; do sleep 0.05; done; [ $R = 0 ] && record stopped 1 \"\"; exit 1'";
+  };
+  const std::string script = "trap " + told("asked") + " USR1; trap " + told("told") + " USR2\necho up $R; while :; do sleep 0.05; done";
   for (const auto& [signal, word] : {std::pair{SIGINT, " was asked"}, std::pair{SIGTERM, " was told"}}) {
     auto job_run = run(job(script, 2));
     ASSERT_TRUE(job_run->read_until("up 0"));
