@@ -97,6 +97,8 @@ TEST(WatchdogDetail, ADeathIsNoticedWhileEverybodyComputes) {
   const Job job = run_ranks(3, "compute 2 1");
   EXPECT_NE(job.code, 0) << job.out;
   EXPECT_LT(job.seconds, 25);
+  // Open MPI 5 ends the others at once, before they look, and names the rank itself.
+  if (job.out.find("prterun noticed that process rank 1 ") != std::string::npos && count(job.out, "error: ") == 0) return;
   EXPECT_EQ(count(job.out, "error: "), 1) << job.out;
   EXPECT_THAT(job.out, HasSubstr("rank 1 (step 7, forward): its process"));
 }
