@@ -274,12 +274,13 @@ void Engine::expect_walks(std::int64_t microbatches) {
 }
 
 std::vector<LossEntry> Engine::walk_all(std::span<const Batch> batches, std::uint64_t step, bool whole_step) {
-  if (executor_) expect_walks(whole_step ? static_cast<std::int64_t>(batches.size()) : 0);
-  if (executor_)
+  if (executor_) {
+    expect_walks(whole_step ? static_cast<std::int64_t>(batches.size()) : 0);
     return on_stages(batches, [&](std::span<ForwardContext* const> contexts) {
       for (ForwardContext* c : contexts) c->grad = c->training = true, c->step = step;
       return executor_->run(contexts, hooks());
     });
+  }
   std::vector<LossEntry> all;
   for (const Batch& batch : batches)
     for (LossEntry& entry : walk(batch, step, whole_step && &batch == &batches.back())) all.push_back(std::move(entry));

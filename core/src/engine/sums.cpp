@@ -48,7 +48,9 @@ void Engine::start_sum(std::size_t u) {
   if (!narrow_messages() && !replicas()) return;
   for (std::size_t i = 0; i < summing_.size(); ++i) {
     Summing& s = *summing_[i];
-    if (s.pieces_ended || i + most_ahead < summing_.size()) end_pieces(s), start_replicas(s);
+    if (!s.pieces_ended && i + most_ahead >= summing_.size()) continue;
+    end_pieces(s);
+    if (!units_[s.unit]->across_stages) start_replicas(s);
   }
 }
 
@@ -74,11 +76,10 @@ void Engine::end_pieces(Summing& sum) {
   sum.message = sum.received = Tensor();
 }
 
-/// A parameter's stages come first: end_sums() sees to those.
+/// Over what pieces' ranks, and stages that share a parameter, have summed.
 void Engine::start_replicas(Summing& sum) {
-  Unit& unit = *units_[sum.unit];
-  if (!replicas() || unit.across_stages || std::exchange(sum.replicas_started, true)) return;
-  const Tensor g = unit.region_grad();
+  if (!replicas() || std::exchange(sum.replicas_started, true)) return;
+  const Tensor g = units_[sum.unit]->region_grad();
   sum.replicas = comm("replicate", "reduce").all_reduce(g.raw(), g.numel(), g.dtype());
 }
 
@@ -91,11 +92,7 @@ void Engine::end_sums() {
     if (unit.across_stages) handles.push_back(unit.across_stages->all_reduce(g.raw(), g.numel(), g.dtype()));
   }
   for (Handle& h : handles) h.wait();
-  for (const auto& sum : summing_) {
-    if (!replicas() || std::exchange(sum->replicas_started, true)) continue;
-    const Tensor g = units_[sum->unit]->region_grad();
-    sum->replicas = comm("replicate", "reduce").all_reduce(g.raw(), g.numel(), g.dtype());
-  }
+  for (const auto& sum : summing_) start_replicas(*sum);
   for (const auto& sum : summing_)
     if (sum->replicas_started) sum->replicas.wait();
   summing_.clear();

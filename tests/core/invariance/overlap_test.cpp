@@ -8,7 +8,6 @@
 #include <gmock/gmock.h>
 
 #include <chrono>
-#include <mutex>
 #include <set>
 #include <thread>
 
