@@ -11,9 +11,9 @@ std::int64_t bigram_bytes(std::int64_t vocabulary) {
   return vocabulary > 4096 ? 0 : (vocabulary + 1) * vocabulary * static_cast<std::int64_t>(sizeof(std::int64_t));
 }
 
-std::optional<double> bigram_cross_entropy(DataSource& source, std::int64_t batches, std::int64_t most) {
+std::optional<double> bigram_cross_entropy(DataSource& source, std::int64_t samples, std::int64_t most) {
   const std::int64_t vocabulary = source.tokenizer().vocabulary;
-  if (bigram_bytes(vocabulary) == 0 || source.validation_tokens() == 0 || batches <= 0) return std::nullopt;
+  if (bigram_bytes(vocabulary) == 0 || source.validation_tokens() == 0 || samples <= 0) return std::nullopt;
   const auto words = static_cast<std::size_t>(vocabulary);
   std::vector<std::int64_t> pairs(words * words, 0), first(words, 0);
   const std::int64_t stride = (source.train_tokens() + most - 1) / most;
@@ -44,7 +44,7 @@ std::optional<double> bigram_cross_entropy(DataSource& source, std::int64_t batc
   }
   double sum = 0;
   std::int64_t targets = 0;
-  for (const HostBatch& batch : source.host_validation(batches)) {
+  for (const HostBatch& batch : source.host_validation(samples)) {
     for (std::size_t t = 0; t < batch.rows.tokens.size(); ++t) {
       if (batch.rows.weight[t] == 0) continue;
       const auto a = static_cast<std::size_t>(batch.rows.tokens[t]), b = static_cast<std::size_t>(batch.rows.targets[t]);

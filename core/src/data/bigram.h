@@ -13,9 +13,9 @@ namespace capstan::data {
 CAPSTAN_API std::int64_t bigram_bytes(std::int64_t vocabulary);
 
 /// Cross-entropy, in nats per token, of p(b | a) = (count(a, b) + 1) / (count(a) + vocabulary) on exactly the targets of
-/// source.validation(batches), with counts from the training documents (when they have more than `most` tokens, from
+/// source.validation(samples), with counts from the training documents (when they have more than `most` tokens, from
 /// every k-th of them). nullopt without validation documents or with a vocabulary that bigram_bytes() is 0 for.
-CAPSTAN_API std::optional<double> bigram_cross_entropy(DataSource& source, std::int64_t batches,
+CAPSTAN_API std::optional<double> bigram_cross_entropy(DataSource& source, std::int64_t samples,
                                                        std::int64_t most = std::int64_t{1} << 28);
 
 }  // namespace capstan::data

@@ -325,7 +325,7 @@ void DataSource::seek(const DataCursor& cursor, const std::string& where) {
   cursor_ = cursor;
 }
 
-std::vector<HostBatch> DataSource::host_validation(std::int64_t batches) {
+std::vector<HostBatch> DataSource::host_validation(std::int64_t samples) {
   Impl& m = *impl_;
   const std::int64_t length = m.options.sequence_length;
   std::vector<double> weights;
@@ -333,13 +333,10 @@ std::vector<HostBatch> DataSource::host_validation(std::int64_t batches) {
   std::vector<char> open(m.validation.size(), 1);
   for (std::size_t i = 0; i < m.validation.size(); ++i) weights.push_back(m.weights[i]);
   std::vector<HostBatch> result;
-  for (std::int64_t sample = 0;; ++sample) {
+  for (std::int64_t sample = 0; sample < samples; ++sample) {
     const std::size_t set = most_behind(weights, counts, sample, &open);
     if (set == weights.size()) break;
-    if (sample % m.options.micro_batch == 0) {
-      if (static_cast<std::int64_t>(result.size()) == batches) break;
-      result.emplace_back().samples = m.options.micro_batch;
-    }
+    if (sample % m.options.micro_batch == 0) result.emplace_back().samples = m.options.micro_batch;
     // Shuffled too: the first batches are then a fair sample of all the documents.
     const std::int64_t tokens = m.validation[set].tokens(), pieces = (tokens + length - 1) / length;
     const std::int64_t whole = tokens / length, k = counts[set];  // a part of a sample stays last
@@ -350,10 +347,10 @@ std::vector<HostBatch> DataSource::host_validation(std::int64_t batches) {
   return result;
 }
 
-std::vector<Batch> DataSource::validation(std::int64_t batches) {
-  if (impl_->validation.empty() || batches <= 0) return {};
+std::vector<Batch> DataSource::validation(std::int64_t samples) {
+  if (impl_->validation.empty() || samples <= 0) return {};
   const DataOptions& o = impl_->options;
-  std::vector<HostBatch> all = host_validation(batches), mine;
+  std::vector<HostBatch> all = host_validation(samples), mine;
   for (std::size_t first = 0; first < all.size(); first += static_cast<std::size_t>(o.ranks)) {
     const std::size_t b = first + static_cast<std::size_t>(o.rank);
     if (b < all.size()) mine.push_back(std::move(all[b]));
@@ -362,11 +359,11 @@ std::vector<Batch> DataSource::validation(std::int64_t batches) {
   return impl_->to_batches(std::move(mine), "validation");
 }
 
-std::int64_t DataSource::validation_batches() const {
-  const std::int64_t length = impl_->options.sequence_length, micro = impl_->options.micro_batch;
+std::int64_t DataSource::validation_samples() const {
+  const std::int64_t length = impl_->options.sequence_length;
   std::int64_t samples = 0;
   for (const auto& stream : impl_->validation) samples += (stream.tokens() + length - 1) / length;
-  return (samples + micro - 1) / micro;
+  return samples;
 }
 
 namespace {

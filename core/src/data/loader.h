@@ -89,11 +89,11 @@ class CAPSTAN_API DataSource {
   /// damaged, at `where`.
   void seek(const DataCursor& cursor, const std::string& where = "data cursor");
 
-  /// The first `batches` batches of micro_batch samples of the validation documents, fewer when they end; always
+  /// The first `samples` samples of the validation documents, fewer when they end, in batches of micro_batch; always
   /// the same. The last one may be filled in part. step_weight is of all of them together. Ranks take turns: each gets
   /// every ranks-th, and a batch of dead rows where the others have one more.
-  std::vector<Batch> validation(std::int64_t batches);
-  std::int64_t validation_batches() const;  ///< all that there are
+  std::vector<Batch> validation(std::int64_t samples);
+  std::int64_t validation_samples() const;  ///< all that there are
 
   std::int64_t train_tokens() const;
   std::int64_t validation_tokens() const;
@@ -105,7 +105,7 @@ class CAPSTAN_API DataSource {
   const DataOptions& options() const;
   const TokenizerIdentity& tokenizer() const;
   std::span<const TokenStream> train_streams() const;  ///< constant members only: the thread uses the others
-  std::vector<HostBatch> host_validation(std::int64_t batches);
+  std::vector<HostBatch> host_validation(std::int64_t samples);
 
  private:
   struct Impl;

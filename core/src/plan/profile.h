@@ -32,7 +32,7 @@ struct Setting {
   bool staging = false;               ///< checkpoints are written from a copy in memory
   std::int64_t sampled_tokens = 0;    ///< that samples have room for, on rank 0; 0: no samples
   std::int64_t validation = 0;        ///< microbatches of one validation, all ranks; 0: none
-  std::int64_t validation_micro = 1;  ///< sequences of each, which may be more than `micro`
+  std::int64_t validation_micro = 1;  ///< sequences of each
   std::int64_t bigram_bytes = 0;      ///< of the bigram model beside it, on rank 0's host
 
   int size(const char* axis) const { return layout.size(axis); }

@@ -45,7 +45,7 @@ Setting setting_from(const train::Session& session, int ranks) {
   share(s, data.integer("micro_batch"), mesh.group("pipeline").integer("microbatches"));
   s.staging = train::saves_from_a_copy(options);
   s.sampled_tokens = train::sampled_tokens(session);
-  const train::Validation validation = train::validation_of(session);
+  const train::Validation validation = train::validation_of(session, s.micro);
   if (validation.microbatches > 0) s.validation = validation.microbatches, s.validation_micro = validation.samples, s.bigram_bytes = validation.bigram_bytes;
   return s;
 }

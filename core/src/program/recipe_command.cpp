@@ -91,9 +91,10 @@ void check(const Program& program, const Words& words) {
   for (const char* kind : {"model", "tokenizer", "optimizer", "inference"}) row(kind, options.plugin(kind).name);
   row("checkpoint", options.group("checkpoint").plugin("format").name);
   row("precision", train::describe_precision(*session));
-  for (const auto& set : data.groups("sets")) {
-    const std::string problem = train::problem_of_set(set).what;
-    row("data", fmt::format("{} (weight {})", set.path("path"), set.number("weight")) + (problem.empty() ? "" : "; a run is refused here: " + problem));
+  const std::vector<Options>& sets = data.groups("sets");
+  for (std::size_t i = 0; i < sets.size(); ++i) {
+    const std::string problem = train::problem_of_set(sets[i], std::span(sets).first(i)).what;
+    row("data", fmt::format("{} (weight {})", sets[i].path("path"), sets[i].number("weight")) + (problem.empty() ? "" : "; a run is refused here: " + problem));
   }
   row("training", fmt::format("{} steps of {} sequences x {} tokens, {:.4g} million tokens in all", steps, sequences, length,
                               1e-6 * double(steps) * double(sequences) * double(length)));

@@ -36,12 +36,12 @@ std::int64_t state_bytes_per_token(const Model& model, DType compute) {
   return bytes;
 }
 
-Validation validation_of(const Session& session) {
+Validation validation_of(const Session& session, std::int64_t micro_batch) {
   const Options& data = session.options().group("data");
   const Options& train = session.options().group("train");
   if (train.integer("validate_every") == 0 || data.number("validation") == 0) return {};
   Validation v;
-  v.samples = session.micro_batch();
+  v.samples = micro_batch;
   v.microbatches = (train.integer("validate_batches") * data.integer("batch_size") + v.samples - 1) / v.samples;
   v.bigram_bytes = data::bigram_bytes(session.tokenizer->vocabulary());
   constexpr std::int64_t row = 3 * sizeof(std::int32_t) + sizeof(std::int64_t);  // of data::Rows: token, target, weight, id
@@ -54,7 +54,7 @@ namespace {
 Estimate estimate(const Session& session) {
   const Options& data = session.options().group("data");
   const std::int64_t batch_size = data.integer("batch_size"), length = data.integer("sequence_length");
-  const std::int64_t micro = data.integer("micro_batch") > 0 ? std::min(data.integer("micro_batch"), batch_size) : batch_size;
+  const std::int64_t micro = session.micro_batch();
   const std::shared_ptr<Device> meta = make_meta_device();
   const EngineOptions options = session.engine_options(true);
   Engine engine(session.make_model(), meta, options);
@@ -76,7 +76,7 @@ Estimate estimate(const Session& session) {
   for (const Parameter* p : engine.model().parameters()) e.quantized_bytes += p->derived_bytes();
   e.activations_bytes = meta->bytes_peak() - e.weights_bytes - e.quantized_bytes;
   e.model_flop_per_token = flop / static_cast<double>(micro * length);
-  if (const Validation v = validation_of(session); v.microbatches > 0) {
+  if (const Validation v = validation_of(session, session.micro_batch()); v.microbatches > 0) {
     const std::int64_t before = meta->bytes_held();
     const Batch another = parallel::meta_batch(*meta, v.samples, length);
     const std::int64_t batch_bytes = meta->bytes_held() - before;

@@ -34,7 +34,7 @@ struct Validation {
   std::int64_t samples = 0;       ///< of each
   std::int64_t bigram_bytes = 0;  ///< of the bigram model, on the first rank's host: its counts and the tokens that it scores
 };
-CAPSTAN_API Validation validation_of(const Session& session);
+CAPSTAN_API Validation validation_of(const Session& session, std::int64_t micro_batch);
 
 /// Whether checkpoints are written from a copy in memory.
 CAPSTAN_API bool saves_from_a_copy(const Options& options);

@@ -71,10 +71,11 @@ bool Session::pipeline_cuts_batches() const {
 
 std::int64_t Session::micro_batch() const {
   const Options& data = options().group("data");
-  const std::int64_t all = data.integer("batch_size"), given = data.integer("micro_batch");
-  if (!pipeline_cuts_batches()) return given > 0 ? std::min(given, all) : all;
-  const std::int64_t pieces = options().group("mesh").group("pipeline").integer("microbatches") * mesh->data_ranks();
-  return std::max<std::int64_t>(1, (all + pieces - 1) / pieces);
+  const std::int64_t given = data.integer("micro_batch"), ranks = mesh ? mesh->data_ranks() : 1;
+  const std::int64_t local = (data.integer("batch_size") + ranks - 1) / ranks;
+  if (!pipeline_cuts_batches()) return given > 0 ? std::min(given, local) : local;
+  const std::int64_t pieces = options().group("mesh").group("pipeline").integer("microbatches");
+  return std::max<std::int64_t>(1, (local + pieces - 1) / pieces);
 }
 
 std::shared_ptr<Model> Session::make_model() const { return host->make_as<Model>(options().plugin("model")); }
@@ -203,10 +204,18 @@ void with_sizes_of(const Options& recipe, const std::function<void()>& work) {
   }
 }
 
-SetProblem problem_of_set(const Options& set) {
+SetProblem problem_of_set(const Options& set, std::span<const Options> ahead) {
   const std::string& prefix = set.path("path");
   const std::vector<std::string>& text = set.texts("text");
   if (!is_there(prefix + ".idx")) {
+    for (const Options& other : ahead) {
+      if (text.empty() || other.path("path") != prefix) continue;
+      const std::string folder = data::folder_of(prefix), why = fmt::format("two sets at {} name different ", prefix), remedy = "; give one of them another `path`";
+      if (!data::same_inputs(other.texts("text"), folder, text, folder))
+        return {"text", fmt::format("{}text: {} and {}{}", why, fmt::join(other.texts("text"), ", "), fmt::join(text, ", "), remedy)};
+      if (other.integer("max_bytes") != set.integer("max_bytes"))
+        return {"max_bytes", fmt::format("{}limits: {} and {}{}", why, other.integer("max_bytes"), set.integer("max_bytes"), remedy)};
+    }
     if (!text.empty()) return {};
     return {"path", "there is no dataset " + prefix + ".idx, and `text` names nothing to build it from: run `capstan data build --out " + prefix + " FILES...`"};
   }

@@ -12,6 +12,7 @@
 
 #include <functional>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -68,8 +69,9 @@ CAPSTAN_API void with_sizes_of(const Options& recipe, const std::function<void()
 
 /// Which key of a data set a run is refused for, and why; both "" when the set is there or can be built.
 struct SetProblem { std::string key, what; };
-/// A set that can neither be read nor built from its text, or that was built from another text than the recipe's.
-CAPSTAN_API SetProblem problem_of_set(const Options& set);
+/// A set that can neither be read nor built from its text, or that was built, or is to be built for one of the sets ahead of it,
+/// from another text than it names.
+CAPSTAN_API SetProblem problem_of_set(const Options& set, std::span<const Options> ahead);
 
 /// Fills the weights from a run folder's newest good checkpoint, or from that of `step` when it is not
 /// negative. `report` hears of damaged ones. Returns the step; Error(input) when there is none.

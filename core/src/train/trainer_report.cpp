@@ -132,16 +132,15 @@ void Trainer::check_replicas() {
 
 void Trainer::validate() {
   if (data_->validation_tokens() == 0) return;
-  // Batches of an optimizer step's size, however they are cut for memory.
-  const data::DataOptions& cut = data_->options();
-  const std::int64_t batches = (session_->options().group("train").integer("validate_batches") * cut.batch_size + cut.micro_batch - 1) / cut.micro_batch;
+  // Batches of an optimizer step's size, however they are cut for memory and ranks.
+  const std::int64_t samples = session_->options().group("train").integer("validate_batches") * data_->options().batch_size;
   double loss = 0;
-  const std::vector<Batch> all = data_->validation(batches);
+  const std::vector<Batch> all = data_->validation(samples);
   for (const LossEntry& entry : session_->engine->evaluate(std::span<const Batch>(all))) loss += entry.weight * entry.sum.item();
   loss = sum_of_losses(loss);
   validation_ = loss;
   const bool first = !std::exchange(bigram_asked_, true);
-  const auto count_pairs = [&] { bigram_ = data::bigram_cross_entropy(*data_, batches); };
+  const auto count_pairs = [&] { bigram_ = data::bigram_cross_entropy(*data_, samples); };
   if (first && session_->mesh) session_->mesh->on_first_rank(count_pairs);
   else if (first) count_pairs();
   nlohmann::ordered_json j;

@@ -29,8 +29,9 @@ namespace {
 /// leaves no folder.
 std::string checked_folder(const Session& session) {
   check_lengths(session);
-  for (const Options& set : session.options().group("data").groups("sets"))
-    if (const SetProblem problem = problem_of_set(set); !problem.key.empty()) set.refuse(problem.key, problem.what);
+  const std::vector<Options>& sets = session.options().group("data").groups("sets");
+  for (std::size_t i = 0; i < sets.size(); ++i)
+    if (const SetProblem problem = problem_of_set(sets[i], std::span(sets).first(i)); !problem.key.empty()) sets[i].refuse(problem.key, problem.what);
   const Options& run = session.options().group("run");
   const std::string& mode = run.text("resume");
   std::string folder = session.run_folder();

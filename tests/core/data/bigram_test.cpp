@@ -35,9 +35,9 @@ TEST(Bigram, IsTheSmoothedCountOfPairs) {
       ++pairs[{documents[d][i], documents[d][i + 1]}], ++firsts[documents[d][i]];
     }
   }
-  for (const std::int64_t batches : {1, 1000}) {
+  for (const std::int64_t samples : {4, 1000}) {
     double sum = 0, count = 0;
-    for (const auto& batch : source.validation(batches)) {
+    for (const auto& batch : source.validation(samples)) {
       const auto n = static_cast<std::size_t>(batch.stream("tokens").numel());
       for (std::size_t t = 0; t < n; ++t) {
         if (batch.stream("weight").data<float>()[t] == 0) continue;
@@ -45,7 +45,7 @@ TEST(Bigram, IsTheSmoothedCountOfPairs) {
         sum -= std::log((pairs[{a, b}] + 1) / (firsts[a] + 12)), ++count;
       }
     }
-    const auto entropy = bigram_cross_entropy(source, batches);
+    const auto entropy = bigram_cross_entropy(source, samples);
     ASSERT_TRUE(entropy.has_value());
     EXPECT_NEAR(*entropy, sum / count, 1e-12);
     EXPECT_LT(*entropy, 1.0);  // two successors, 3 : 1, have 0.56

@@ -277,7 +277,8 @@ TEST_F(Loader, TheSplitIsDisjointAndFixed) {
   EXPECT_THAT(s->describe(), AllOf(HasSubstr("in 54 documents"), HasSubstr("in 6 for validation")));
   Seen validation, train;
   const auto batches = s->validation(1000);
-  EXPECT_EQ(static_cast<std::int64_t>(batches.size()), s->validation_batches());
+  const std::int64_t micro = options_.micro_batch, all = (s->validation_samples() + micro - 1) / micro;
+  EXPECT_EQ(static_cast<std::int64_t>(batches.size()), all);
   validation.add(batches);
   std::set<std::int32_t> held_out;
   double weight = 0;
@@ -295,15 +296,15 @@ TEST_F(Loader, TheSplitIsDisjointAndFixed) {
   EXPECT_EQ(batches.back().step_weight, weight);
   EXPECT_EQ(weight, static_cast<double>(s->validation_tokens() - 6));  // all but the documents' ends
   EXPECT_EQ(batches.back().space().capacity, 32);
-  EXPECT_EQ(batches.back().space().used(), s->validation_tokens() - 32 * (s->validation_batches() - 1));
+  EXPECT_EQ(batches.back().space().used(), s->validation_tokens() - 32 * (all - 1));
   for (int i = 0; i < 60; ++i) train.add(s->next());
   for (const std::int32_t token : train.tokens) EXPECT_FALSE(held_out.contains(token));
 
-  // Neither the seed nor what training has done changes it; fewer batches are the first ones.
+  // Neither the seed nor what training has done changes it; fewer samples are the first ones.
   Seen again, first, other;
   again.add(s->validation(1000));
   EXPECT_EQ(again == validation, true);
-  first.add(s->validation(2));
+  first.add(s->validation(2 * micro));
   EXPECT_EQ(std::equal(first.tokens.begin(), first.tokens.end(), validation.tokens.begin()), true);
   EXPECT_EQ(first.tokens.size(), 64u);
   options_.seed = 77;
@@ -317,7 +318,7 @@ TEST_F(Loader, ValidationBlendsUntilSetsEnd) {
   options_.validation = 0.2;
   const auto s = source();
   Seen seen;
-  seen.add(s->validation(s->validation_batches()));
+  seen.add(s->validation(s->validation_samples()));
   EXPECT_EQ(static_cast<double>(std::count(seen.weight.begin(), seen.weight.end(), 1.0f)),
             static_cast<double>(s->validation_tokens() - s->validation_documents()));
   EXPECT_TRUE(s->validation(0).empty());

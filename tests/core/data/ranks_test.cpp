@@ -94,12 +94,12 @@ TEST_P(Ranks, TogetherSeeWhatOneSees) {
     }
   }
   // Validation too.
-  const auto whole = one->validation(3);
+  const auto whole = one->validation(6);
   ASSERT_FALSE(whole.empty());
   total_ = whole[0].step_weight;
   Rows3 expected, seen;
   add(whole, expected);
-  for (int r = 0; r < ranks; ++r) EXPECT_EQ(add(many[static_cast<std::size_t>(r)]->validation(3), seen), 0);
+  for (int r = 0; r < ranks; ++r) EXPECT_EQ(add(many[static_cast<std::size_t>(r)]->validation(6), seen), 0);
   EXPECT_EQ(seen, expected);
 }
 

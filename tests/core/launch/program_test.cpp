@@ -74,7 +74,9 @@ class Ranks : public ::testing::Test {
 };
 
 TEST_F(Ranks, OneStreamAndALogForEachRank) {
-  const Exit two = train_on(2, words("two", {"train.validate_every=4"}));
+  // Five sequences for two ranks: microbatches of three, and still the same ten in each validation.
+  const std::vector<std::string> set{"train.validate_every=4", "data.batch_size=5", "data.micro_batch=0"};
+  const Exit two = train_on(2, words("two", set));
   ASSERT_EQ(two.code, 0) << two.err << two.out;
   EXPECT_EQ(count(two.out, "2 ranks, started by mpirun"), 1) << two.out;
   EXPECT_EQ(count(two.out, "capstan train "), 1) << two.out;
@@ -100,7 +102,7 @@ TEST_F(Ranks, OneStreamAndALogForEachRank) {
   }
   expect_documented_metrics(project_ / "two");
   // Two ranks train what one does.
-  const Exit one = train_on(1, words("one", {"train.validate_every=4"}));
+  const Exit one = train_on(1, words("one", set));
   ASSERT_EQ(one.code, 0) << one.err;
   const auto v = metrics_with(project_ / "two", "validation_loss"), w = metrics_with(project_ / "one", "validation_loss");
   ASSERT_EQ(v.size(), 3u);

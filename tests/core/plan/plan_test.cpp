@@ -320,7 +320,7 @@ TEST(Devices, AcrossHostsAGroupSharesTheirAdapters) {
   EXPECT_DOUBLE_EQ(h100.collective(Collective::all_reduce, bytes, {8, 1, 8}), 2 * h100.collective(Collective::reduce_scatter, bytes, {8, 1, 8}));
 }
 
-// Each of the four data ranks has two of the eight microbatches, which are as large as data.micro_batch says, or the whole step.
+// Each of the four data ranks has a quarter of the sequences of eight steps, in microbatches as large as in training.
 TEST(Memory, ValidationsComeBetweenSteps) {
   const Planned none = plan_of({}, 4), some = plan_of({"train.validate_every=1", "data.validation=0.1"}, 4);
   EXPECT_EQ(none.prediction.memory[0].validation + none.prediction.memory[0].bigram, 0);
@@ -328,6 +328,7 @@ TEST(Memory, ValidationsComeBetweenSteps) {
   EXPECT_GT(m.validation, 2 * 16 * 64 * 24);
   EXPECT_LT(m.validation, none.prediction.memory[0].activations + none.prediction.memory[0].logits);
   EXPECT_EQ(m.bigram, 257 * 258 * 8 + 8 * 16 * 64 * 20);
+  EXPECT_EQ(some.setting.validation_micro, some.setting.micro);
   EXPECT_EQ(m.total(), none.prediction.memory[0].total()) << "activations are more";
   Memory most = m;
   most.validation = 1 << 30, most.bigram = 1 << 20, most.staging = 1 << 10;

@@ -82,7 +82,7 @@ TEST_F(EstimateOf, AValidationIsWithinFivePercentOfTheRealOne) {
   s->device->reset_peak();
   s->engine->evaluate(std::span<const Batch>(all));
   const std::int64_t forward = s->device->bytes_peak() - weights - batches;
-  const Validation v = validation_of(*s);
+  const Validation v = validation_of(*s, s->micro_batch());
   EXPECT_EQ(v.microbatches, 40);
   EXPECT_EQ(v.bigram_bytes, 257 * 258 * 8 + 40 * 3 * 128 * 20);
   const Estimate e = estimate_step(*s);

@@ -122,6 +122,23 @@ TEST(DataSets, BuiltFromOtherTextAreRefused) {
   EXPECT_EQ(run(set_of(project, a), "fifth").code, 0);
 }
 
+TEST(DataSets, AtOnePathHaveOneText) {
+  Project project;
+  write_file(project / "a/one.txt", some_text(60)), write_file(project / "b/two.txt", some_text(61));
+  const std::string a = (project / "a").string(), b = (project / "b").string(), path = "{path: " + (project / "data/set").string() + ", text: [";
+  const auto run = [&](const std::string& sets) { return train(project.recipe(), {"data.sets=[" + sets + "]", "train.steps=1", project.dir("run"), "data.validation=0", "train.validate_every=0"}); };
+  const auto refused = [&](const std::string& second, const std::string& key, const std::string& what) {
+    const Exit exit = run(path + a + "]}, " + path + second);
+    EXPECT_EQ(exit.code, 2) << exit.out;
+    EXPECT_THAT(exit.err, AllOf(HasSubstr("[command line, data.sets.1." + key + "]"), HasSubstr(what), HasSubstr("another `path`")));
+    EXPECT_FALSE(fs::exists(project / "data/set.idx")) << "refused before anything is built";
+    EXPECT_FALSE(fs::exists(project / "run"));
+  };
+  refused(b + "]}", "text", "name different text: " + a + " and " + b);
+  refused(a + "], max_bytes: 500}", "max_bytes", "name different limits: 0 and 500");
+  EXPECT_EQ(run(path + a + "]}, " + path + a + "/../a]}").code, 0);
+}
+
 // Paths count as seen from the set too: a project that moved as a whole is what it was.
 TEST(DataSets, MoveWithTheirText) {
   Project project;
