@@ -60,6 +60,8 @@ class Backend {
   virtual void max_middle(Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, void* out) = 0;
   virtual void max_middle_backward(Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, const void* m,
                                    const void* g, void* da) = 0;
+  /// out[o, i, j] = the sum over k <= i (reverse: k >= i) of a[o, k, j]; a [outer, n, inner], sums in the compute type.
+  virtual void scan_middle(Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, bool reverse, void* out) = 0;
   virtual void sum_flat(Num num, std::int64_t n, const void* a, void* out) = 0;  ///< one element of `num`
   /// to[c] (+)= sum_r from[r * stride + c]; `to` in to_num: num or its compute type.
   virtual void column_sum(Num num, const void* from, std::int64_t rows, std::int64_t cols, std::int64_t stride, Num to_num, void* to, bool accumulate) = 0;
@@ -75,13 +77,8 @@ class Backend {
   // Norms. Weights and what is saved are in the compute type.
   /// Rows of the partial sums [blocks, cols] that the backwards write; ops add them by sum_middle.
   virtual std::int64_t norm_blocks(std::int64_t rows, std::int64_t cols) = 0;
-  virtual void rms_norm(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, double epsilon, void* y, void* inverse) = 0;
-  virtual void rms_norm_backward(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* inverse,
-                                 const void* g, void* dx, void* partial) = 0;
-  virtual void layer_norm(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* b, double epsilon,
-                          void* y, void* mean, void* inverse) = 0;
-  virtual void layer_norm_backward(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* mean,
-                                   const void* inverse, const void* g, void* dx, void* partial_w, void* partial_b) = 0;
+  virtual void norm(Num num, const NormRows& n) = 0;
+  virtual void norm_backward(Num num, const NormRowsBackward& n) = 0;
   virtual void softmax(Num num, std::int64_t rows, std::int64_t cols, const void* x, void* y, bool logarithm) = 0;
   virtual void softmax_backward(Num num, std::int64_t rows, std::int64_t cols, const void* y, const void* g, void* dx, bool logarithm) = 0;
 

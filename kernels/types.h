@@ -1,5 +1,5 @@
-// defines: Num, Gemm, Quantize, GemmFp8, BinaryOp, UnaryOp, Broadcast, Strided, Attention, PagedAttention, ScoreRows and the
-// scalars of the optimizers' steps: what every backend is told, in plain pointers and numbers.
+// defines: Num, Gemm, Quantize, GemmFp8, BinaryOp, UnaryOp, Broadcast, Strided, NormRows, NormRowsBackward, Attention,
+// PagedAttention, ScoreRows and the scalars of the optimizers' steps: what every backend is told, in plain pointers and numbers.
 #pragma once
 #include <capstan/kernels/bf16.h>
 
@@ -82,6 +82,29 @@ struct Broadcast {
 struct Strided {
   int rank = 0;
   std::int64_t shape[6] = {}, to[6] = {}, from[6] = {};
+};
+
+/// Rows x [rows, cols] normalized: y = (x - mean) r w + b with r = 1 / sqrt(var + epsilon) where `centre` is set (LayerNorm), else
+/// y = x r w with r = 1 / sqrt(mean(x^2) + epsilon) (RMSNorm). w, b, mean and inverse are in the compute type.
+struct NormRows {
+  bool centre = false;
+  std::int64_t rows = 0, cols = 0;
+  double epsilon = 0;
+  const void *x = nullptr, *w = nullptr, *b = nullptr;  ///< b: with `centre`; null: none
+  /// Not null: x + residual, rounded, goes to `sum`, and that is what is normalized. `sum` overlaps neither.
+  const void* residual = nullptr;
+  void* sum = nullptr;
+  void *y = nullptr, *mean = nullptr, *inverse = nullptr;  ///< mean [rows] with `centre`; inverse [rows]: r
+};
+
+/// dx = r (g w - x^ mean(g w x^)), with `centre` less r mean(g w); x^ is (x - mean) r or x r, x what was normalized.
+struct NormRowsBackward {
+  bool centre = false;
+  std::int64_t rows = 0, cols = 0;
+  const void *x = nullptr, *w = nullptr, *mean = nullptr, *inverse = nullptr, *g = nullptr;
+  const void* g_sum = nullptr;  ///< not null: added to dx ahead of its rounding
+  /// Null: not wanted. Sums over fixed blocks of rows (Backend::norm_blocks) of g x^ and, with `centre`, of g: [blocks, cols].
+  void *dx = nullptr, *partial_w = nullptr, *partial_b = nullptr;
 };
 
 /// Causal attention over ragged sequences, over the last `window` keys if that is above 0: the row at position i of its

@@ -153,6 +153,9 @@ void CpuBackend::max_middle_backward(Num num, std::int64_t outer, std::int64_t n
                                      const void* g, void* da) {
   visit(num, [&]<class T>() { cpu::max_middle_backward(ctx_, outer, n, inner, to<T>(a), to<T>(m), to<T>(g), to<T>(da)); });
 }
+void CpuBackend::scan_middle(Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, bool reverse, void* out) {
+  visit(num, [&]<class T>() { cpu::scan_middle(ctx_, outer, n, inner, to<T>(a), reverse, to<T>(out)); });
+}
 void CpuBackend::sum_flat(Num num, std::int64_t n, const void* a, void* out) {
   visit(num, [&]<class T>() { *to<T>(out) = T(cpu::sum_flat(ctx_, n, to<T>(a))); });
 }
@@ -182,33 +185,11 @@ std::int64_t CpuBackend::norm_blocks(std::int64_t rows, std::int64_t) {
   const std::int64_t block = norm_block_rows(rows);
   return (rows + block - 1) / block;
 }
-void CpuBackend::rms_norm(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, double epsilon, void* y, void* inverse) {
-  visit(num, [&]<class T>() {
-    using C = Compute<T>;
-    cpu::rms_norm(ctx_, rows, cols, to<T>(x), to<C>(w), epsilon, to<T>(y), to<C>(inverse));
-  });
+void CpuBackend::norm(Num num, const NormRows& n) {
+  visit(num, [&]<class T>() { cpu::norm<T>(ctx_, n); });
 }
-void CpuBackend::rms_norm_backward(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* inverse,
-                                   const void* g, void* dx, void* partial) {
-  visit(num, [&]<class T>() {
-    using C = Compute<T>;
-    cpu::rms_norm_backward(ctx_, rows, cols, to<T>(x), to<C>(w), to<C>(inverse), to<T>(g), to<T>(dx), to<C>(partial));
-  });
-}
-void CpuBackend::layer_norm(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* b, double epsilon,
-                            void* y, void* mean, void* inverse) {
-  visit(num, [&]<class T>() {
-    using C = Compute<T>;
-    cpu::layer_norm(ctx_, rows, cols, to<T>(x), to<C>(w), to<C>(b), epsilon, to<T>(y), to<C>(mean), to<C>(inverse));
-  });
-}
-void CpuBackend::layer_norm_backward(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* mean,
-                                     const void* inverse, const void* g, void* dx, void* partial_w, void* partial_b) {
-  visit(num, [&]<class T>() {
-    using C = Compute<T>;
-    cpu::layer_norm_backward(ctx_, rows, cols, to<T>(x), to<C>(w), to<C>(mean), to<C>(inverse), to<T>(g), to<T>(dx), to<C>(partial_w),
-                             to<C>(partial_b));
-  });
+void CpuBackend::norm_backward(Num num, const NormRowsBackward& n) {
+  visit(num, [&]<class T>() { cpu::norm_backward<T>(ctx_, n); });
 }
 void CpuBackend::softmax(Num num, std::int64_t rows, std::int64_t cols, const void* x, void* y, bool logarithm) {
   visit(num, [&]<class T>() { cpu::softmax(ctx_, rows, cols, to<T>(x), to<T>(y), logarithm); });

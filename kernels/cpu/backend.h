@@ -37,6 +37,7 @@ class CpuBackend final : public Backend {
   void max_middle(Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, void* out) override;
   void max_middle_backward(Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, const void* m, const void* g,
                            void* da) override;
+  void scan_middle(Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, bool reverse, void* out) override;
   void sum_flat(Num num, std::int64_t n, const void* a, void* out) override;
   void column_sum(Num num, const void* from, std::int64_t rows, std::int64_t cols, std::int64_t stride, Num to_num, void* to,
                   bool accumulate) override;
@@ -46,13 +47,8 @@ class CpuBackend final : public Backend {
   void normalize(Num num, std::int64_t n, void* x, double least) override;
 
   std::int64_t norm_blocks(std::int64_t rows, std::int64_t cols) override;
-  void rms_norm(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, double epsilon, void* y, void* inverse) override;
-  void rms_norm_backward(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* inverse, const void* g,
-                         void* dx, void* partial) override;
-  void layer_norm(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* b, double epsilon, void* y,
-                  void* mean, void* inverse) override;
-  void layer_norm_backward(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* mean,
-                           const void* inverse, const void* g, void* dx, void* partial_w, void* partial_b) override;
+  void norm(Num num, const NormRows& n) override;
+  void norm_backward(Num num, const NormRowsBackward& n) override;
   void softmax(Num num, std::int64_t rows, std::int64_t cols, const void* x, void* y, bool logarithm) override;
   void softmax_backward(Num num, std::int64_t rows, std::int64_t cols, const void* y, const void* g, void* dx, bool logarithm) override;
 

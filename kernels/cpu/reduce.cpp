@@ -99,6 +99,27 @@ void max_middle_backward(Context& ctx, std::int64_t outer, std::int64_t n, std::
 }
 
 template <class T>
+void scan_middle(Context& ctx, std::int64_t outer, std::int64_t n, std::int64_t inner, const T* a, bool reverse, T* out) {
+  using C = Compute<T>;
+  using V = Vec<C>;
+  strips(ctx, outer, n, inner, [=](std::int64_t o, std::int64_t first, std::int64_t last) {
+    const std::int64_t step = reverse ? -inner : inner, begin = o * n * inner + (reverse ? (n - 1) * inner : 0) + first;
+    if (last - first == 1) {
+      C sum = 0;
+      for (std::int64_t j = 0, at = begin; j < n; ++j, at += step) out[at] = T(sum += static_cast<C>(a[at]));
+      return;
+    }
+    for_blocks<C>(last - first, [=](std::int64_t i, auto m) {
+      V sum(C(0));
+      for (std::int64_t j = 0, at = begin + i; j < n; ++j, at += step) {
+        sum = sum + V::load(a + at, m);
+        sum.store(out + at, m);
+      }
+    });
+  });
+}
+
+template <class T>
 Compute<T> sum_flat(Context& ctx, std::int64_t n, const T* a) {
   using C = Compute<T>;
   using V = Vec<C>;
@@ -121,6 +142,7 @@ Compute<T> sum_flat(Context& ctx, std::int64_t n, const T* a) {
   template void spread_middle(Context&, std::int64_t, std::int64_t, std::int64_t, const T*, Compute<T>, T*);                 \
   template void max_middle(Context&, std::int64_t, std::int64_t, std::int64_t, const T*, T*);                                \
   template void max_middle_backward(Context&, std::int64_t, std::int64_t, std::int64_t, const T*, const T*, const T*, T*);   \
+  template void scan_middle(Context&, std::int64_t, std::int64_t, std::int64_t, const T*, bool, T*);                         \
   template Compute<T> sum_flat(Context&, std::int64_t, const T*);
 INSTANTIATE(double)
 INSTANTIATE(float)

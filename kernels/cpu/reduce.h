@@ -1,4 +1,4 @@
-// defines: sum_middle, max_middle, sum_flat and their backwards: reductions whose order depends on the
+// defines: sum_middle, max_middle, scan_middle, sum_flat and their backwards: reductions whose order depends on the
 // reduced extent alone.
 #pragma once
 #include <kernels/cpu/context.h>
@@ -25,6 +25,10 @@ void max_middle(Context& ctx, std::int64_t outer, std::int64_t n, std::int64_t i
 template <class T>
 void max_middle_backward(Context& ctx, std::int64_t outer, std::int64_t n, std::int64_t inner, const T* a, const T* m,
                          const T* g, T* da);
+
+/// out[o, j, i] = the sum of a[o, k, i] over k <= j, or k >= j when `reverse`: one after the other in the compute type.
+template <class T>
+void scan_middle(Context& ctx, std::int64_t outer, std::int64_t n, std::int64_t inner, const T* a, bool reverse, T* out);
 
 /// Sum of n elements: blocks of 4096, then the blocks' sums.
 template <class T>

@@ -10,6 +10,7 @@
 #include <kernels/cuda/queue.h>
 #include <kernels/cuda/reduce.h>
 #include <kernels/cuda/rows.h>
+#include <kernels/cuda/scan.h>
 
 #include <algorithm>
 #include <cstdio>
@@ -127,6 +128,9 @@ class CudaGpu final : public Gpu {
   void max_middle_backward(Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, const void* m, const void* g, void* da) override {
     cuda::max_middle_backward(bound(), num, outer, n, inner, a, m, g, da);
   }
+  void scan_middle(Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, bool reverse, void* out) override {
+    cuda::scan_middle(bound(), num, outer, n, inner, a, reverse, out);
+  }
   void sum_flat(Num num, std::int64_t n, const void* a, void* out) override { cuda::sum_middle(bound(), num, 1, n, 1, a, 1, num, out); }
   void column_sum(Num num, const void* from, std::int64_t rows, std::int64_t cols, std::int64_t stride, Num to_num, void* to, bool accumulate) override {
     cuda::column_sum(bound(), num, from, rows, cols, stride, to_num, to, accumulate);
@@ -146,21 +150,8 @@ class CudaGpu final : public Gpu {
   void normalize(Num num, std::int64_t n, void* x, double least) override { cuda::normalize(bound(), num, n, x, least); }
 
   std::int64_t norm_blocks(std::int64_t rows, std::int64_t cols) override { return cuda::norm_blocks(bound(), rows, cols); }
-  void rms_norm(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, double epsilon, void* y, void* inverse) override {
-    cuda::rms_norm(bound(), num, rows, cols, x, w, epsilon, y, inverse);
-  }
-  void rms_norm_backward(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* inverse, const void* g, void* dx,
-                         void* partial) override {
-    cuda::rms_norm_backward(bound(), num, rows, cols, x, w, inverse, g, dx, partial);
-  }
-  void layer_norm(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* b, double epsilon, void* y, void* mean,
-                  void* inverse) override {
-    cuda::layer_norm(bound(), num, rows, cols, x, w, b, epsilon, y, mean, inverse);
-  }
-  void layer_norm_backward(Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* mean, const void* inverse,
-                           const void* g, void* dx, void* partial_w, void* partial_b) override {
-    cuda::layer_norm_backward(bound(), num, rows, cols, x, w, mean, inverse, g, dx, partial_w, partial_b);
-  }
+  void norm(Num num, const NormRows& n) override { cuda::norm(bound(), num, n); }
+  void norm_backward(Num num, const NormRowsBackward& n) override { cuda::norm_backward(bound(), num, n); }
   void softmax(Num num, std::int64_t rows, std::int64_t cols, const void* x, void* y, bool logarithm) override {
     cuda::softmax(bound(), num, rows, cols, x, y, logarithm);
   }

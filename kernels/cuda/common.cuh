@@ -209,6 +209,20 @@ struct Row {
       }
     }
   }
+  /// Becomes the row plus `other`, rounded, which is left at `to`.
+  __device__ __forceinline__ void add(const Row& other, T* to, int cols) {
+    other.sweep(cols, [&](int p, int c, const Pack<T, Width>& o) {
+      const Pack<T, Width> mine = Packs > 0 ? raw[p] : load_pack<T, Width>(from + c);
+      Compute<T> sum[Width];
+#pragma unroll
+      for (int i = 0; i < Width; ++i) sum[i] = widen(mine.v[i]) + widen(o.v[i]);
+      store_pack<T, Width>(to + c, sum);
+      if constexpr (Packs > 0)
+#pragma unroll
+        for (int i = 0; i < Width; ++i) raw[p].v[i] = narrow<T>(sum[i]);
+    });
+    from = to;
+  }
   /// f(p, column, pack).
   template <class F>
   __device__ __forceinline__ void sweep(int cols, F&& f) const {
@@ -273,13 +287,6 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return shared;
 }
 #endif
-
-/// Blocks that walk over the rows: as many as run at once (1024 threads a multiprocessor), or fewer.
-inline unsigned walking_blocks(Context& ctx, const RowPlan& plan, std::int64_t rows, int threads_at_once = 1024) {
-  const std::int64_t at_once = static_cast<std::int64_t>(ctx.multiprocessors()) * (threads_at_once / (plan.threads * plan.rows) > 0 ? threads_at_once / (plan.threads * plan.rows) : 1);
-  const std::int64_t groups = ceil_div(rows, plan.rows);
-  return static_cast<unsigned>(groups < at_once ? groups : at_once);
-}
 
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

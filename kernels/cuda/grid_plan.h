@@ -62,6 +62,20 @@ inline GatherBlock gather_block(std::int64_t words) {
 inline unsigned scatter_threads(std::int64_t packs) { return static_cast<unsigned>(std::clamp<std::int64_t>(blocks_for(packs, 32) * 32, 32, 128)); }
 inline Blocks scatter_blocks(std::int64_t chunks, std::int64_t packs) { return {chunks, blocks_for(packs, scatter_threads(packs)), 1}; }
 
+/// Running sums along n of [outer, n, inner]: a block for each column, which takes scan_threads * scan_items elements at a time,
+/// where columns are long and there are too few of them for a thread each (or they are rows: neighbours in memory); else a
+/// thread for each.
+inline constexpr int scan_threads = 256, scan_items = 4;
+struct ScanPlan {
+  bool by_block = false;
+  Blocks blocks;
+};
+inline ScanPlan plan_scan(std::int64_t outer, std::int64_t n, std::int64_t inner) {
+  const std::int64_t columns = outer * inner;
+  if (n > 64 && (inner == 1 || columns < 16384)) return {true, {columns, 1, 1}};
+  return {false, {blocks_for(columns, scan_threads), 1, 1}};
+}
+
 /// Attention's own kernels: heads, and tiles of rows.
 inline Blocks attention_blocks(std::int64_t heads, std::int64_t tiles) { return {heads, tiles, 1}; }
 

@@ -8,10 +8,14 @@ namespace capstan::kernels::cuda {
 
 namespace {
 
-template <class T, bool Centre, int Width, int Packs>
-__global__ void __launch_bounds__(row_threads, 2) norm_kernel(std::int64_t rows, int cols, Compute<T> per, const T* __restrict__ x, const Compute<T>* __restrict__ w,
-                                                              const Compute<T>* __restrict__ b, Compute<T> epsilon, T* __restrict__ y,
-                                                              Compute<T>* __restrict__ mean_out, Compute<T>* __restrict__ inverse_out) {
+/// Blocks of norm_kernel that a multiprocessor's registers hold.
+constexpr int norm_blocks_at_once(bool added, int packs) { return added && packs > 2 ? 1 : 2; }
+
+/// Added: the row is x + residual, which is left in `total`.
+template <class T, bool Centre, bool Added, int Width, int Packs>
+__global__ void __launch_bounds__(row_threads, norm_blocks_at_once(Added, Packs)) norm_kernel(std::int64_t rows, int cols, Compute<T> per, const T* __restrict__ x, const T* __restrict__ residual,
+                                                              T* total, const Compute<T>* __restrict__ w, const Compute<T>* __restrict__ b, Compute<T> epsilon,
+                                                              T* __restrict__ y, Compute<T>* __restrict__ mean_out, Compute<T>* __restrict__ inverse_out) {
   using C = Compute<T>;
   using V = std::conditional_t<Centre, Moments<C>, Sums<C, 1>>;
   __shared__ V room[64];
@@ -19,12 +23,17 @@ __global__ void __launch_bounds__(row_threads, 2) norm_kernel(std::int64_t rows,
   const std::int64_t stride = static_cast<std::int64_t>(gridDim.x) * blockDim.y;
   std::int64_t base = static_cast<std::int64_t>(blockIdx.x) * blockDim.y;
   constexpr bool ahead = Packs < 4;  // with more, registers end
-  Row<T, Width, Packs> r, next;
-  if constexpr (ahead) r.load(x + (base + threadIdx.y) * cols, base + threadIdx.y < rows, cols);
+  Row<T, Width, Packs> r, other, next, next_other;
+  const auto load = [&](std::int64_t row, auto& to, auto& to_other) {
+    to.load(x + row * cols, row < rows, cols);
+    if constexpr (Added) to_other.load(residual + row * cols, row < rows, cols);
+  };
+  if constexpr (ahead) load(base + threadIdx.y, r, other);
   for (; base < rows; base += stride) {
     const std::int64_t row = base + threadIdx.y;
-    if constexpr (ahead) next.load(x + (row + stride) * cols, row + stride < rows, cols);
-    else r.load(x + row * cols, row < rows, cols);
+    if constexpr (ahead) load(row + stride, next, next_other);
+    else load(row, r, other);
+    if constexpr (Added) r.add(other, total + row * cols, cols);
     C mean = 0, inverse;
     if constexpr (Centre) {
       Moments<C> m{};
@@ -65,19 +74,22 @@ __global__ void __launch_bounds__(row_threads, 2) norm_kernel(std::int64_t rows,
       }
       store_pack<T, Width>(y + row * cols + c, out);
     });
-    if constexpr (ahead) r = next;
+    if constexpr (ahead) {
+      r = next;
+      if constexpr (Added) other = next_other;
+    }
   }
 }
 
-/// Rows are taken by group: blockDim.y rows at once, group after group gridDim.x apart.
-template <class T, bool Centre, int Width, int Packs>
+/// Rows are taken by group: blockDim.y rows at once, group after group gridDim.x apart. Added: dx takes in g_sum.
+template <class T, bool Centre, bool Added, int Width, int Packs>
 __global__ void __launch_bounds__(row_threads, 1) norm_backward_kernel(std::int64_t rows, int cols, Compute<T> per, const T* __restrict__ x,
                                                                        const Compute<T>* __restrict__ w, const Compute<T>* __restrict__ means,
-                                                                       const Compute<T>* __restrict__ inverses, const T* __restrict__ g, T* __restrict__ dx,
+                                                                       const Compute<T>* __restrict__ inverses, const T* __restrict__ g, const T* __restrict__ g_sum, T* __restrict__ dx,
                                                                        Compute<T>* __restrict__ partial_w, Compute<T>* __restrict__ partial_b) {
   using C = Compute<T>;
   using V = Sums<C, Centre ? 2 : 1>;
-  constexpr bool ahead = Packs <= 2;  // with more, registers end
+  constexpr bool ahead = Packs <= 2, more_ahead = ahead && !(Centre && sizeof(T) == 2 && Packs == 2);  // with more, registers end
   unsigned char* shared = dynamic_shared();
   __shared__ V room[64];
   RowReducer<V> reduce{room};
@@ -85,20 +97,21 @@ __global__ void __launch_bounds__(row_threads, 1) norm_backward_kernel(std::int6
   C dw[Packs][Width] = {};
   C db[Centre ? Packs : 1][Centre ? Width : 1] = {};
   const std::int64_t groups = (rows + blockDim.y - 1) / blockDim.y;
-  Row<T, Width, Packs> xs, gs, next_x, next_g;
+  Row<T, Width, Packs> xs, gs, more, next_x, next_g, next_more;
   C inverse = 0, mean = 0;
-  const auto load = [&](std::int64_t row, auto& to_x, auto& to_g, C& to_inverse, C& to_mean) {
+  const auto load = [&](std::int64_t row, auto& to_x, auto& to_g, auto& to_more, C& to_inverse, C& to_mean) {
     const bool live = row < rows;
     to_x.load(x + row * cols, live, cols), to_g.load(g + row * cols, live, cols);
+    if constexpr (Added && more_ahead) to_more.load(g_sum + row * cols, live, cols);
     to_inverse = live ? inverses[row] : C(0);
     if constexpr (Centre) to_mean = live ? means[row] : C(0);
   };
-  if constexpr (ahead) load(static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, xs, gs, inverse, mean);
+  if constexpr (ahead) load(static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y, xs, gs, more, inverse, mean);
   for (std::int64_t group = blockIdx.x; group < groups; group += gridDim.x) {
     const std::int64_t row = group * blockDim.y + threadIdx.y;
     C next_inverse = 0, next_mean = 0;
-    if constexpr (ahead) load(row + static_cast<std::int64_t>(gridDim.x) * blockDim.y, next_x, next_g, next_inverse, next_mean);
-    else load(row, xs, gs, inverse, mean);
+    if constexpr (ahead) load(row + static_cast<std::int64_t>(gridDim.x) * blockDim.y, next_x, next_g, next_more, next_inverse, next_mean);
+    else load(row, xs, gs, more, inverse, mean);
     V sums{};
     xs.sweep(cols, [&](int p, int c, const Pack<T, Width>& v) {
       C scale[Width];
@@ -122,10 +135,18 @@ __global__ void __launch_bounds__(row_threads, 1) norm_backward_kernel(std::int6
 #pragma unroll
         for (int i = 0; i < Width; ++i)
           out[i] = inverse * (widen(gs.raw[p].v[i]) * scale[i] - (widen(v.v[i]) - mean) * inverse * dot - total);
+        if constexpr (Added) {
+          const Pack<T, Width> rest = more_ahead ? more.raw[p] : load_pack<T, Width>(g_sum + row * cols + c);
+#pragma unroll
+          for (int i = 0; i < Width; ++i) out[i] += widen(rest.v[i]);
+        }
         store_pack<T, Width>(dx + row * cols + c, out);
       });
     }
-    if constexpr (ahead) xs = next_x, gs = next_g, inverse = next_inverse, mean = next_mean;
+    if constexpr (ahead) {
+      xs = next_x, gs = next_g, inverse = next_inverse, mean = next_mean;
+      if constexpr (Added) more = next_more;
+    }
   }
   // The block's rows of threads add up in order, through shared memory.
   const auto leave = [&](auto& sums, C* partial) {
@@ -159,10 +180,10 @@ __global__ void __launch_bounds__(row_threads, 1) norm_backward_kernel(std::int6
 
 /// Rows too long for registers: x and g are read twice (the second time mostly from the cache), and the sums for the
 /// weights stay in shared memory, or where it ends in place.
-template <class T, bool Centre, int Width>
+template <class T, bool Centre, bool Added, int Width>
 __global__ void __launch_bounds__(row_threads, 1) norm_backward_long_kernel(std::int64_t rows, int cols, Compute<T> per, const T* __restrict__ x,
                                                                             const Compute<T>* __restrict__ w, const Compute<T>* __restrict__ means,
-                                                                            const Compute<T>* __restrict__ inverses, const T* __restrict__ g, T* __restrict__ dx,
+                                                                            const Compute<T>* __restrict__ inverses, const T* __restrict__ g, const T* __restrict__ g_sum, T* __restrict__ dx,
                                                                             Compute<T>* __restrict__ partial_w, Compute<T>* __restrict__ partial_b, bool in_shared) {
   using C = Compute<T>;
   using V = Sums<C, Centre ? 2 : 1>;
@@ -206,6 +227,11 @@ __global__ void __launch_bounds__(row_threads, 1) norm_backward_long_kernel(std:
 #pragma unroll
       for (int i = 0; i < Width; ++i)
         out[i] = inverse * (widen(gs.v[i]) * w[c + i] - (widen(xs.v[i]) - mean) * inverse * dot - total);
+      if constexpr (Added) {
+        const Pack<T, Width> more = load_pack<T, Width>(g_sum + row * cols + c);
+#pragma unroll
+        for (int i = 0; i < Width; ++i) out[i] += widen(more.v[i]);
+      }
       store_pack<T, Width>(dx + row * cols + c, out);
     }
   }
@@ -218,56 +244,61 @@ __global__ void __launch_bounds__(row_threads, 1) norm_backward_long_kernel(std:
     }
 }
 
-template <bool Centre>
-void norm(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* b, double epsilon, void* y,
-          void* mean, void* inverse) {
-  if (rows == 0 || cols == 0) return;
-  visit(num, [&]<class T>() {
-    using C = Compute<T>;
-    const bool vector = all_on_16(x, w, b, y);
-    RowPlan plan = rows_for<T>(cols, vector, 3);
-    if (plan.packs == 0) plan = rows_for<T>(cols, vector, 4);
-    by_plan<T>(plan, [&](auto wide, auto packs) {
-      launch_block(ctx, Centre ? "layer_norm" : "rms_norm", norm_kernel<T, Centre, decltype(wide)::value, decltype(packs)::value>, dim3(walking_blocks(ctx, plan, rows)),
-                   dim3(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows)), 0, rows, static_cast<int>(cols), C(1) / static_cast<C>(cols), static_cast<const T*>(x), static_cast<const C*>(w), static_cast<const C*>(b),
-              static_cast<C>(epsilon), static_cast<T*>(y), static_cast<C*>(mean), static_cast<C*>(inverse));
-    });
+template <class T, bool Centre, bool Added>
+void launch_norm(Context& ctx, const NormRows& n) {
+  using C = Compute<T>;
+  const bool vector = all_on_16(n.x, n.residual, n.sum, n.w, n.b, n.y);
+  RowPlan plan = rows_for<T>(n.cols, vector, 3);
+  if (plan.packs == 0) plan = rows_for<T>(n.cols, vector, 4);
+  const dim3 blocks(static_cast<unsigned>(walking_blocks(ctx.multiprocessors(), plan, n.rows, row_threads * norm_blocks_at_once(Added, plan.packs))));
+  const dim3 block(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows));
+  by_plan<T>(plan, [&](auto wide, auto packs) {
+    launch_block(ctx, Centre ? "layer_norm" : "rms_norm", norm_kernel<T, Centre, Added, decltype(wide)::value, decltype(packs)::value>, blocks, block, 0, n.rows,
+                 static_cast<int>(n.cols), C(1) / static_cast<C>(n.cols), static_cast<const T*>(n.x), static_cast<const T*>(n.residual), static_cast<T*>(n.sum),
+                 static_cast<const C*>(n.w), static_cast<const C*>(n.b), static_cast<C>(n.epsilon), static_cast<T*>(n.y), static_cast<C*>(n.mean), static_cast<C*>(n.inverse));
   });
 }
 
-template <bool Centre>
-void norm_backward(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* mean, const void* inverse,
-                   const void* g, void* dx, void* partial_w, void* partial_b) {
-  if (cols == 0) return;
+template <class T, bool Centre, bool Added>
+void launch_norm_backward(Context& ctx, const NormRowsBackward& n) {
+  using C = Compute<T>;
   const char* name = Centre ? "layer_norm_backward" : "rms_norm_backward";
-  const std::int64_t blocks = norm_backward_blocks(rows, cols);
-  visit(num, [&]<class T>() {
-    using C = Compute<T>;
-    if (rows == 0) {
-      for (void* p : {partial_w, partial_b})
-        if (p != nullptr) check(cudaMemsetAsync(p, 0, static_cast<std::size_t>(blocks * cols) * sizeof(C), ctx.stream()), name);
-      return;
+  const std::int64_t blocks = norm_backward_blocks(n.rows, n.cols);
+  if (n.rows == 0) {
+    for (void* p : {n.partial_w, n.partial_b})
+      if (p != nullptr) check(cudaMemsetAsync(p, 0, static_cast<std::size_t>(blocks * n.cols) * sizeof(C), ctx.stream()), name);
+    return;
+  }
+  const bool vector = all_on_16(n.x, n.w, n.g, n.g_sum, n.dx);
+  RowPlan plan = rows_for<T>(n.cols, vector, 2);
+  if (plan.packs == 0) plan = rows_for<T>(n.cols, vector, 4);
+  const auto run = [&](auto kernel, dim3 block, std::int64_t shared, auto... more) {
+    launch_block(ctx, name, kernel, dim3(static_cast<unsigned>(blocks)), block, shared, n.rows, static_cast<int>(n.cols), C(1) / static_cast<C>(n.cols),
+                 static_cast<const T*>(n.x), static_cast<const C*>(n.w), static_cast<const C*>(n.mean), static_cast<const C*>(n.inverse), static_cast<const T*>(n.g),
+                 static_cast<const T*>(n.g_sum), static_cast<T*>(n.dx), static_cast<C*>(n.partial_w), static_cast<C*>(n.partial_b), more...);
+  };
+  by_plan<T>(plan, [&](auto wide, auto packs) {
+    constexpr int width = decltype(wide)::value, count = decltype(packs)::value;
+    constexpr bool too_many = count == 4 && Centre && sizeof(T) == 2;  // sums and rows do not fit into the registers
+    if constexpr (count == 0 || too_many) {
+      const std::int64_t shared = (Centre ? 2 : 1) * n.cols * static_cast<std::int64_t>(sizeof(C));
+      const bool fits = shared <= ctx.shared_limit() - 4096;
+      run(norm_backward_long_kernel<T, Centre, Added, width>, dim3(row_threads), fits ? shared : 0, fits);
+    } else {
+      run(norm_backward_kernel<T, Centre, Added, width, count>, dim3(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows)),
+          plan.rows > 1 ? plan.rows * n.cols * static_cast<std::int64_t>(sizeof(C)) : 0);
     }
-    const bool vector = all_on_16(x, w, g, dx);
-    RowPlan plan = rows_for<T>(cols, vector, 2);
-    if (plan.packs == 0) plan = rows_for<T>(cols, vector, 4);
-    const auto run = [&](auto kernel, dim3 block, std::int64_t shared, auto... more) {
-      launch_block(ctx, name, kernel, dim3(static_cast<unsigned>(blocks)), block, shared, rows, static_cast<int>(cols), C(1) / static_cast<C>(cols),
-                   static_cast<const T*>(x), static_cast<const C*>(w), static_cast<const C*>(mean), static_cast<const C*>(inverse), static_cast<const T*>(g),
-                   static_cast<T*>(dx), static_cast<C*>(partial_w), static_cast<C*>(partial_b), more...);
-    };
-    by_plan<T>(plan, [&](auto wide, auto packs) {
-      constexpr int width = decltype(wide)::value, count = decltype(packs)::value;
-      const dim3 block(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows));
-      constexpr bool too_many = count == 4 && Centre && sizeof(T) == 2;  // sums and rows do not fit into the registers
-      if constexpr (count == 0 || too_many) {
-        const std::int64_t shared = (Centre ? 2 : 1) * cols * static_cast<std::int64_t>(sizeof(C));
-        const bool fits = shared <= ctx.shared_limit() - 4096;
-        run(norm_backward_long_kernel<T, Centre, width>, dim3(row_threads), fits ? shared : 0, fits);
-      } else {
-        run(norm_backward_kernel<T, Centre, width, count>, block, plan.rows > 1 ? plan.rows * cols * static_cast<std::int64_t>(sizeof(C)) : 0);
-      }
-    });
+  });
+}
+
+/// f<T, Centre, Added>.
+template <class F>
+void by_form(Num num, bool centre, bool added, F&& f) {
+  visit(num, [&]<class T>() {
+    if (centre && added) f.template operator()<T, true, true>();
+    else if (centre) f.template operator()<T, true, false>();
+    else if (added) f.template operator()<T, false, true>();
+    else f.template operator()<T, false, false>();
   });
 }
 
@@ -275,23 +306,14 @@ void norm_backward(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, 
 
 std::int64_t norm_blocks(Context&, std::int64_t rows, std::int64_t cols) { return norm_backward_blocks(rows, cols); }
 
-void rms_norm(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, double epsilon, void* y, void* inverse) {
-  norm<false>(ctx, num, rows, cols, x, w, nullptr, epsilon, y, nullptr, inverse);
+void norm(Context& ctx, Num num, const NormRows& n) {
+  if (n.rows == 0 || n.cols == 0) return;
+  by_form(num, n.centre, n.residual != nullptr, [&]<class T, bool Centre, bool Added>() { launch_norm<T, Centre, Added>(ctx, n); });
 }
 
-void rms_norm_backward(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* inverse,
-                       const void* g, void* dx, void* partial) {
-  norm_backward<false>(ctx, num, rows, cols, x, w, nullptr, inverse, g, dx, partial, nullptr);
-}
-
-void layer_norm(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* b, double epsilon,
-                void* y, void* mean, void* inverse) {
-  norm<true>(ctx, num, rows, cols, x, w, b, epsilon, y, mean, inverse);
-}
-
-void layer_norm_backward(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* mean,
-                         const void* inverse, const void* g, void* dx, void* partial_w, void* partial_b) {
-  norm_backward<true>(ctx, num, rows, cols, x, w, mean, inverse, g, dx, partial_w, partial_b);
+void norm_backward(Context& ctx, Num num, const NormRowsBackward& n) {
+  if (n.cols == 0) return;
+  by_form(num, n.centre, n.g_sum != nullptr && n.dx != nullptr, [&]<class T, bool Centre, bool Added>() { launch_norm_backward<T, Centre, Added>(ctx, n); });
 }
 
 }  // namespace capstan::kernels::cuda

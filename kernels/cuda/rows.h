@@ -5,13 +5,8 @@
 namespace capstan::kernels::cuda {
 
 std::int64_t norm_blocks(Context& ctx, std::int64_t rows, std::int64_t cols);
-void rms_norm(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, double epsilon, void* y, void* inverse);
-void rms_norm_backward(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* inverse,
-                       const void* g, void* dx, void* partial);
-void layer_norm(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* b, double epsilon,
-                void* y, void* mean, void* inverse);
-void layer_norm_backward(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* mean,
-                         const void* inverse, const void* g, void* dx, void* partial_w, void* partial_b);
+void norm(Context& ctx, Num num, const NormRows& n);
+void norm_backward(Context& ctx, Num num, const NormRowsBackward& n);
 void softmax(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* x, void* y, bool logarithm);
 void softmax_backward(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const void* y, const void* g, void* dx, bool logarithm);
 

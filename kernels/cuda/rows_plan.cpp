@@ -34,6 +34,11 @@ RowPlan plan_rows(std::int64_t cols, int element_bytes, bool vector, int most_pa
   return p;
 }
 
+std::int64_t walking_blocks(std::int64_t multiprocessors, const RowPlan& plan, std::int64_t rows, std::int64_t threads_at_once) {
+  const std::int64_t each = std::max<std::int64_t>(1, threads_at_once / (plan.threads * plan.rows));
+  return std::min(ceil_div(rows, plan.rows), multiprocessors * each);
+}
+
 std::int64_t norm_backward_blocks(std::int64_t rows, std::int64_t cols) {
   // As many as 132 multiprocessors hold at once; every block costs one row of partial sums.
   const std::int64_t most = cols <= 1024 ? 1056 : cols <= 2048 ? 528 : cols <= 4096 ? 264 : 132;

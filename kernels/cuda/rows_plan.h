@@ -1,5 +1,5 @@
 // defines: the launch plans of row kernels: how many threads, blocks and bytes of workspace a shape takes. Plain host
-// code that depends on shapes alone (never on the device), so that sums have the same order on every chip.
+// code; what sums are made of depends on shapes alone (never on the device), so that they have one order on every chip.
 #pragma once
 #include <cstdint>
 
@@ -17,6 +17,9 @@ struct RowPlan {
 };
 /// `vector`: every row starts on 16 bytes and holds whole packs of 16 bytes. At most `most_packs` (1 to 4) packs a thread.
 RowPlan plan_rows(std::int64_t cols, int element_bytes, bool vector, int most_packs = 4);
+
+/// Blocks that walk over the rows: as many as run at once (`threads_at_once` threads a multiprocessor), or fewer.
+std::int64_t walking_blocks(std::int64_t multiprocessors, const RowPlan& plan, std::int64_t rows, std::int64_t threads_at_once = 1024);
 
 /// Blocks of a norm's backward, each of which leaves one row of partial sums.
 std::int64_t norm_backward_blocks(std::int64_t rows, std::int64_t cols);

@@ -89,7 +89,7 @@ void softmax(Context& ctx, Num num, std::int64_t rows, std::int64_t cols, const 
     const RowPlan plan = rows_for<T>(cols, all_on_16(x, y), 2);
     by_plan<T>(plan, [&](auto width, auto packs) {
       constexpr int count = decltype(packs)::value < 3 ? decltype(packs)::value : 0;
-      launch_block(ctx, "softmax", softmax_kernel<T, decltype(width)::value, count>, dim3(walking_blocks(ctx, plan, rows, 4096)),
+      launch_block(ctx, "softmax", softmax_kernel<T, decltype(width)::value, count>, dim3(static_cast<unsigned>(walking_blocks(ctx.multiprocessors(), plan, rows, 4096))),
                    dim3(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows)), 0, rows, static_cast<int>(cols), static_cast<const T*>(x), static_cast<T*>(y), logarithm);
     });
   });
@@ -101,7 +101,7 @@ void softmax_backward(Context& ctx, Num num, std::int64_t rows, std::int64_t col
     const RowPlan plan = rows_for<T>(cols, all_on_16(y, g, dx), 2);
     by_plan<T>(plan, [&](auto width, auto packs) {
       constexpr int count = decltype(packs)::value < 3 ? decltype(packs)::value : 0;
-      launch_block(ctx, "softmax_backward", softmax_backward_kernel<T, decltype(width)::value, count>, dim3(walking_blocks(ctx, plan, rows, 4096)),
+      launch_block(ctx, "softmax_backward", softmax_backward_kernel<T, decltype(width)::value, count>, dim3(static_cast<unsigned>(walking_blocks(ctx.multiprocessors(), plan, rows, 4096))),
                    dim3(static_cast<unsigned>(plan.threads), static_cast<unsigned>(plan.rows)), 0, rows, static_cast<int>(cols), static_cast<const T*>(y), static_cast<const T*>(g), static_cast<T*>(dx), logarithm);
     });
   });

@@ -42,6 +42,8 @@ class CAPSTAN_API Norm : public Module {
   Norm(std::string name, const std::string& kind, std::int64_t width, std::string axis, double epsilon, bool bias);
   ~Norm() override;
   Tensor operator()(ForwardContext& context, const Tensor& x) const;
+  /// x (+ residual) and its norm, for who goes on with both: ops::add_rms_norm.
+  ops::NormOfSum with_sum(ForwardContext& context, const Tensor& x, const Tensor& residual = {}) const;
 
  private:
   Parameter* weight_;

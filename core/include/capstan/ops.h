@@ -28,6 +28,7 @@ CAPSTAN_API Tensor sigmoid(const Tensor& a);
 CAPSTAN_API Tensor sum(const Tensor& a, int dim, bool keep = false);
 CAPSTAN_API Tensor mean(const Tensor& a, int dim, bool keep = false);
 CAPSTAN_API Tensor max(const Tensor& a, int dim, bool keep = false);         ///< gradient to the first maximum
+CAPSTAN_API Tensor cumsum(const Tensor& a, int dim);                          ///< a[.., 0, ..] + ... + a[.., i, ..] at i
 CAPSTAN_API Tensor sum_all(const Tensor& a);                                 ///< scalar, shape []
 CAPSTAN_API Tensor softmax(const Tensor& a);                                 ///< over the last dimension
 CAPSTAN_API Tensor log_softmax(const Tensor& a);
@@ -54,6 +55,12 @@ CAPSTAN_API Tensor embedding(const Tensor& table, const Tensor& ids);
 CAPSTAN_API Tensor rms_norm(const Tensor& x, const Tensor& weight, double epsilon);
 /// (x - mean) / sqrt(var + eps) * w (+ b) over the last dimension.
 CAPSTAN_API Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double epsilon);
+/// A sum and its norm: sum = x + residual, in x's element type, and y of it, each row read once. Without residual the sum is x
+/// itself: what goes on with both (a block: x + f(norm(x))) then has its two gradients added as the norm's is stored. Spec: add,
+/// then rms_norm or layer_norm.
+struct NormOfSum { Tensor sum, y; };
+CAPSTAN_API NormOfSum add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double epsilon);
+CAPSTAN_API NormOfSum add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, const Tensor& bias, double epsilon);
 /// 0.5 x (1 + tanh(sqrt(2/pi)(x + 0.044715 x^3))) (Hendrycks & Gimpel 2016, the tanh form).
 CAPSTAN_API Tensor gelu(const Tensor& x);
 /// x * sigmoid(x)

@@ -52,28 +52,35 @@ void Cases::rows(std::int64_t rows, std::int64_t cols) {
   const Dims shape{rows, cols};
   const std::string of = fmt::format(" bf16 {} x {}", rows, cols);
   const double one = 2 * real(rows) * real(cols);
-  struct Operands { Tensor x, g, y, w, b, mean, inverse, partial, partial_b; };
+  struct Operands { Tensor x, g, sum, y, w, b, mean, inverse, partial, partial_b; };
   const auto operands = [this, shape, rows, cols] {
     const std::int64_t blocks = kernels().norm_blocks(rows, cols);
-    return Operands{make(shape, DType::bf16, 1), make(shape, DType::bf16, 2), empty(shape, DType::bf16), make({cols}, DType::f32, 3), make({cols}, DType::f32, 4),
+    return Operands{make(shape, DType::bf16, 1), make(shape, DType::bf16, 2), make(shape, DType::bf16, 7), empty(shape, DType::bf16), make({cols}, DType::f32, 3), make({cols}, DType::f32, 4),
                     make({rows}, DType::f32, 5), make({rows}, DType::f32, 6), empty({blocks, cols}, DType::f32), empty({blocks, cols}, DType::f32)};
   };
   const double sums = 4 * real(kernels().norm_blocks(rows, cols)) * real(cols);
   Backend& k = kernels();
-  add("rms_norm" + of, 2 * one, [=, &k] {
-    return [o = operands(), rows, cols, &k] { k.rms_norm(bf16, rows, cols, o.x.raw(), o.w.raw(), 1e-5, o.y.raw(), o.inverse.raw()); };
-  });
-  add("rms_norm_backward" + of, 3 * one + sums, [=, &k] {
-    return [o = operands(), rows, cols, &k] { k.rms_norm_backward(bf16, rows, cols, o.x.raw(), o.w.raw(), o.inverse.raw(), o.g.raw(), o.y.raw(), o.partial.raw()); };
-  });
-  add("layer_norm" + of, 2 * one, [=, &k] {
-    return [o = operands(), rows, cols, &k] { k.layer_norm(bf16, rows, cols, o.x.raw(), o.w.raw(), o.b.raw(), 1e-5, o.y.raw(), o.mean.raw(), o.inverse.raw()); };
-  });
-  add("layer_norm_backward" + of, 3 * one + 2 * sums, [=, &k] {
-    return [o = operands(), rows, cols, &k] {
-      k.layer_norm_backward(bf16, rows, cols, o.x.raw(), o.w.raw(), o.mean.raw(), o.inverse.raw(), o.g.raw(), o.y.raw(), o.partial.raw(), o.partial_b.raw());
-    };
-  });
+  for (const bool centre : {false, true}) {
+    const std::string name = centre ? "layer_norm" : "rms_norm";
+    for (const bool added : {false, true}) {
+      add((added ? "add_" : "") + name + of, (added ? 4 : 2) * one, [=, &k] {
+        return [o = operands(), rows, cols, centre, added, &k] {
+          kernels::NormRows n{.centre = centre, .rows = rows, .cols = cols, .epsilon = 1e-5};
+          n.x = o.x.raw(), n.w = o.w.raw(), n.b = centre ? o.b.raw() : nullptr, n.residual = added ? o.g.raw() : nullptr, n.sum = added ? o.sum.raw() : nullptr;
+          n.y = o.y.raw(), n.mean = o.mean.raw(), n.inverse = o.inverse.raw();
+          k.norm(bf16, n);
+        };
+      });
+      add((added ? "add_" : "") + name + "_backward" + of, (added ? 4 : 3) * one + (centre ? 2 : 1) * sums, [=, &k] {
+        return [o = operands(), rows, cols, centre, added, &k] {
+          kernels::NormRowsBackward n{.centre = centre, .rows = rows, .cols = cols};
+          n.x = o.x.raw(), n.w = o.w.raw(), n.mean = o.mean.raw(), n.inverse = o.inverse.raw(), n.g = o.g.raw(), n.g_sum = added ? o.sum.raw() : nullptr;
+          n.dx = o.y.raw(), n.partial_w = o.partial.raw(), n.partial_b = centre ? o.partial_b.raw() : nullptr;
+          k.norm_backward(bf16, n);
+        };
+      });
+    }
+  }
   add("softmax" + of, 2 * one, [=, &k] { return [o = operands(), rows, cols, &k] { k.softmax(bf16, rows, cols, o.x.raw(), o.y.raw(), false); }; });
   add("softmax_backward" + of, 3 * one, [=, &k] {
     return [o = operands(), rows, cols, &k] { k.softmax_backward(bf16, rows, cols, o.x.raw(), o.g.raw(), o.y.raw(), false); };

@@ -101,6 +101,11 @@ Tensor Norm::operator()(ForwardContext& context, const Tensor& x) const {
   return ops::layer_norm(x, context.use(*weight_), bias_ != nullptr ? context.use(*bias_) : Tensor(), epsilon_);
 }
 
+ops::NormOfSum Norm::with_sum(ForwardContext& context, const Tensor& x, const Tensor& residual) const {
+  if (rms_) return ops::add_rms_norm(x, residual, context.use(*weight_), epsilon_);
+  return ops::add_layer_norm(x, residual, context.use(*weight_), bias_ != nullptr ? context.use(*bias_) : Tensor(), epsilon_);
+}
+
 Embedding::Embedding(std::string name, std::int64_t rows, std::string axis, std::int64_t width, double init_std)
     : Module(std::move(name)) {
   ParameterSpec w;

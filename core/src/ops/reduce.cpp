@@ -1,4 +1,4 @@
-// sum, mean, max over one dimension, and sum_all.
+// sum, mean, max and running sums over one dimension, and sum_all.
 #include "ops/common.h"
 
 #include <capstan/ops.h>
@@ -80,6 +80,30 @@ class MaxNode final : public Node {
   int dim_;
 };
 
+/// Running sums of x along dim; from the end when `reverse`.
+Tensor running_sum(const char* name, const Tensor& x, int dim, bool reverse) {
+  const Middle m(x.shape(), dim);
+  Tensor out = Tensor::empty(x.shape(), x.dtype(), x.device());
+  run(x.device(), name, {real(x.numel()), real(x.bytes()), real(out.bytes())},
+      [&](Backend& b) { b.scan_middle(num(x), m.outer, m.n, m.inner, x.raw(), reverse, out.raw()); });
+  return out;
+}
+
+class CumsumNode final : public Node {
+ public:
+  CumsumNode(DType dtype, int dim) : dtype_(dtype), dim_(dim) {}
+  std::string_view name() const override { return "cumsum"; }
+  void release() override {}
+  std::vector<Tensor> backward(std::span<const Tensor> grads, Part part) override {
+    if (!wants(0, part)) return {Tensor()};
+    return {running_sum("cumsum dx", incoming(grads[0], dtype_), dim_, true)};
+  }
+
+ private:
+  DType dtype_;
+  int dim_;
+};
+
 class SumAllNode final : public Node {
  public:
   SumAllNode(const Dims& shape, DType dtype) : shape_(shape), dtype_(dtype) {}
@@ -114,6 +138,14 @@ Tensor max(const Tensor& a, int dim, bool keep) {
   run(a.device(), "max", {real(a.numel()), real(a.bytes()), real(out.bytes())},
       [&](Backend& b) { b.max_middle(num(x), m.outer, m.n, m.inner, x.raw(), out.raw()); });
   if (any_requires_grad({&a})) record(std::make_shared<MaxNode>(x, out, d), {&a}, {&out});
+  return out;
+}
+
+Tensor cumsum(const Tensor& a, int dim) {
+  check_floating("cumsum", "input", a);
+  const int d = dimension("cumsum", a, dim);
+  Tensor out = running_sum("cumsum", a.detach().contiguous(), d, false);
+  if (any_requires_grad({&a})) record(std::make_shared<CumsumNode>(a.dtype(), d), {&a}, {&out});
   return out;
 }
 

@@ -41,9 +41,10 @@ class Attention : public Layer {
                               std::vector<Segment>{{"heads", heads, size, "", kv_heads}}, c.bias, c.residual_init_std);
   }
 
-  Tensor apply(ForwardContext& context, const Tensor& h) override {
+  Tensor apply(ForwardContext& context, const Tensor& x) override {
     const Space& space = context.batch.space();
-    const std::vector<Tensor> parts = qkv_->parts(context, (*norm_)(context, h));
+    const auto [h, in] = norm_->with_sum(context, x);
+    const std::vector<Tensor> parts = qkv_->parts(context, in);
     const Tensor q = place(context, space, parts[0], q_norm_);
     const Tensor k = place(context, space, parts[1], k_norm_);
     const Tensor& v = parts[2];

@@ -22,8 +22,8 @@ class Mlp : public Layer {
     down_ = &child<nn::Linear>("down", hidden, std::vector<Segment>{{"mlp", width, 1, ""}}, c.bias, c.residual_init_std);
   }
 
-  Tensor apply(ForwardContext& context, const Tensor& h) override {
-    const Tensor in = (*norm_)(context, h);
+  Tensor apply(ForwardContext& context, const Tensor& x) override {
+    const auto [h, in] = norm_->with_sum(context, x);
     const Tensor inner = gated_ ? ops::swiglu((*up_)(context, in)) : up_->gelu(context, in);
     if (dropout_ == 0 || !context.training) return down_->add_to(context, inner, h);
     return ops::add(h, nn::dropout(context, (*down_)(context, inner), dropout_, name() + "/dropout"));

@@ -127,6 +127,8 @@ TEST(BenchCases, EveryCaseRunsAndCountsItsOperandsOnce) {
   EXPECT_EQ(amounts.at("rms_norm bf16 48 x 96"), 2 * x);
   EXPECT_EQ(amounts.at("rms_norm_backward bf16 48 x 96"), 3 * x + blocks);
   EXPECT_EQ(amounts.at("layer_norm_backward bf16 48 x 96"), 3 * x + 2 * blocks);
+  EXPECT_EQ(amounts.at("add_rms_norm bf16 48 x 96"), 4 * x);                     // two in, the sum and its norm out
+  EXPECT_EQ(amounts.at("add_rms_norm_backward bf16 48 x 96"), 4 * x + blocks);  // what was normalized and two gradients in, one out
   EXPECT_EQ(amounts.at("softmax bf16 48 x 96"), 2 * x);
   EXPECT_EQ(amounts.at("score_rows to bf16 gradient f32 8 x 512"), 8 * 512 * 6);
   EXPECT_EQ(amounts.at("gelu bf16 32 x 64"), 32 * 64 * 4);

@@ -30,6 +30,9 @@ TEST_F(OpErrors, NameTheOpAndBothShapes) {
   EXPECT_SAYS(ops::rms_norm(t({3, 4}), t({5}), 1e-5), "rms_norm", "expected [4]", "got [5]");
   EXPECT_SAYS(ops::layer_norm(t({3, 4}), t({4}), t({3}), 1e-5), "layer_norm", "bias's shape: expected [4]", "got [3]");
   EXPECT_SAYS(ops::layer_norm(t({3, 4}), t({4}), {}, -1), "layer_norm", "epsilon", "-1");
+  EXPECT_SAYS(ops::add_rms_norm(t({3, 4}), t({3, 5}), t({4}), 1e-5), "add_rms_norm", "residual's shape: expected [3, 4]", "got [3, 5]");
+  EXPECT_SAYS(ops::add_layer_norm(t({3, 4}), t({3, 4}, DType::bf16), t({4}), {}, 1e-5), "add_layer_norm", "residual's element type: expected f32", "got bf16");
+  EXPECT_SAYS(ops::cumsum(t({3, 4}), 2), "cumsum", "[3, 4]", "got 2");
   EXPECT_SAYS(ops::swiglu(t({3, 5})), "swiglu", "[T, 2F]", "[3, 5]");
   EXPECT_SAYS(ops::rope(t({3, 2, 6}), t({3, 8})), "rope", "[3, heads, 8]", "[3, 2, 6]");
   EXPECT_SAYS(ops::rope(t({3, 2, 6}), t({4, 6})), "rope", "[4, heads, 6]", "[3, 2, 6]");

@@ -17,6 +17,10 @@ using Ins = std::span<const Tensor>;
 std::vector<Case> norm_cases() {
   std::vector<Case> cases;
   struct Shape { std::int64_t rows, cols; };
+  const auto both = [](const ops::NormOfSum& n) {
+    const Tensor parts[] = {n.sum, n.y};
+    return ops::concat(parts, 1);
+  };
   for (auto [rows, cols] : {Shape{1, 1}, {3, 3}, {5, 17}, {31, 31}, {4, 33}, {65, 64}, {130, 65}, {3, 768}, {200, 129}}) {
     const std::string suffix = std::string("_") + std::to_string(rows) + "x" + std::to_string(cols);
     const Input x{{rows, cols}, -2, 3}, w{{cols}, 0.5, 1.5, false, true}, b{{cols}, -1, 1, false, true};
@@ -36,7 +40,27 @@ std::vector<Case> norm_cases() {
     cases.push_back({"layer_norm_without_bias" + suffix, {x, w}, [epsilon](const Place&, Ins in) { return ops::layer_norm(in[0], in[1], {}, epsilon); },
                      [plain](const Place&, Ins in) { return plain(in); }, true});
   }
+  for (auto [rows, cols] : {Shape{1, 1}, {5, 17}, {31, 64}, {130, 65}, {70, 768}}) {
+    const std::string suffix = std::string("_") + std::to_string(rows) + "x" + std::to_string(cols);
+    const Input x{{rows, cols}, -2, 3}, r{{rows, cols}, -1, 2}, w{{cols}, 0.5, 1.5, false, true}, b{{cols}, -1, 1, false, true};
+    const double epsilon = cols == 1 ? 0.5 : 1e-5;
+    const auto plain = [both, epsilon](const Tensor& sum, Ins weights) {
+      if (weights.size() == 1) return both({sum, ops::rms_norm(sum, weights[0], epsilon)});
+      return both({sum, ops::layer_norm(sum, weights[0], weights[1], epsilon)});
+    };
+    cases.push_back({"add_rms_norm" + suffix, {x, r, w}, [=](const Place&, Ins in) { return both(ops::add_rms_norm(in[0], in[1], in[2], epsilon)); },
+                     [=](const Place&, Ins in) { return plain(ops::add(in[0], in[1]), in.subspan(2)); }, true});
+    cases.push_back({"rms_norm_and_what_it_is_of" + suffix, {x, w}, [=](const Place&, Ins in) { return both(ops::add_rms_norm(in[0], {}, in[1], epsilon)); },
+                     [=](const Place&, Ins in) { return plain(in[0], in.subspan(1)); }, true});
+    cases.push_back({"add_layer_norm" + suffix, {x, r, w, b}, [=](const Place&, Ins in) { return both(ops::add_layer_norm(in[0], in[1], in[2], in[3], epsilon)); },
+                     [=](const Place&, Ins in) { return plain(ops::add(in[0], in[1]), in.subspan(2)); }, true});
+    cases.push_back({"layer_norm_and_what_it_is_of" + suffix, {x, w, b}, [=](const Place&, Ins in) { return both(ops::add_layer_norm(in[0], {}, in[1], in[2], epsilon)); },
+                     [=](const Place&, Ins in) { return plain(in[0], in.subspan(1)); }, true});
+  }
   const Input x{{7, 40}, -2, 3}, w{{40}, 0.5, 1.5, false};
+  cases.push_back({"add_rms_norm_of_slices", {x, {{33}, 0.5, 1.5, false, true}}, [=](const Place&, Ins in) {
+                     return both(ops::add_rms_norm(ops::slice(in[0], 1, 3, 33), ops::slice(in[0], 1, 0, 33), in[1], 1e-6));
+                   }, {}, true});
   cases.push_back({"rms_norm_of_heads", {{{5, 3, 24}, -2, 3}, {{24}, 0.5, 1.5, false, true}},
                    [](const Place&, Ins in) { return ops::rms_norm(in[0], in[1], 1e-6); }, {}, true});
   cases.push_back({"rms_norm_with_a_computed_weight", {x, w}, [](const Place&, Ins in) { return ops::rms_norm(in[0], ops::exp(in[1]), 1e-6); }, {}, true});
@@ -45,6 +69,48 @@ std::vector<Case> norm_cases() {
   return cases;
 }
 CAPSTAN_OP_CASES(Norm, norm_cases());
+
+TEST(NormOfSum, HasTheBitsOfTheNormOfTheRoundedSum) {
+  auto device = tested_device(2);
+  for (const DType dtype : {DType::f64, DType::f32, DType::bf16})
+    for (const std::int64_t cols : {1, 40, 768}) {
+      const Tensor x = make(*device, random_values(9 * cols, 1), Dims{9, cols}, dtype), r = make(*device, random_values(9 * cols, 2), Dims{9, cols}, dtype);
+      const Tensor w = make(*device, random_values(cols, 3), Dims{cols}, dtype), b = make(*device, random_values(cols, 4), Dims{cols}, dtype);
+      const ops::NormOfSum rms = ops::add_rms_norm(x, r, w, 1e-5), layer = ops::add_layer_norm(x, r, w, b, 1e-5);
+      const Tensor sum = ops::add(x, r);
+      EXPECT_TRUE(same_bits(rms.sum, sum));
+      EXPECT_TRUE(same_bits(layer.sum, sum));
+      EXPECT_TRUE(same_bits(rms.y, ops::rms_norm(sum, w, 1e-5)));
+      EXPECT_TRUE(same_bits(layer.y, ops::layer_norm(sum, w, b, 1e-5)));
+      EXPECT_EQ(ops::add_rms_norm(x, {}, w, 1e-5).sum.raw(), x.raw()) << "nothing was added: nothing is copied";
+    }
+}
+
+// Either result may be all that a model goes on with.
+TEST(NormOfSum, HasTheGradientOfWhatIsUsed) {
+  auto device = tested_device(2);
+  const auto leaf = [&](std::uint64_t seed, const Dims& shape, bool parameter) {
+    return make_leaf(make(*device, random_values(shape.product(), seed), shape, DType::f64), parameter);
+  };
+  const auto grad = [](const Tensor& t) { return doubles(static_cast<Leaf*>(t.node().get())->grad()); };
+  const Tensor weights = make(*device, random_values(21, 9), Dims{3, 7}, DType::f64);
+  Tensor x = leaf(1, {3, 7}, false), r = leaf(2, {3, 7}, false), w = leaf(3, {7}, true);
+  int calls = 0;
+  static_cast<Leaf*>(w.node().get())->hook = [&](Leaf&) { ++calls; };
+  backward(ops::sum_all(ops::mul(ops::add_rms_norm(x, r, w, 1e-5).sum, weights)));
+  EXPECT_EQ(grad(x), doubles(weights));
+  EXPECT_EQ(grad(r), doubles(weights));
+  EXPECT_EQ(grad(w), std::vector<double>(7, 0.0));
+  EXPECT_EQ(calls, 1) << "the weight was used: its gradient, zero, is complete";
+
+  x = leaf(1, {3, 7}, false), r = leaf(2, {3, 7}, false), w = leaf(3, {7}, true);
+  backward(ops::sum_all(ops::mul(ops::add_rms_norm(x, r, w, 1e-5).y, weights)));
+  const Tensor sum = make_leaf(ops::add(x.detach(), r.detach()), false), w2 = leaf(3, {7}, true);
+  backward(ops::sum_all(ops::mul(ops::rms_norm(sum, w2, 1e-5), weights)));
+  EXPECT_EQ(grad(x), grad(sum));
+  EXPECT_EQ(grad(r), grad(sum));
+  EXPECT_EQ(grad(w), grad(w2));
+}
 
 std::vector<Case> activation_cases() {
   std::vector<Case> cases;

@@ -75,6 +75,15 @@ std::vector<Case> reduce_cases() {
       cases.push_back({"max" + suffix, {{s.shape, -50, 50}}, [d = s.dim, keep](const Place&, Ins x) { return ops::max(x[0], d, keep); }, {}, rows});
     }
   }
+  for (const Shape& s : shapes) {
+    const int d = s.dim < 0 ? s.dim + static_cast<int>(s.shape.size()) : s.dim;
+    cases.push_back({std::string("cumsum_") + s.name, {{s.shape}}, [d = s.dim](const Place&, Ins x) { return ops::cumsum(x[0], d); },
+                     [d](const Place&, Ins x) {
+                       std::vector<Tensor> sums;
+                       for (std::int64_t i = 0; i < x[0].size(d); ++i) sums.push_back(ops::sum(ops::slice(x[0], d, 0, i + 1), d, true));
+                       return ops::concat(sums, d);
+                     }, s.dim != 0 && s.shape.size() > 1});
+  }
   for (std::int64_t n : {1, 17, 4095, 4097, 70000})
     cases.push_back({"sum_all_" + std::to_string(n), {{{n}}}, [](const Place&, Ins x) { return ops::sum_all(x[0]); }, {}});
   return cases;

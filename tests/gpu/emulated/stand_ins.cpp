@@ -35,20 +35,14 @@ Attention by_device(const Attention& a) {
 std::int64_t norm_blocks(Context&, std::int64_t rows, std::int64_t cols) {
   return on_cpu_now([=](auto& b) { return b.norm_blocks(rows, cols); });
 }
-void rms_norm(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, double epsilon, void* y, void* inverse) {
-  on_cpu([=](auto& b) { b.rms_norm(num, rows, cols, x, w, epsilon, y, inverse); });
+void norm(Context&, Num num, const NormRows& n) {
+  on_cpu([=](auto& b) { b.norm(num, n); });
 }
-void rms_norm_backward(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* inverse, const void* g,
-                       void* dx, void* partial) {
-  on_cpu([=](auto& b) { b.rms_norm_backward(num, rows, cols, x, w, inverse, g, dx, partial); });
+void norm_backward(Context&, Num num, const NormRowsBackward& n) {
+  on_cpu([=](auto& b) { b.norm_backward(num, n); });
 }
-void layer_norm(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* bias, double epsilon, void* y,
-                void* mean, void* inverse) {
-  on_cpu([=](auto& b) { b.layer_norm(num, rows, cols, x, w, bias, epsilon, y, mean, inverse); });
-}
-void layer_norm_backward(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* x, const void* w, const void* mean, const void* inverse,
-                         const void* g, void* dx, void* partial_w, void* partial_b) {
-  on_cpu([=](auto& b) { b.layer_norm_backward(num, rows, cols, x, w, mean, inverse, g, dx, partial_w, partial_b); });
+void scan_middle(Context&, Num num, std::int64_t outer, std::int64_t n, std::int64_t inner, const void* a, bool reverse, void* out) {
+  on_cpu([=](auto& b) { b.scan_middle(num, outer, n, inner, a, reverse, out); });
 }
 void softmax(Context&, Num num, std::int64_t rows, std::int64_t cols, const void* x, void* y, bool logarithm) {
   on_cpu([=](auto& b) { b.softmax(num, rows, cols, x, y, logarithm); });

@@ -1,7 +1,8 @@
-// Norms, softmax, rows by id and scores against f64 references, over odd shapes, types and misaligned pointers.
+// Norms, softmax, running sums, rows by id and scores against f64 references, over odd shapes, types and misaligned pointers.
 #include "harness.h"
 
 #include <kernels/cuda/rows.h>
+#include <kernels/cuda/scan.h>
 
 #include <algorithm>
 #include <limits>
@@ -22,13 +23,20 @@ template <class T>
 void norms(Context& ctx, std::int64_t rows, std::int64_t cols, std::int64_t shift) {
   using C = Wide<T>;
   const double epsilon = 1e-5;
-  const auto x = random_values<T>(rows * cols, 1, 1.5, 0.3), g = random_values<T>(rows * cols, 2);
+  const auto x0 = random_values<T>(rows * cols, 1, 1.5, 0.3), residual = random_values<T>(rows * cols, 5), g = random_values<T>(rows * cols, 2), g_sum = random_values<T>(rows * cols, 6);
   const auto w = random_values<C>(cols, 3, 0.5, 1), b = random_values<C>(cols, 4);
-  const Buffer<T> dx_in(x, shift), dg(g, shift);
+  const Buffer<T> d_x(x0, shift), d_residual(residual, shift), dg(g, shift), d_g_sum(g_sum, shift);
   const Buffer<C> dw(w), db(b);
+  const auto x_and_residual = [&] {
+    auto sum = x0;
+    for (std::size_t i = 0; i < sum.size(); ++i) sum[i] = T(static_cast<C>(x0[i]) + static_cast<C>(residual[i]));
+    return sum;
+  }();
   const std::int64_t blocks = cuda::norm_blocks(ctx, rows, cols);
-  for (const bool centre : {false, true}) {
-    const auto name = [&](const char* part) { return label((std::string(centre ? "layer_norm" : "rms_norm") + part).c_str(), type_name<T>(), rows, cols, shift); };
+  for (const int form : {0, 1, 2, 3}) {
+    const bool centre = form % 2 != 0, added = form / 2 != 0;
+    const auto& x = added ? x_and_residual : x0;
+    const auto name = [&](const char* part) { return label((std::string(added ? "add_" : "") + (centre ? "layer_norm" : "rms_norm") + part).c_str(), type_name<T>(), rows, cols, shift); };
     std::vector<double> y(static_cast<std::size_t>(rows * cols)), dx(y.size()), means(static_cast<std::size_t>(rows)), inverses(means.size());
     std::vector<double> sum_w(static_cast<std::size_t>(cols)), sum_b(sum_w.size()), size_w(sum_w.size());
     for (std::int64_t r = 0; r < rows; ++r) {
@@ -46,20 +54,25 @@ void norms(Context& ctx, std::int64_t rows, std::int64_t cols, std::int64_t shif
       }
       for (std::int64_t c = 0; c < cols; ++c) {
         const double unit = (value(x[at + c]) - mean) * inverse;
-        dx[at + c] = inverse * (value(g[at + c]) * value(w[c]) - unit * dot - total);
+        dx[at + c] = inverse * (value(g[at + c]) * value(w[c]) - unit * dot - total) + (added ? value(g_sum[at + c]) : 0);
       }
     }
-    Buffer<T> out(rows * cols, shift), grad(rows * cols, shift);
+    Buffer<T> out(rows * cols, shift), sum(rows * cols, shift), grad(rows * cols, shift);
     Buffer<C> mean(rows), inverse(rows), partial_w(blocks * cols), partial_b(blocks * cols);
     const auto forward = [&] {
-      if (centre) cuda::layer_norm(ctx, num_of<T>(), rows, cols, dx_in.data(), dw.data(), db.data(), epsilon, out.data(), mean.data(), inverse.data());
-      else cuda::rms_norm(ctx, num_of<T>(), rows, cols, dx_in.data(), dw.data(), epsilon, out.data(), inverse.data());
+      capstan::kernels::NormRows n{.centre = centre, .rows = rows, .cols = cols, .epsilon = epsilon};
+      n.x = d_x.data(), n.w = dw.data(), n.b = centre ? db.data() : nullptr, n.y = out.data(), n.mean = mean.data(), n.inverse = inverse.data();
+      if (added) n.residual = d_residual.data(), n.sum = sum.data();
+      cuda::norm(ctx, num_of<T>(), n);
     };
     const auto backward = [&](T* to) {
-      if (centre) cuda::layer_norm_backward(ctx, num_of<T>(), rows, cols, dx_in.data(), dw.data(), mean.data(), inverse.data(), dg.data(), to, partial_w.data(), partial_b.data());
-      else cuda::rms_norm_backward(ctx, num_of<T>(), rows, cols, dx_in.data(), dw.data(), inverse.data(), dg.data(), to, partial_w.data());
+      capstan::kernels::NormRowsBackward n{.centre = centre, .rows = rows, .cols = cols};
+      n.x = added ? sum.data() : d_x.data(), n.w = dw.data(), n.mean = mean.data(), n.inverse = inverse.data(), n.g = dg.data(), n.g_sum = added ? d_g_sum.data() : nullptr;
+      n.dx = to, n.partial_w = partial_w.data(), n.partial_b = centre ? partial_b.data() : nullptr;
+      cuda::norm_backward(ctx, num_of<T>(), n);
     };
     forward();
+    if (added) same_bits(name(" sum"), x_and_residual, sum.get());
     near_rounded(name(""), out.get(), y, 2e-5);
     near(name(" inverse"), inverse.get(), inverses, num_of<T>() == Num::f64 ? 1e-12 : 2e-6, 0);
     if (centre) near(name(" mean"), mean.get(), means, 1e-6, num_of<T>() == Num::f64 ? 1e-12 : 2e-6);
@@ -68,18 +81,18 @@ void norms(Context& ctx, std::int64_t rows, std::int64_t cols, std::int64_t shif
     near_rounded(name(" dx"), first, dx, 5e-5);
     const auto total = [&](const Buffer<C>& partial) {
       const auto p = partial.get();
-      std::vector<C> sum(static_cast<std::size_t>(cols));
-      std::vector<double> s(sum.size());
+      std::vector<C> all(static_cast<std::size_t>(cols));
+      std::vector<double> s(all.size());
       for (std::int64_t k = 0; k < blocks; ++k)
         for (std::int64_t c = 0; c < cols; ++c) s[c] += value(p[static_cast<std::size_t>(k * cols + c)]);
-      for (std::size_t c = 0; c < s.size(); ++c) sum[c] = static_cast<C>(s[c]);
-      return sum;
+      for (std::size_t c = 0; c < s.size(); ++c) all[c] = static_cast<C>(s[c]);
+      return all;
     };
     const double slack = num_of<T>() == Num::f64 ? 1e-11 : 2e-6 * std::sqrt(static_cast<double>(rows)) * 8;
     near(name(" dw"), total(partial_w), sum_w, 1e-5, slack);
     if (centre) near(name(" db"), total(partial_b), sum_b, 1e-5, slack);
     const auto once = partial_w.get();
-    report(out.guarded() && grad.guarded() && partial_w.guarded() && inverse.guarded(), name(" guards"));
+    report(out.guarded() && sum.guarded() && grad.guarded() && partial_w.guarded() && inverse.guarded(), name(" guards"));
     grad.poison(), partial_w.poison();
     backward(grad.data());
     same_bits(name(" dx twice"), first, grad.get());
@@ -117,6 +130,33 @@ void softmaxes(Context& ctx, std::int64_t rows, std::int64_t cols, std::int64_t 
     near_rounded(name(""), saved, y, logarithm ? 1e-5 : 1e-9);
     near_rounded(name(" dx"), grad.get(), dx, 2e-5);
     report(out.guarded() && grad.guarded(), name(" guards"));
+  }
+}
+
+template <class T>
+void scans(Context& ctx, std::int64_t outer, std::int64_t n, std::int64_t inner, std::int64_t shift) {
+  const auto x = random_values<T>(outer * n * inner, 7);
+  const Buffer<T> in(x, shift);
+  for (const bool reverse : {false, true}) {
+    const std::string name = label("cumsum", type_name<T>(), outer * inner, n, shift) + " inner " + std::to_string(inner) + (reverse ? " from the end" : "");
+    std::vector<double> y(x.size());
+    double most = 1;
+    for (std::int64_t column = 0; column < outer * inner; ++column) {
+      double sum = 0;
+      for (std::int64_t i = 0; i < n; ++i) {
+        const auto at = static_cast<std::size_t>(column / inner * n * inner + (reverse ? n - 1 - i : i) * inner + column % inner);
+        y[at] = sum += value(x[at]), most = std::max(most, std::abs(sum));
+      }
+    }
+    Buffer<T> out(outer * n * inner, shift);
+    cuda::scan_middle(ctx, num_of<T>(), outer, n, inner, in.data(), reverse, out.data());
+    const auto first = out.get();
+    // Rounding of each sum on the way counts: the largest of them, times how many there are in a row's tree.
+    near(name, first, y, num_of<T>() == Num::bf16 ? 1.0 / 256 : 0, (num_of<T>() == Num::f64 ? 1e-15 : 6e-8) * most * std::sqrt(static_cast<double>(n)) * 4);
+    report(out.guarded(), name + " guards");
+    out.poison();
+    cuda::scan_middle(ctx, num_of<T>(), outer, n, inner, in.data(), reverse, out.data());
+    same_bits(name + " twice", first, out.get());
   }
 }
 
@@ -260,6 +300,11 @@ void test_rows(Context& ctx, bool small) {
   }
   norms<bf16>(ctx, 1, 768, 0);
   if (!small) norms<bf16>(ctx, 4099, 768, 0), norms<float>(ctx, 5000, 96, 0), norms<bf16>(ctx, 3000, 8192, 0);
+  struct Middle { std::int64_t outer, n, inner; };
+  for (const Middle m : {Middle{1, 1, 1}, {3, 64, 1}, {3, 65, 1}, {2, 1024, 1}, {2, 1025, 1}, {1, 5000, 1}, {300, 5, 1}, {2, 1500, 3}, {5, 7, 33}, {2, 70, 9000}}) {
+    if (small && m.inner > 1000) continue;
+    scans<float>(ctx, m.outer, m.n, m.inner, 0), scans<bf16>(ctx, m.outer, m.n, m.inner, 1), scans<double>(ctx, m.outer, m.n, m.inner, 0);
+  }
   for (const bool skewed : {false, true})
     for (const bool overwrite : {false, true})
       for (const std::int64_t shift : {0, 1}) {

@@ -112,6 +112,19 @@ TEST(GridPlan, WhatNoGridTakesIsRefusedByName) {
   }
 }
 
+TEST(GridPlan, RunningSumsHaveABlockOrAThreadForEveryColumn) {
+  for (const std::int64_t outer : {std::int64_t{1}, std::int64_t{3}, std::int64_t{20000}, border - 1, border})
+    for (const std::int64_t n : {1, 64, 65, 100000})
+      for (const std::int64_t inner : {1, 8, 20000}) {
+        if (outer * inner > std::int64_t{1} << 40) continue;
+        const ScanPlan plan = plan_scan(outer, n, inner);
+        const std::int64_t each = plan.by_block ? 1 : scan_threads;
+        EXPECT_GE(plan.blocks.x * each, outer * inner);
+        EXPECT_LT((plan.blocks.x - 1) * each, outer * inner);
+        EXPECT_EQ(plan.by_block, n > 64 && (inner == 1 || outer * inner < 16384)) << outer << " " << n << " " << inner;
+      }
+}
+
 // Their tiles are a grid's second dimension: said before anything is launched, not by CUDA as an invalid argument.
 TEST(GridPlan, AttentionsOwnKernelsRefuseMoreTilesThanAGridHas) {
   Context ctx;

@@ -49,6 +49,21 @@ TEST(NormBackwardBlocks, DependOnTheShapeAloneAndAreNeverMoreThanTheRows) {
     }
 }
 
+TEST(WalkingBlocks, AreAsManyAsRunAtOnceOrAsThereIsWorkFor) {
+  for (std::int64_t cols = 1; cols < 70'000; cols = cols * 5 / 4 + 1)
+    for (const std::int64_t rows : {1, 2, 100, 131, 132, 5000, 1 << 20})
+      for (const std::int64_t at_once : {1024, 4096}) {
+        const RowPlan plan = plan_rows(cols, 2, cols % 8 == 0);
+        const std::int64_t blocks = walking_blocks(132, plan, rows, at_once);
+        EXPECT_GE(blocks, 1);
+        EXPECT_LE((blocks - 1) * plan.rows, rows - 1) << "each has a row";
+        EXPECT_LE(blocks * plan.rows * plan.threads, 132 * std::max<std::int64_t>(at_once, plan.rows * plan.threads));
+        if (blocks * plan.rows < rows) {
+          EXPECT_GT((blocks + 132) * plan.rows * plan.threads, 132 * at_once) << "one more each would not run at once";
+        }
+      }
+}
+
 TEST(ScorePlan, ClustersCoverTheRowAndBlocksFit) {
   for (std::int64_t cols = 1; cols < 2'000'000; cols = cols * 5 / 4 + 1)
     for (const int bytes : {4, 8}) {

@@ -21,8 +21,9 @@ class @Name@ : public Layer {
         down_(child<nn::Linear>("down", std::vector<Segment>{{"hidden", c.hidden, 1, ""}},
                                 std::vector<Segment>{{"mlp", inner, 1, ""}}, c.bias, c.residual_init_std)) {}
 
-  Tensor apply(ForwardContext& context, const Tensor& h) override {
-    return down_.add_to(context, ops::tanh(up_(context, norm_(context, h))), h);
+  Tensor apply(ForwardContext& context, const Tensor& x) override {
+    const auto [h, in] = norm_.with_sum(context, x);
+    return down_.add_to(context, ops::tanh(up_(context, in)), h);
   }
 
  private:

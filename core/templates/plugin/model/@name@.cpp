@@ -31,8 +31,8 @@ class @Name@Block : public Block {
         down_(child<nn::Linear>("down", std::vector<Segment>{{"hidden", width, 1, ""}},
                                 std::vector<Segment>{{"mlp", 2 * width, 1, ""}}, false, init_std)) {}
   void forward(ForwardContext& context) override {
-    const Tensor h = context.get("h");
-    context.set("h", down_.add_to(context, ops::swiglu(up_(context, norm_(context, h))), h));
+    const auto [h, in] = norm_.with_sum(context, context.get("h"));
+    context.set("h", down_.add_to(context, ops::swiglu(up_(context, in)), h));
   }
  private:
   nn::Norm& norm_;

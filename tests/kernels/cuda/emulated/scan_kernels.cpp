@@ -1,0 +1,4 @@
+// The kernels of scan.cu on an emulated GPU.
+#include <emulated.h>
+
+#include <kernels/cuda/scan.cu>
