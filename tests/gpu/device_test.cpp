@@ -13,6 +13,7 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <sstream>
 
 namespace capstan::testing {
 namespace {
@@ -162,21 +163,34 @@ TEST_F(Gpu, NamesAnIdOutOfRangeAtTheNextWaitAndGoesOn) {
   EXPECT_EQ(doubles(rows).size(), 16u);
 }
 
+/// Products are timed and kept in a file of this test's, as long as this lives.
+class TunedProducts {
+ public:
+  TunedProducts(Device& gpu, const char* name) : file_(std::filesystem::temp_directory_path() / ("capstan-" + std::string(name) + "-" + std::to_string(getpid()) + ".txt")) {
+    gpu.backend().queue()->tune_products(file_.string());
+  }
+  ~TunedProducts() { std::filesystem::remove(file_), std::filesystem::remove(file_.string() + ".lock"); }
+  TunedProducts(const TunedProducts&) = delete;
+  TunedProducts& operator=(const TunedProducts&) = delete;
+  std::string text() const {
+    std::ifstream file(file_);
+    return {std::istreambuf_iterator<char>(file), {}};
+  }
+  int that_say(const std::string& word) const {
+    std::istringstream lines(text());
+    int count = 0;
+    for (std::string line; std::getline(lines, line);) count += line.find(word) != std::string::npos;
+    return count;
+  }
+
+ private:
+  std::filesystem::path file_;
+};
+
 // Of the sums before they are rounded where the library has the epilogue, else of what was stored; what it was taken of is there
 // either way. Which it was, the file of products says: bits may agree.
 TEST_F(Gpu, TakesGeluIntoTheProductWhereItCan) {
-  const std::filesystem::path file = std::filesystem::temp_directory_path() / ("capstan-gelu-" + std::to_string(getpid()) + ".txt");
-  struct Gone {
-    const std::filesystem::path& file;
-    ~Gone() { std::filesystem::remove(file); }
-  } const gone{file};
-  gpu->backend().queue()->tune_products(file.string());
-  const auto products_with_gelu = [&] {
-    std::ifstream lines(file);
-    int count = 0;
-    for (std::string line; std::getline(lines, line);) count += line.find(" gelu") != std::string::npos;
-    return count;
-  };
+  const TunedProducts products(*gpu, "gelu");
   struct Shape { std::int64_t rows, in, out; };
   for (const DType dtype : {DType::f32, DType::bf16})
     for (const bool biased : {false, true})
@@ -190,7 +204,7 @@ TEST_F(Gpu, TakesGeluIntoTheProductWhereItCan) {
         g.m = rows, g.n = g.ldc = out, g.k = g.lda = g.ldb = in;
         gpu->backend().gemm(g, x.raw(), w.raw(), plain.raw(), biased ? b.raw() : nullptr);
         g.before_gelu = before.raw();
-        const int others = products_with_gelu();
+        const int others = products.that_say(" gelu");
         gpu->backend().gemm(g, x.raw(), w.raw(), y.raw(), biased ? b.raw() : nullptr);
         EXPECT_TRUE(near(before, plain, dtype));
         std::vector<double> exact = doubles(x), weight = doubles(w), bias = doubles(b), want;
@@ -201,7 +215,7 @@ TEST_F(Gpu, TakesGeluIntoTheProductWhereItCan) {
             want.push_back(0.5 * sum * (1 + std::tanh(0.7978845608028654 * (sum + 0.044715 * sum * sum * sum))));
           }
         EXPECT_TRUE(near(doubles(y), want, tolerance_of(dtype)));
-        const bool taken = products_with_gelu() > others;
+        const bool taken = products.that_say(" gelu") > others;
         if (dtype != DType::bf16 || out % 8 != 0) {
           EXPECT_FALSE(taken);
         } else if (in % 8 == 0 && rows > 1) {
@@ -214,12 +228,7 @@ TEST_F(Gpu, TakesGeluIntoTheProductWhereItCan) {
 
 // The gradient through GELU: the product times the slope, whether the library has such an epilogue or a pass follows.
 TEST_F(Gpu, TakesGeluSlopeOfAProduct) {
-  const std::filesystem::path file = std::filesystem::temp_directory_path() / ("capstan-slope-" + std::to_string(getpid()) + ".txt");
-  struct Gone {
-    const std::filesystem::path& file;
-    ~Gone() { std::filesystem::remove(file), std::filesystem::remove(file.string() + ".lock"); }
-  } const gone{file};
-  gpu->backend().queue()->tune_products(file.string());
+  const TunedProducts products(*gpu, "slope");
   struct Shape { std::int64_t rows, out, in; };
   for (const auto [rows, out, in] : {Shape{1, 64, 8}, {33, 64, 40}, {130, 48, 96}, {33, 17, 8}}) {
     SCOPED_TRACE(::testing::Message() << rows << " x " << out << " -> " << in);
@@ -240,8 +249,7 @@ TEST_F(Gpu, TakesGeluSlopeOfAProduct) {
         want.push_back(sum * (0.5 * (1 + t) + 0.5 * v * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * v * v)));
       }
     EXPECT_TRUE(near(doubles(dx), want, tolerance_of(DType::bf16)));
-    std::ifstream lines(file);
-    const std::string text((std::istreambuf_iterator<char>(lines)), std::istreambuf_iterator<char>());
+    const std::string text = products.text();
     if (out % 8 == 0) {
       EXPECT_NE(text.find(std::to_string(rows) + "x" + std::to_string(in) + "x" + std::to_string(out) + " nn"), std::string::npos) << text;
       EXPECT_NE(text.find(" gelu slope"), std::string::npos) << "the slope was a pass of its own: " << text;
@@ -254,12 +262,7 @@ TEST_F(Gpu, TakesGeluSlopeOfAProduct) {
 
 // The bias's gradient beside the weight's, stored or added to what is there, in the product's epilogue or in a pass of its own.
 TEST_F(Gpu, TakesSumsOfAWithTheProductThatReadsIt) {
-  const std::filesystem::path file = std::filesystem::temp_directory_path() / ("capstan-sums-" + std::to_string(getpid()) + ".txt");
-  struct Gone {
-    const std::filesystem::path& file;
-    ~Gone() { std::filesystem::remove(file), std::filesystem::remove(file.string() + ".lock"); }
-  } const gone{file};
-  gpu->backend().queue()->tune_products(file.string());
+  const TunedProducts products(*gpu, "sums");
   struct Shape { std::int64_t rows, out, in; };
   for (const auto [rows, out, in] : {Shape{8, 8, 8}, {64, 40, 24}, {136, 96, 48}, {64, 5, 7}, {17, 33, 8}, {1, 16, 16}}) {
     const auto tensor = [&](const Dims& shape, std::uint64_t seed, DType type) { return make(*gpu, random_values(shape.product(), seed, -1, 1), shape, type); };
@@ -288,8 +291,7 @@ TEST_F(Gpu, TakesSumsOfAWithTheProductThatReadsIt) {
       EXPECT_TRUE(near(doubles(db), want_db, tolerance_of(DType::f32)));
       EXPECT_TRUE(near(doubles(dw), want_dw, tolerance_of(DType::f32)));
     }
-    std::ifstream lines(file);
-    const std::string text((std::istreambuf_iterator<char>(lines)), std::istreambuf_iterator<char>());
+    const std::string text = products.text();
     if (rows % 8 == 0 && out % 8 == 0 && in % 8 == 0) {
       EXPECT_NE(text.find(std::to_string(out) + "x" + std::to_string(in) + "x" + std::to_string(rows) + " tn"), std::string::npos) << text;
       EXPECT_NE(text.find(" sums of a"), std::string::npos) << "they were a pass of their own: " << text;

@@ -116,15 +116,20 @@ TEST(QueuedSteps, QuantizeEachWeightOnceAStep) {
   EXPECT_EQ(third, weights);
 }
 
-/// Obeys the gate, and takes a number to the GPU in its own way, or does more at every third step.
-class OwnWay final : public Optimizer {
+/// Without state, and obeys the gate.
+class Stateless : public Optimizer {
  public:
-  enum class Way { number, calls };
-  explicit OwnWay(Way way) : way_(way) {}
   std::vector<StateDecl> state_of(const Parameter&) const override { return {}; }
   Atomicity atomicity(const Parameter&) const override { return Atomicity::element; }
   double peak_lr() const override { return 0.1; }
   bool gated() const override { return true; }
+};
+
+/// Takes a number to the GPU in its own way, or does more at every third step.
+class OwnWay final : public Stateless {
+ public:
+  enum class Way { number, calls };
+  explicit OwnWay(Way way) : way_(way) {}
   void update(const UpdateContext& context, std::span<UpdateItem> items) override {
     for (const UpdateItem& item : items) {
       const Tensor value = item.value.view(Dims{1, item.value.numel()}), grad = item.grad.view(value.shape());
@@ -161,13 +166,9 @@ TEST(QueuedSteps, AnUpdateThatIsAnotherAtEachStepIsNotReplayed) {
 void take_too_much(Device& device) { Tensor::empty(Dims{std::int64_t{1} << 48}, DType::f32, device); }
 
 /// Wants too much of it in the step when its update is recorded.
-class Hungry final : public Optimizer {
+class Hungry final : public Stateless {
  public:
   explicit Hungry(bool hungry) : hungry_(hungry) {}
-  std::vector<StateDecl> state_of(const Parameter&) const override { return {}; }
-  Atomicity atomicity(const Parameter&) const override { return Atomicity::element; }
-  double peak_lr() const override { return 0.1; }
-  bool gated() const override { return true; }
   void update(const UpdateContext& context, std::span<UpdateItem> items) override {
     for (const UpdateItem& item : items) {
       const Tensor value = item.value.view(Dims{1, item.value.numel()});
