@@ -13,9 +13,9 @@ constexpr int norm_blocks_at_once(bool added, int packs) { return added && packs
 
 /// Added: the row is x + residual, which is left in `total`.
 template <class T, bool Centre, bool Added, int Width, int Packs>
-__global__ void __launch_bounds__(row_threads, norm_blocks_at_once(Added, Packs)) norm_kernel(std::int64_t rows, int cols, Compute<T> per, const T* __restrict__ x, const T* __restrict__ residual,
-                                                              T* total, const Compute<T>* __restrict__ w, const Compute<T>* __restrict__ b, Compute<T> epsilon,
-                                                              T* __restrict__ y, Compute<T>* __restrict__ mean_out, Compute<T>* __restrict__ inverse_out) {
+__global__ void __launch_bounds__(row_threads, norm_blocks_at_once(Added, Packs))
+    norm_kernel(std::int64_t rows, int cols, Compute<T> per, const T* __restrict__ x, const T* __restrict__ residual, T* total, const Compute<T>* __restrict__ w,
+                const Compute<T>* __restrict__ b, Compute<T> epsilon, T* __restrict__ y, Compute<T>* __restrict__ mean_out, Compute<T>* __restrict__ inverse_out) {
   using C = Compute<T>;
   using V = std::conditional_t<Centre, Moments<C>, Sums<C, 1>>;
   __shared__ V room[64];

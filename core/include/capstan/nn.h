@@ -42,7 +42,7 @@ class CAPSTAN_API Norm : public Module {
   Norm(std::string name, const std::string& kind, std::int64_t width, std::string axis, double epsilon, bool bias);
   ~Norm() override;
   Tensor operator()(ForwardContext& context, const Tensor& x) const;
-  /// x (+ residual) and its norm, for who goes on with both: ops::add_rms_norm.
+  /// x (+ residual) and its norm, for a layer that goes on with both: ops::add_rms_norm, ops::add_layer_norm.
   ops::NormOfSum with_sum(ForwardContext& context, const Tensor& x, const Tensor& residual = {}) const;
 
  private:

@@ -28,7 +28,7 @@ CAPSTAN_API Tensor sigmoid(const Tensor& a);
 CAPSTAN_API Tensor sum(const Tensor& a, int dim, bool keep = false);
 CAPSTAN_API Tensor mean(const Tensor& a, int dim, bool keep = false);
 CAPSTAN_API Tensor max(const Tensor& a, int dim, bool keep = false);         ///< gradient to the first maximum
-CAPSTAN_API Tensor cumsum(const Tensor& a, int dim);                          ///< a[.., 0, ..] + ... + a[.., i, ..] at i
+CAPSTAN_API Tensor cumsum(const Tensor& a, int dim);                         ///< a[.., 0, ..] + ... + a[.., i, ..] at i
 CAPSTAN_API Tensor sum_all(const Tensor& a);                                 ///< scalar, shape []
 CAPSTAN_API Tensor softmax(const Tensor& a);                                 ///< over the last dimension
 CAPSTAN_API Tensor log_softmax(const Tensor& a);
